@@ -1,0 +1,57 @@
+"""Reading a data set as it comes: from the hub, or from local files."""
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+DataFiles = str | list[str] | dict[str, str | list[str]]
+
+_BUILDER_OF_SUFFIX = {
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"
+}  # fmt: skip
+
+
+def load_splits(dataset: str, config: str | None = None, data_files: DataFiles | None = None) -> DatasetDict:
+    """Read every split there is.
+
+    Args:
+        dataset: a hub name, a local folder (of images, csv, json or parquet), a local file, or one of the builders of
+            `datasets` (`csv`, `json`, `parquet`, `imagefolder`) together with `data_files`.
+        config: the configuration of a hub data set that has several.
+        data_files: files by split, or files of a single split.
+
+    """
+    path = Path(dataset)
+    options = {}
+    if path.is_file():
+        if path.suffix.lower() not in _BUILDER_OF_SUFFIX:
+            expected = ", ".join(_BUILDER_OF_SUFFIX)
+            raise ValueError(f"Expected a file that ends in {expected}, got {dataset!r}.")
+        dataset, data_files = _BUILDER_OF_SUFFIX[path.suffix.lower()], str(path)
+    if path.suffix.lower() == ".tsv":
+        options["sep"] = "\t"
+    splits = load_dataset(dataset, config, data_files=data_files, **options)
+    assert isinstance(splits, DatasetDict)
+    return splits
+
+
+def pick_splits(found: DatasetDict, train: str, validation: str | None, test: str | None) -> DatasetDict:
+    """Choose which of the splits found serve as train, validation and test.
+
+    Args:
+        found: what `load_splits` returned.
+        train: name of the training split.
+        validation: name of the validation split, `auto` for the one called so if there is one, None for none.
+        test: likewise.
+
+    """
+    wanted = {"train": train, "validation": validation, "test": test}
+    picked: dict[str, Dataset] = {}
+    for role, name in wanted.items():
+        name = role if name == "auto" and role in found else name
+        if name is None or name == "auto":
+            continue
+        if name not in found:
+            raise ValueError(f"Expected one of the splits {', '.join(found)} as {role}_split, got {name!r}.")
+        picked[role] = found[name]
+    return DatasetDict(picked)

@@ -1,0 +1,92 @@
+"""Several tasks as one data module."""
+
+from typing import Any, NoReturn
+
+from lightning import LightningDataModule
+from typing_extensions import override
+
+_RESERVED = {"average"}  # the reports' row for all tasks together
+
+
+class MultiTaskDataModule(LightningDataModule):
+    """Named tasks, each with its own data module: finetuned one at a time, validated and tested together.
+
+    `val_dataloader` and `test_dataloader` give one loader per task, in the order of `tasks`, so that `dataloader_idx`
+    tells which head to use. For finetuning take one task: `trainer.fit(module, datamodule=data.tasks["topic"])`.
+
+    Args:
+        tasks: data modules by task name. The names become folder names.
+
+    Example::
+
+        MultiTaskDataModule({"topic": TextTask("topics.csv", base), "mood": TextTask("moods.csv", base)})
+
+    """
+
+    def __init__(self, tasks: dict[str, LightningDataModule]) -> None:
+        super().__init__()
+        if not tasks:
+            raise ValueError("Expected at least one task, got none.")
+        for name, task in tasks.items():
+            _check_name(name)
+            if not isinstance(task, LightningDataModule):
+                raise TypeError(f"Expected a LightningDataModule for the task {name!r}, got {type(task).__name__}.")
+        self.tasks = dict(tasks)
+        self.save_hyperparameters({"tasks": {name: _describe(task) for name, task in tasks.items()}})
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names, in the order of the loaders."""
+        return list(self.tasks)
+
+    @override
+    def prepare_data(self) -> None:
+        self._each("prepare_data")
+
+    @override
+    def setup(self, stage: str) -> None:
+        self._each("setup", stage)
+
+    @override
+    def teardown(self, stage: str) -> None:
+        self._each("teardown", stage)
+
+    @override
+    def train_dataloader(self) -> NoReturn:
+        raise NotImplementedError(
+            f"Tasks are finetuned one at a time: pass one as datamodule, such as .tasks[{self.task_names[0]!r}]."
+        )
+
+    @override
+    def val_dataloader(self) -> list[Any]:
+        return self._each("val_dataloader")
+
+    @override
+    def test_dataloader(self) -> list[Any]:
+        return self._each("test_dataloader")
+
+    def _each(self, hook: str, *args: Any) -> list[Any]:
+        """Call a hook of every task, in order, with the trainer that this module belongs to."""
+        results = []
+        for name, task in self.tasks.items():
+            if self.trainer is not None:
+                task.trainer = self.trainer
+            try:
+                results.append(getattr(task, hook)(*args))
+            except ValueError as error:
+                raise ValueError(f"Task {name!r}: {error}") from error
+        return results
+
+
+def _check_name(name: str) -> None:
+    forbidden = [character for character in name if character in '/\\:*?"<>|' or not character.isprintable()]
+    if not name or name != name.strip() or name[0] == "." or forbidden or name in _RESERVED:
+        raise ValueError(
+            "Expected task names that can be folder names (not empty, no '/' or other special characters, not starting "
+            f"with '.', not 'average'), got {name!r}."
+        )
+
+
+def _describe(task: LightningDataModule) -> dict[str, Any]:
+    """How a task was made, for the run's records: data modules themselves do not belong in a checkpoint."""
+    return {"class_path": f"{type(task).__module__}.{type(task).__qualname__}", "init_args": dict(task.hparams)}

