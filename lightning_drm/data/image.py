@@ -8,8 +8,7 @@ from datasets import Dataset, Image
 from transformers import AutoImageProcessor, BaseImageProcessor, DefaultDataCollator
 from typing_extensions import override
 
-from lightning_drm.data.labels import LABELS
-from lightning_drm.data.task import DatasetTask
+from lightning_drm.data.task import DatasetTask, Encoder
 
 
 class ImageTask(DatasetTask):
@@ -20,8 +19,6 @@ class ImageTask(DatasetTask):
             `datasets` together with `data_files`.
         pretrained: whose image processor to use: a hub name, a local folder, or `package:<name>/<folder>`.
         image_column: the column with the image.
-        cache: keep processed images on disk: fast, but 0.6 MB for each image of 224 × 224 pixels. Off, they are
-            processed again every time that they are needed.
         **kwargs: see `DatasetTask`.
 
     Example::
@@ -30,18 +27,16 @@ class ImageTask(DatasetTask):
 
     """
 
-    def __init__(
-        self, dataset: str, pretrained: str, image_column: str = "image", cache: bool = True, **kwargs: Any
-    ) -> None:
+    def __init__(self, dataset: str, pretrained: str, image_column: str = "image", **kwargs: Any) -> None:
         super().__init__(dataset, pretrained, **kwargs)
         self.save_hyperparameters()
         self.image_column = image_column
-        self.cache = cache
 
     @cached_property
     def processor(self) -> BaseImageProcessor:
         """The image processor of `pretrained`, on PIL and numpy: the other backend needs torchvision."""
-        return AutoImageProcessor.from_pretrained(self._resolved(), backend="pil")
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(self._resolved(), backend="pil")  # type: ignore[no-untyped-call]
+        return processor
 
     @property
     @override
@@ -53,14 +48,25 @@ class ImageTask(DatasetTask):
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
         return DefaultDataCollator()
 
+    @cached_property
     @override
-    def encode(self, table: Dataset) -> Dataset:
-        table = table.select_columns([self.image_column, LABELS]).cast_column(self.image_column, Image(mode="RGB"))
-        if not self.cache:
-            return table.with_transform(self._process)
-        processed = table.map(self._process, batched=True, batch_size=64, remove_columns=[self.image_column])
-        return processed.with_format("numpy")
+    def encoder(self) -> Encoder:
+        return _Process(self.processor, self.image_column)
 
-    def _process(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pixels = self.processor(rows[self.image_column], return_tensors="np")
-        return {**pixels, LABELS: rows[LABELS]}
+    @override
+    def check(self, table: Dataset) -> None:
+        kind = table.features[self.image_column]
+        if type(kind) is not Image:
+            raise ValueError(f"Expected images in column {self.image_column!r} of {self.dataset!r}, got {kind}.")
+
+
+class _Process:
+    """Turns rows into pixel values. Its hash is how `datasets` finds results in the cache: it holds no more."""
+
+    def __init__(self, processor: BaseImageProcessor, column: str) -> None:
+        self.processor = processor
+        self.column = column
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, Any]:
+        images = [image.convert("RGB") for image in rows[self.column]]
+        return dict(self.processor(images, return_tensors="np"))

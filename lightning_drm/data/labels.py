@@ -38,5 +38,5 @@ def _with_class_label(splits: DatasetDict, column: str) -> DatasetDict:
     if len(set(dtype.values())) > 1:
         raise ValueError(f"Expected one type of label in every split, got {dtype} in column {column!r}.")
     values = {value for table in splits.values() for value in table.unique(column)} - {None}
-    names = [str(value) for value in sorted(values)]
+    names = [str(value).lower() if isinstance(value, bool) else str(value) for value in sorted(values)]  # as Arrow does
     return splits.cast_column(column, Value("string")).cast_column(column, ClassLabel(names=names))

@@ -1,5 +1,6 @@
 """Several tasks as one data module."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from lightning import LightningDataModule
@@ -59,11 +60,21 @@ class MultiTaskDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> list[Any]:
-        return self._each("val_dataloader")
+        return self._loaders("val_dataloader")
 
     @override
     def test_dataloader(self) -> list[Any]:
-        return self._each("test_dataloader")
+        return self._loaders("test_dataloader")
+
+    def _loaders(self, hook: str) -> list[Any]:
+        """One loader per task: a task with several would shift the `dataloader_idx` of those after it."""
+        loaders = self._each(hook)
+        for name, loader in zip(self.tasks, loaders, strict=True):
+            if isinstance(loader, Sequence | Mapping):
+                raise TypeError(
+                    f"Task {name!r}: expected one loader from its {hook}, got a collection of {len(loader)}."
+                )
+        return loaders
 
     def _each(self, hook: str, *args: Any) -> list[Any]:
         """Call a hook of every task, in order, with the trainer that this module belongs to."""

@@ -4,36 +4,12 @@ What is held out depends on the rows, their order and the seed only. Every class
 (the copies of an article, the frames of a video) stay on the same side.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
+import numpy.typing as npt
 from datasets import Dataset, DatasetDict
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
 from lightning_drm.data.labels import LABELS
-
-
-def hold_out(
-    table: Dataset, size: float | int, *, seed: int, group_column: str | None = None
-) -> tuple[Dataset, Dataset]:
-    """Split a table in two: what stays, and what is held out.
-
-    Args:
-        table: the rows, with a column `labels`.
-        size: what to hold out: a fraction of the rows, or a number of rows (without groups only). With groups the
-            fraction is rounded to 1 / k, as one fold of k is held out, and classes keep their shares as far as whole
-            groups allow.
-        seed: decides which rows.
-        group_column: rows with the same value here stay together.
-
-    """
-    labels = table[LABELS][:]
-    if group_column is None:
-        kept, held = train_test_split(range(len(table)), test_size=size, stratify=labels, random_state=seed)
-    else:
-        folds = StratifiedGroupKFold(round(1 / size), shuffle=True, random_state=seed)
-        kept, held = next(folds.split(labels, labels, table[group_column][:]))
-    return _rows(table, kept), _rows(table, held)
 
 
 def complete(
@@ -50,12 +26,41 @@ def complete(
     return DatasetDict({**splits, **made, "train": train})
 
 
+def hold_out(table: Dataset, fraction: float, *, seed: int, group_column: str | None = None) -> tuple[Dataset, Dataset]:
+    """Split a table in two: what stays, and what is held out.
+
+    Args:
+        table: the rows, with a column `labels`.
+        fraction: how much to hold out. With groups it is rounded to 1 / k, as one fold of k is held out, and classes
+            keep their shares as far as whole groups allow.
+        seed: decides which rows.
+        group_column: rows with the same value here stay together.
+
+    Raises:
+        ValueError: if there are too few rows, or groups, for every class to be on both sides.
+
+    """
+    labels = table[LABELS][:]
+    try:
+        if group_column is None:
+            kept, held = train_test_split(range(len(table)), test_size=fraction, stratify=labels, random_state=seed)
+        else:
+            folds = StratifiedGroupKFold(round(1 / fraction), shuffle=True, random_state=seed)
+            kept, held = next(folds.split(labels, labels, table[group_column][:]))
+    except ValueError as error:
+        raise ValueError(f"Expected enough rows of every class to hold out {fraction:.0%} of them: {error}") from error
+    if len(held) == 0:
+        raise ValueError(f"Expected at least {round(1 / fraction)} groups in column {group_column!r}, got fewer.")
+    return _rows(table, kept), _rows(table, held)
+
+
 def limit(table: Dataset, num_samples: int | None, *, seed: int) -> Dataset:
-    """At most `num_samples` rows, with the classes in their proportions."""
+    """At most `num_samples` rows, the classes in proportion: at random, but evenly spaced in the order of classes."""
     if num_samples is None or len(table) <= num_samples:
         return table
-    return hold_out(table, num_samples, seed=seed)[1]
+    by_class = np.lexsort((np.random.default_rng(seed).random(len(table)), table[LABELS][:]))
+    return _rows(table, by_class[np.arange(num_samples) * len(table) // num_samples])
 
 
-def _rows(table: Dataset, indices: Sequence[int]) -> Dataset:
+def _rows(table: Dataset, indices: npt.ArrayLike) -> Dataset:
     return table.select(np.sort(indices))

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_drm.data.splits import complete, limit
 from lightning_drm.pretrained import resolve_pretrained
 
 Batch = dict[str, torch.Tensor]
+Encoder = Callable[[dict[str, list[Any]]], dict[str, Any]]
 
 
 class DatasetTask(LightningDataModule, ABC):
@@ -41,6 +42,8 @@ class DatasetTask(LightningDataModule, ABC):
         test_fraction: how much of the training split to hold out where there is no test split.
         max_train_samples: use at most so many training samples, classes in proportion.
         max_eval_samples: use at most so many samples for validation, and for test.
+        cache: keep encoded samples on disk, so that only the first run encodes them. Without it, samples are encoded
+            whenever they are needed: images of 224 × 224 pixels take 0.6 MB each in the cache.
         batch_size: samples per training batch and process.
         eval_batch_size: samples per validation or test batch and process; as in training if left out.
         num_workers: processes that load batches.
@@ -64,12 +67,16 @@ class DatasetTask(LightningDataModule, ABC):
         test_fraction: float = 0.1,
         max_train_samples: int | None = None,
         max_eval_samples: int | None = None,
+        cache: bool = True,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for name, fraction in {"validation_fraction": validation_fraction, "test_fraction": test_fraction}.items():
+            if not 0 < fraction < 0.5:
+                raise ValueError(f"Expected {name} between 0 and 0.5, got {fraction}.")
         self.dataset = dataset
         self.pretrained = pretrained
         self.config = config
@@ -81,6 +88,7 @@ class DatasetTask(LightningDataModule, ABC):
         self.test_fraction = test_fraction
         self.max_train_samples = max_train_samples
         self.max_eval_samples = max_eval_samples
+        self.cache = cache
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
@@ -89,16 +97,21 @@ class DatasetTask(LightningDataModule, ABC):
     @property
     @abstractmethod
     def input_columns(self) -> Sequence[str]:
-        """The columns that `encode` reads."""
+        """The columns that the encoder reads."""
 
     @property
     @abstractmethod
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
         """Makes a batch from encoded samples."""
 
+    @property
     @abstractmethod
-    def encode(self, table: Dataset) -> Dataset:
-        """Replace every column but the labels by model inputs."""
+    def encoder(self) -> Encoder:
+        """Turns rows into model inputs."""
+
+    @abstractmethod
+    def check(self, table: Dataset) -> None:
+        """Raise `ValueError` for input columns that the encoder cannot read."""
 
     def load(self) -> DatasetDict:
         """Read train and, where there are any, validation and test."""
@@ -110,6 +123,7 @@ class DatasetTask(LightningDataModule, ABC):
         splits = self.load()
         for name, table in splits.items():
             self._require_columns(name, table)
+            self.check(table)
         splits = complete(
             encode_labels(splits, self.label_column),
             validation_fraction=self.validation_fraction,
@@ -128,7 +142,7 @@ class DatasetTask(LightningDataModule, ABC):
     @cached_property
     def splits(self) -> DatasetDict:
         """Train, validation and test, ready for the model."""
-        return DatasetDict({name: self.encode(table) for name, table in self.rows.items()})
+        return DatasetDict({name: self._encode(table) for name, table in self.rows.items()})
 
     @property
     def class_names(self) -> list[str]:
@@ -166,6 +180,19 @@ class DatasetTask(LightningDataModule, ABC):
         """Test batches, in order."""
         return self._eval_loader("test")
 
+    def _encode(self, table: Dataset) -> Dataset:
+        table = table.select_columns([*self.input_columns, LABELS])
+        if not self.cache:
+            return table.with_transform(partial(_encode_with_labels, self.encoder))
+        encoded = table.map(
+            self.encoder,
+            batched=True,
+            batch_size=256,
+            remove_columns=list(self.input_columns),
+            desc=f"Encoding {self.dataset}",
+        )
+        return encoded.with_format("numpy")
+
     def _eval_loader(self, split: str) -> DataLoader[Batch]:
         return self._loader(PaddedDataset(self.splits[split], num_replicas(self.trainer)), self.eval_batch_size)
 
@@ -190,3 +217,7 @@ class DatasetTask(LightningDataModule, ABC):
 
     def _resolved(self) -> str:
         return resolve_pretrained(self.pretrained)
+
+
+def _encode_with_labels(encoder: Encoder, rows: dict[str, list[Any]]) -> dict[str, Any]:
+    return {**encoder(rows), LABELS: rows[LABELS]}

@@ -8,8 +8,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_drm.data.labels import LABELS
-from lightning_drm.data.task import DatasetTask
+from lightning_drm.data.task import DatasetTask, Encoder
 
 
 class TextTask(DatasetTask):
@@ -60,22 +59,27 @@ class TextTask(DatasetTask):
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
         return DataCollatorWithPadding(self.tokenizer)
 
+    @cached_property
     @override
-    def encode(self, table: Dataset) -> Dataset:
+    def encoder(self) -> Encoder:
+        return _Tokenize(self.tokenizer, self.text_columns, self.max_length)
+
+    @override
+    def check(self, table: Dataset) -> None:
         for column in self.text_columns:
+            kind = table.features[column]
+            if getattr(kind, "dtype", None) not in ("string", "large_string"):
+                raise ValueError(f"Expected texts in column {column!r} of {self.dataset!r}, got {kind}.")
             num_missing = table[column][:].count(None)
             if num_missing:
                 raise ValueError(
                     f"Expected a text in every row, but {num_missing} of {len(table)} rows of {self.dataset!r} have "
                     f"none in column {column!r}."
                 )
-        tokenize = _Tokenize(self.tokenizer, self.text_columns, self.max_length)
-        other_columns = [column for column in table.column_names if column != LABELS]
-        return table.map(tokenize, batched=True, remove_columns=other_columns, desc=f"Tokenising {self.dataset}")
 
 
 class _Tokenize:
-    """What `datasets` runs on batches of rows, and hashes to find the result in its cache."""
+    """Turns rows into the tokenizer's fields. Its hash is how `datasets` finds results in the cache: it holds no more."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: list[str], max_length: int | None) -> None:
         self.tokenizer = tokenizer

@@ -36,7 +36,8 @@ def read() -> Iterator[dict[str, str | int]]:
     found: dict[str, str] = {}
     for library, package in LIBRARIES.items():
         fresh = (text for text in _docstrings(package_folder(package)) if text not in found)
-        found |= dict.fromkeys(islice(dict.fromkeys(fresh), NUM_PER_LIBRARY), library)
+        for text in islice(fresh, NUM_PER_LIBRARY):
+            found[text] = library
     for (text, library), group in zip(found.items(), similar_groups(list(found)), strict=True):
         yield {"text": text, "label": library, "group": group}
 

@@ -17,4 +17,5 @@ def similar_groups(texts: Sequence[str], similarity: float = 0.7) -> list[int]:
     """
     vectors = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
     alike = radius_neighbors_graph(vectors, 1 - similarity, metric="cosine")
-    return connected_components(alike, directed=False)[1].tolist()
+    _, groups = connected_components(alike, directed=False)
+    return [int(group) for group in groups]
