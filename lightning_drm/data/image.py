@@ -61,7 +61,7 @@ class ImageTask(DatasetTask):
 
 
 class _Process:
-    """Turns rows into pixel values. Its hash is how `datasets` finds results in the cache: it holds no more."""
+    """Turns rows into pixel values. `datasets` finds results in its cache by its hash: it holds no more."""
 
     def __init__(self, processor: BaseImageProcessor, column: str) -> None:
         self.processor = processor

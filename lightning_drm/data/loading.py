@@ -6,9 +6,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 
 DataFiles = str | list[str] | dict[str, str | list[str]]
 
-_BUILDER_OF_SUFFIX = {
-    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"
-}  # fmt: skip
+_BUILDER_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def load_splits(dataset: str, config: str | None = None, data_files: DataFiles | None = None) -> DatasetDict:
@@ -22,15 +20,16 @@ def load_splits(dataset: str, config: str | None = None, data_files: DataFiles |
 
     """
     path = Path(dataset)
-    options = {}
-    if path.is_file():
-        if path.suffix.lower() not in _BUILDER_OF_SUFFIX:
-            expected = ", ".join(_BUILDER_OF_SUFFIX)
-            raise ValueError(f"Expected a file that ends in {expected}, got {dataset!r}.")
-        dataset, data_files = _BUILDER_OF_SUFFIX[path.suffix.lower()], str(path)
-    if path.suffix.lower() == ".tsv":
-        options["sep"] = "\t"
-    splits = load_dataset(dataset, config, data_files=data_files, **options)
+    builder = _BUILDER_OF_SUFFIX.get(path.suffix.lower())
+    if path.is_file() and builder is None:
+        raise ValueError(f"Expected a file that ends in {', '.join(_BUILDER_OF_SUFFIX)}, got {dataset!r}.")
+    if builder is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"Expected a file at {dataset!r}, found none.")
+        if data_files is not None:
+            raise ValueError(f"Expected data_files with dataset={builder!r}, not together with the file {dataset!r}.")
+        dataset, data_files = builder, dataset
+    splits = load_dataset(dataset, config, data_files=data_files)
     assert isinstance(splits, DatasetDict)
     return splits
 

@@ -79,7 +79,7 @@ class TextTask(DatasetTask):
 
 
 class _Tokenize:
-    """Turns rows into the tokenizer's fields. Its hash is how `datasets` finds results in the cache: it holds no more."""
+    """Turns rows into the tokenizer's fields. `datasets` finds results in its cache by its hash: it holds no more."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: list[str], max_length: int | None) -> None:
         self.tokenizer = tokenizer
