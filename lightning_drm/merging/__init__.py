@@ -1,0 +1,26 @@
+"""The merging methods: pure functions of tensors, without files, models or names of parameters."""
+
+from lightning_drm.merging.dare import DARETIES
+from lightning_drm.merging.drm import DRM
+from lightning_drm.merging.iso import IsoC, IsoCTS
+from lightning_drm.merging.joint_basis import JointBasis
+from lightning_drm.merging.linear import Average, TaskArithmetic
+from lightning_drm.merging.low_rank import Delta, LowRank
+from lightning_drm.merging.method import Method
+from lightning_drm.merging.ties import TIES
+from lightning_drm.merging.tsvm import TSVM
+
+__all__ = [
+    "DARETIES",
+    "DRM",
+    "TIES",
+    "TSVM",
+    "Average",
+    "Delta",
+    "IsoC",
+    "IsoCTS",
+    "JointBasis",
+    "LowRank",
+    "Method",
+    "TaskArithmetic",
+]

@@ -1,0 +1,86 @@
+"""DARE-TIES (arXiv 2311.03099): drop entries at random, rescale the rest, elect signs, average what agrees.
+
+Which entries are dropped depends on the seed and the task's key alone: the key's hash starts a counter-based generator
+whose raw output numpy keeps stable across releases. So neither the order of parameters, nor the device, nor the number
+of processes changes a merge. The rescaling is 1 / density, as in the paper.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_drm.merging.election import SLICE, elect_and_average
+from lightning_drm.merging.inputs import finite, refuse, share
+from lightning_drm.merging.method import Method
+
+
+class DARETIES(Method):
+    """DARE-TIES: keep each entry with probability `density`, rescale, then TIES' sign election and disjoint average.
+
+    Args:
+        density: Probability of keeping an entry, in (0, 1].
+        seed: Start of the random draws, together with each task's key; see `keyed`.
+        scale: Factor on the merged delta.
+
+    Raises:
+        ValueError: If an argument is out of range; lists all that are.
+
+    Example:
+        >>> DARETIES(density=1.0).merge([torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])])
+        tensor([2., 2.])
+    """
+
+    elementwise: ClassVar[bool] = True
+    not_low_rank: ClassVar[str] = "dropping single entries leaves a matrix of full rank"
+
+    def __init__(self, density: float = 0.2, seed: int = 0, scale: float = 1.0) -> None:
+        refuse("DARETIES", [share("density", density, zero=False, one=True), finite("scale", scale)])
+        self.density = density
+        self.seed = seed
+        self.scale = scale
+        self.keys: tuple[str, ...] | None = None
+
+    def keyed(self, keys: Sequence[str]) -> Self:
+        """A copy whose draws for task i depend on the seed and `keys[i]` only; without it, keys are "0", "1", …."""
+        return self._with(keys=tuple(keys))
+
+    def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
+        keys = self.keys or tuple(str(task) for task in range(len(deltas)))
+        if len(keys) != len(deltas):
+            raise ValueError(f"DARETIES has keys for {len(keys)} tasks, got {len(deltas)} deltas")
+        flat = [delta.flatten() for delta in deltas]
+        draws = [Draws(self.seed, key, self.density) for key in keys]
+        merged = torch.empty_like(flat[0])
+        size = max(2, SLICE // len(deltas) // 2 * 2)
+        for start in range(0, merged.numel(), size):
+            stack = torch.stack([delta[start : start + size] for delta in flat])
+            kept = np.stack([draw.kept(stack.shape[1]) for draw in draws])
+            stack *= torch.from_numpy(kept).to(stack.device)
+            merged[start : start + size] = elect_and_average(stack, coefficients)
+        return merged.mul_(self.scale / self.density).view(deltas[0].shape)
+
+
+class Draws:
+    """Independent draws for the entries of one task's parameter, in order.
+
+    Args:
+        seed: Start of the draws.
+        key: Name that tells this task and parameter from others.
+        density: Probability of keeping an entry, resolved to 2⁻³².
+    """
+
+    def __init__(self, seed: int, key: str, density: float) -> None:
+        digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
+        self._generator = np.random.Philox(key=int.from_bytes(digest, "little"))
+        self._limit = round(density * 2**32)
+
+    def kept(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which of the next `count` entries stay; `count` must be even but for the last call."""
+        raw = self._generator.random_raw((count + 1) // 2)
+        return raw.view(np.uint32)[:count] < self._limit

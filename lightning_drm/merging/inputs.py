@@ -1,0 +1,121 @@
+"""What a merge accepts, checked once and in one place, so that the methods below can be plain mathematics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_drm.merging.low_rank import Delta, LowRank
+
+
+def refuse(owner: str, problems: Iterable[str | None]) -> None:
+    """Raise one error that lists every problem.
+
+    Args:
+        owner: What the problems are about; opens the message.
+        problems: Descriptions; None stands for no problem.
+
+    Raises:
+        ValueError: If there is any.
+    """
+    found = [problem for problem in problems if problem]
+    if found:
+        raise ValueError(f"{owner}: {'; '.join(found)}")
+
+
+def share(name: str, value: float, *, zero: bool, one: bool) -> str | None:
+    """Problem with a number that should lie between 0 and 1; `zero` and `one` say whether the ends are allowed."""
+    if 0 < value < 1 or (zero and value == 0) or (one and value == 1):
+        return None
+    return f"{name} must be in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value!r}"
+
+
+def finite(name: str, value: float) -> str | None:
+    """Problem with a number that should be finite."""
+    return None if math.isfinite(value) else f"{name} must be a finite number, got {value!r}"
+
+
+def choice(name: str, value: object, options: Sequence[str]) -> str | None:
+    """Problem with a word that should be one of `options`."""
+    return None if value in options else f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}"
+
+
+def check_deltas(owner: str, deltas: Sequence[Delta], *, matrices: bool) -> list[Delta]:
+    """Refuse what cannot be merged, and bring the rest to the precision it is computed in.
+
+    Args:
+        owner: Name of the method, for the message.
+        deltas: One delta for each task.
+        matrices: Whether the method needs two dimensions.
+
+    Returns:
+        The deltas in one precision: float32 for half-precision inputs, else the widest among the inputs'.
+
+    Raises:
+        ValueError: If there are no deltas, if one is not a real tensor or `LowRank`, is not finite, or if shapes or
+            devices differ; names the task's position.
+    """
+    deltas = list(deltas)
+    if not deltas:
+        raise ValueError(f"{owner}: there are no deltas to merge")
+    refuse(owner, (_kind_problem(task, delta) for task, delta in enumerate(deltas)))
+    first = deltas[0]
+    refuse(owner, (_match_problem(task, delta, first) for task, delta in enumerate(deltas)))
+    if matrices and len(first.shape) != 2:
+        raise ValueError(f"{owner} merges matrices only, got deltas of shape {tuple(first.shape)}")
+    refuse(owner, _value_problems(deltas))
+    dtype = torch.float32
+    for delta in deltas:
+        dtype = torch.promote_types(dtype, delta.dtype)
+    return [delta.to(dtype) for delta in deltas]
+
+
+def check_coefficients(owner: str, coefficients: Sequence[float] | None, num_tasks: int) -> list[float]:
+    """One finite coefficient for each task; 1.0 each by default.
+
+    Raises:
+        ValueError: If there are more or fewer than tasks, or one is not finite.
+    """
+    if coefficients is None:
+        return [1.0] * num_tasks
+    values = [float(value) for value in coefficients]
+    if len(values) != num_tasks:
+        raise ValueError(f"{owner}: {num_tasks} deltas need {num_tasks} coefficients, got {len(values)}")
+    refuse(owner, (finite(f"coefficient of task {task}", value) for task, value in enumerate(values)))
+    return values
+
+
+def _kind_problem(task: int, delta: object) -> str | None:
+    if not isinstance(delta, Tensor | LowRank):
+        return f"delta of task {task} must be a tensor or LowRank, got {type(delta).__name__}"
+    return None if delta.dtype.is_floating_point else f"delta of task {task} must be floating point, got {delta.dtype}"
+
+
+def _match_problem(task: int, delta: Delta, first: Delta) -> str | None:
+    if delta.shape != first.shape:
+        return f"delta of task {task} has shape {tuple(delta.shape)}, task 0 has {tuple(first.shape)}"
+    if delta.device != first.device:
+        return f"delta of task {task} is on {delta.device}, task 0 on {first.device}"
+    return None
+
+
+def _value_problems(deltas: Sequence[Delta]) -> list[str | None]:
+    """Which deltas hold NaN or infinity. The largest magnitude tells, and reads each entry once."""
+    peaks = [peak(delta) for delta in deltas]
+    good = torch.stack(peaks).isfinite().tolist()  # one transfer for all tasks
+    return [
+        None if is_good else f"delta of task {task} holds NaN or infinite values" for task, is_good in enumerate(good)
+    ]
+
+
+def peak(delta: Delta) -> Tensor:
+    """Largest magnitude as a float64 scalar (for factors: the sum of both factors' peaks); NaN where there is one."""
+    if isinstance(delta, LowRank):
+        return peak(delta.up) + peak(delta.down)
+    if not delta.numel():
+        return torch.zeros((), dtype=torch.float64, device=delta.device)
+    low, high = delta.aminmax()
+    return torch.maximum(-low, high).double()

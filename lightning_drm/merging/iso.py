@@ -1,0 +1,81 @@
+"""Isotropic merging (arXiv 2502.04959): give every merged direction the same weight.
+
+Iso-C flattens the spectrum of the summed deltas: M = U Σ Vᵀ becomes σ̄ U Vᵀ. Iso-CTS keeps a common subspace of M, fills
+the rest with each task's own strongest directions, orthogonalises, and flattens. All decompositions go through the Gram
+matrix of the shorter side, so Iso-C costs one product, one symmetric eigenproblem and the polar factor U Vᵀ.
+
+Unlike in the published code, null directions take no part: it fills a rank-deficient matrix with whatever null vectors
+the SVD returns, and counts their zeros in the mean. Coefficients, which the papers do not have, weigh the deltas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_drm.merging.inputs import finite, refuse, share
+from lightning_drm.merging.linear import weighted_sum
+from lightning_drm.merging.rotational import RotationalMethod
+from lightning_drm.merging.spectral import orthogonalize, thin_svd
+
+
+class IsoC(RotationalMethod):
+    """Isotropic merging in the common subspace: the summed deltas with every singular value replaced by their mean.
+
+    Args:
+        scale: Factor α on the merged delta.
+
+    Raises:
+        ValueError: If `scale` is not finite.
+
+    Example:
+        >>> IsoC().merge([torch.diag(torch.tensor([3.0, 1.0]))])
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        refuse("IsoC", [finite("scale", scale)])
+        self.scale = scale
+
+    def _factors(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> tuple[Tensor, Tensor]:
+        U, S, Vh = thin_svd(weighted_sum(deltas, coefficients))
+        return _mean(S) * self.scale * U, Vh
+
+
+class IsoCTS(RotationalMethod):
+    """Isotropic merging in common and task-specific subspaces.
+
+    Args:
+        common_fraction: Share of the directions that come from the summed deltas, in [0, 1]. The rest is divided evenly
+            among the tasks, which rounds it.
+        scale: Factor α on the merged delta.
+
+    Raises:
+        ValueError: If an argument is out of range; lists all that are.
+    """
+
+    def __init__(self, common_fraction: float = 0.8, scale: float = 1.0) -> None:
+        refuse("IsoCTS", [share("common_fraction", common_fraction, zero=True, one=True), finite("scale", scale)])
+        self.common_fraction = common_fraction
+        self.scale = scale
+
+    def _factors(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> tuple[Tensor, Tensor]:
+        num_own = round((size - int(size * self.common_fraction)) / len(deltas))
+        U, S, Vh = thin_svd(weighted_sum(deltas, coefficients), size - num_own * len(deltas))
+        common = U.to(deltas[0].dtype)
+        own = []
+        for delta, coefficient in zip(deltas, coefficients, strict=True):
+            rest = torch.addmm(delta, common, common.T @ delta, alpha=-1)
+            own.append(thin_svd(rest.mul_(coefficient), num_own))
+        left = torch.cat([*(u for u, _, _ in own), U], dim=1)
+        right = torch.cat([*(vh for _, _, vh in own), Vh])
+        mean = _mean(torch.cat([*(s for _, s, _ in own), S]))
+        return mean * self.scale * orthogonalize(left), orthogonalize(right)
+
+
+def _mean(S: Tensor) -> float:
+    """Mean of singular values; 0.0 where there are none."""
+    return float(S.mean()) if len(S) else 0.0

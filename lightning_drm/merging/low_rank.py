@@ -1,0 +1,141 @@
+"""Deltas kept as a product of two thin factors, and the change of basis that makes merging them cheap.
+
+A LoRA delta is `up @ down` with `rank ≪ min(m, n)`. Every method here that looks at *directions* rather than at single
+entries is unchanged by an orthogonal rotation of the sides it does not prune, so it may work on coordinates inside the
+span of all tasks' factors instead of on (m, n) matrices:
+
+    [up_1 … up_N] = Q R   (thin QR, m × Σ rank)   ⇒   D_t = Q (R_t down_t)
+
+What is left is a problem of Σ rank rows (and, where the columns may be rotated too, Σ rank columns). Merge that, and
+multiply Q back on: exact, and O(m (Σ rank)²) instead of the dense O(m² N n). The coordinates are float64, which costs
+nothing at this size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_drm.merging.spectral import thin_svd
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A matrix as the product of two factors, `up @ down`.
+
+    Args:
+        up: Left factor of shape (m, r).
+        down: Right factor of shape (r, n).
+
+    Raises:
+        ValueError: If the factors are not two matrices whose inner dimensions agree.
+
+    Example:
+        >>> delta = LowRank(torch.ones(3, 1), torch.ones(1, 2))
+        >>> delta.shape, delta.rank
+        (torch.Size([3, 2]), 1)
+    """
+
+    up: Tensor
+    down: Tensor
+
+    def __post_init__(self) -> None:
+        up, down = tuple(self.up.shape), tuple(self.down.shape)
+        if len(up) != 2 or len(down) != 2 or up[1] != down[0]:
+            raise ValueError(f"LowRank needs up (m, r) and down (r, n), got up {up} and down {down}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (m, n) of the product."""
+        return torch.Size((self.up.shape[0], self.down.shape[1]))
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension r: an upper bound of the product's rank."""
+        return self.up.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the product."""
+        return torch.promote_types(self.up.dtype, self.down.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the factors."""
+        return self.up.device
+
+    @property
+    def T(self) -> LowRank:  # noqa: N802 - the name torch and numpy use
+        """The transposed matrix, as views of the same factors."""
+        return LowRank(self.down.T, self.up.T)
+
+    def to(self, target: torch.dtype | torch.device | str) -> LowRank:
+        """Both factors moved or converted, as `Tensor.to`."""
+        return LowRank(self.up.to(target), self.down.to(target))
+
+    def dense(self) -> Tensor:
+        """The product, of shape (m, n)."""
+        return self.up.to(self.dtype) @ self.down.to(self.dtype)
+
+    def truncate(self, rank: int) -> tuple[LowRank, float]:
+        """Give the closest matrix of at most `rank`, and how far away it is.
+
+        The factors are balanced: both carry the square root of the singular values.
+
+        Args:
+            rank: Largest inner dimension of the result, at least 0.
+
+        Returns:
+            The truncated matrix, and the relative error `‖A − A_rank‖ / ‖A‖` in the Frobenius norm (0.0 for A = 0).
+
+        Raises:
+            ValueError: If `rank` is negative.
+        """
+        if rank < 0:
+            raise ValueError(f"rank must be at least 0, got {rank}")
+        left, right, (core,) = core_coordinates([self])
+        U, S, Vh = thin_svd(core)
+        kept, root = min(rank, len(S)), S[:rank].sqrt()
+        total = S.norm()
+        error = float(S[kept:].norm() / total) if total > 0 else 0.0
+        up, down = left @ (U[:, :kept] * root), (root[:, None] * Vh[:kept]) @ right.T
+        return LowRank(up, down).to(self.dtype), error
+
+
+Delta: TypeAlias = Tensor | LowRank
+"""One task's change of one parameter: finetuned minus base."""
+
+
+def row_coordinates(deltas: Sequence[LowRank]) -> tuple[Tensor, list[Tensor]]:
+    """Write every delta in one orthonormal basis of all their columns.
+
+    Args:
+        deltas: N matrices of one shape (m, n).
+
+    Returns:
+        Q of shape (m, R) with orthonormal columns, R = min(m, Σ rank), and N coordinate matrices C_t of shape (R, n)
+        with D_t = Q C_t; all in float64.
+    """
+    Q, R = torch.linalg.qr(torch.cat([delta.up for delta in deltas], dim=1).double())
+    columns = R.split([delta.rank for delta in deltas], dim=1)
+    return Q, [part @ delta.down.double() for part, delta in zip(columns, deltas, strict=True)]
+
+
+def core_coordinates(deltas: Sequence[LowRank]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Write every delta in one orthonormal basis of all their columns and one of all their rows.
+
+    Args:
+        deltas: N matrices of one shape (m, n).
+
+    Returns:
+        Q of shape (m, R), W of shape (n, R') with orthonormal columns, and N cores K_t of shape (R, R') with
+        D_t = Q K_t Wᵀ; all in float64.
+    """
+    Q, left = torch.linalg.qr(torch.cat([delta.up for delta in deltas], dim=1).double())
+    W, right = torch.linalg.qr(torch.cat([delta.down for delta in deltas], dim=0).T.double())
+    ranks = [delta.rank for delta in deltas]
+    return Q, W, [a @ b.T for a, b in zip(left.split(ranks, dim=1), right.split(ranks, dim=1), strict=True)]

@@ -1,0 +1,152 @@
+"""What every merging method is: a few parameters, and a function from N deltas of one parameter to one."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lightning_drm.merging.inputs import check_coefficients, check_deltas
+from lightning_drm.merging.low_rank import Delta, LowRank
+from lightning_drm.merging.selection import Reduce, identity
+
+
+class Method(ABC):
+    """Base of all merging methods.
+
+    A subclass takes its parameters in `__init__`, keeps each under its own name, and implements `_merge`; if it is
+    exact on factors, also `_merge_low_rank`.
+    """
+
+    elementwise: ClassVar[bool] = False
+    """Whether entries are merged one by one, so that tensors of any number of dimensions will do."""
+
+    not_low_rank: ClassVar[str] = ""
+    """Why the method's result is not low-rank where the inputs are; empty if it is."""
+
+    scale: float
+    """Factor on the merged delta."""
+
+    def merge(self, deltas: Sequence[Delta], coefficients: Sequence[float] | None = None) -> Tensor:
+        """Merge one parameter's deltas.
+
+        Args:
+            deltas: N deltas of one shape, (m, n) for matrix methods; dense, low-rank or both. They are not changed.
+            coefficients: N finite numbers λ; default 1.0 each.
+
+        Returns:
+            The merged delta, dense, in float32 for half-precision inputs, else in the inputs' precision.
+
+        Raises:
+            ValueError: If the deltas or coefficients do not fit together or are not finite; says which.
+        """
+        with torch.no_grad():
+            checked, weights = self._check(deltas, coefficients)
+            factors = [delta for delta in checked if isinstance(delta, LowRank)]
+            if self.supports_low_rank and len(factors) == len(checked):
+                return self._merge_low_rank(factors, weights).dense()
+            return self._merge([delta.dense() if isinstance(delta, LowRank) else delta for delta in checked], weights)
+
+    def merge_low_rank(
+        self, deltas: Sequence[Delta], coefficients: Sequence[float] | None = None, *, rank: int | None = None
+    ) -> LowRank:
+        """Merge one parameter's low-rank deltas into a low-rank delta, exactly.
+
+        Args:
+            deltas: N low-rank deltas of one shape (m, n); their ranks may differ.
+            coefficients: N finite numbers λ; default 1.0 each.
+            rank: Truncate the result to this rank. `LowRank.truncate` does the same and reports the error.
+
+        Returns:
+            The merged delta as factors, of rank at most the sum of the ranks.
+
+        Raises:
+            ValueError: If the method is not exact on factors, or an input is dense; and as `merge`.
+        """
+        if not self.supports_low_rank:
+            raise ValueError(f"{type(self).__name__} has no low-rank result: {self.not_low_rank}; use merge instead")
+        with torch.no_grad():
+            checked, weights = self._check(deltas, coefficients)
+            factors = [delta for delta in checked if isinstance(delta, LowRank)]
+            if len(factors) != len(checked):
+                dense = [task for task, delta in enumerate(checked) if not isinstance(delta, LowRank)]
+                raise ValueError(f"{type(self).__name__}: merge_low_rank needs LowRank deltas, dense of tasks {dense}")
+            merged = self._merge_low_rank(factors, weights)
+            return merged if rank is None else merged.truncate(rank)[0]
+
+    @property
+    def supports_low_rank(self) -> bool:
+        """Whether `merge_low_rank` is exact for this method."""
+        return not self.not_low_rank
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `calibrate` changes what this method does."""
+        return False
+
+    def calibrate(
+        self,
+        stream: Callable[[], Iterable[Sequence[Delta]]],
+        *,
+        reduce: Reduce = identity,
+        num_tasks: int | None = None,
+    ) -> Self:
+        """Fix what depends on the whole model; nothing, for most methods.
+
+        Args:
+            stream: Called once or more; yields the N tasks' deltas of one parameter after another.
+            reduce: Sums a tensor over ranks, where each rank streams only its share of the parameters.
+            num_tasks: Number of tasks; only needed by a rank whose share may be empty.
+
+        Returns:
+            The method to merge with.
+        """
+        return self
+
+    def keyed(self, keys: Sequence[str]) -> Self:
+        """Tie random draws to names instead of positions; nothing, for methods that draw nothing.
+
+        Args:
+            keys: One name for each task, such as "task/parameter".
+
+        Returns:
+            A method whose draws for task i depend on its seed and `keys[i]` only.
+        """
+        return self
+
+    def hyperparameters(self) -> dict[str, float | int | str | bool]:
+        """The constructor's arguments by name."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    @abstractmethod
+    def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
+        """Merge checked dense deltas of one precision."""
+
+    def _merge_low_rank(self, deltas: list[LowRank], coefficients: list[float]) -> LowRank:
+        """Merge checked low-rank deltas of one precision; only called where `supports_low_rank`."""
+        raise NotImplementedError
+
+    def _check(self, deltas: Sequence[Delta], coefficients: Sequence[float] | None) -> tuple[list[Delta], list[float]]:
+        name = type(self).__name__
+        checked = check_deltas(name, deltas, matrices=not self.elementwise)
+        return checked, check_coefficients(name, coefficients, len(checked))
+
+    def _with(self, **changes: object) -> Self:
+        changed = copy.copy(self)
+        vars(changed).update(changes)
+        return changed
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters().items())
+        return f"{type(self).__name__}({arguments})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))

@@ -1,0 +1,37 @@
+"""Methods that see singular vectors and values only, and so commute with rotations of rows and of columns."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_drm.merging.low_rank import LowRank, core_coordinates
+from lightning_drm.merging.method import Method
+
+
+class RotationalMethod(Method):
+    """A matrix method with `merge(Q K_t Wᵀ) = Q merge(K_t) Wᵀ` for orthonormal Q and W.
+
+    So low-rank deltas are merged exactly as their small cores K_t (Σ rank × Σ rank).
+    """
+
+    def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
+        left, right = self._factors(deltas, coefficients, min(deltas[0].shape))
+        return (left @ right).to(deltas[0].dtype)
+
+    def _merge_low_rank(self, deltas: list[LowRank], coefficients: list[float]) -> LowRank:
+        Q, W, cores = core_coordinates(deltas)
+        left, right = self._factors(cores, coefficients, min(deltas[0].shape))
+        return LowRank(Q @ left, right @ W.T).to(deltas[0].dtype)
+
+    @abstractmethod
+    def _factors(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> tuple[Tensor, Tensor]:
+        """Merge matrices into two factors whose product is the merged matrix, in float64.
+
+        Args:
+            deltas: N matrices of one shape: the deltas, or their cores.
+            coefficients: N numbers λ.
+            size: min(m, n) of the deltas that these are or stand for, on which numbers of directions are based.
+        """

@@ -1,0 +1,113 @@
+"""TIES-Merging (arXiv 2306.01708): trim small entries, elect signs, average what agrees.
+
+As the original code: the trimming threshold is taken over a task's whole task vector, the vote does not see the
+coefficients, and the average divides by the number of agreeing tasks. Where a sum is exactly 0, its entries are
+dropped; the original code takes the model-wide majority sign there. The threshold over a whole model is found by
+streaming its parameters twice past one histogram for each task; the flattened task vector never exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_drm.merging.election import SLICE, elect_and_average
+from lightning_drm.merging.inputs import check_deltas, choice, finite, refuse, share
+from lightning_drm.merging.low_rank import Delta, LowRank
+from lightning_drm.merging.method import Method
+from lightning_drm.merging.selection import Reduce, identity, thresholds
+
+Scope = Literal["global", "tensor"]
+
+
+class TIES(Method):
+    """TIES-Merging: keep each task's largest entries, elect a sign at each position, average the entries that agree.
+
+    Args:
+        density: Share of entries to keep, in (0, 1].
+        scope: What the threshold is taken over: "global", a task's whole task vector (see `calibrate`), or "tensor",
+            one parameter of it.
+        scale: Factor on the merged delta.
+
+    Raises:
+        ValueError: If an argument is out of range; lists all that are.
+
+    Example:
+        >>> TIES(density=1.0).merge([torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])])
+        tensor([2., 2.])
+    """
+
+    elementwise: ClassVar[bool] = True
+    not_low_rank: ClassVar[str] = "trimming single entries leaves a matrix of full rank"
+
+    def __init__(self, density: float = 0.2, scope: Scope = "global", scale: float = 1.0) -> None:
+        refuse(
+            "TIES",
+            [
+                share("density", density, zero=False, one=True),
+                choice("scope", scope, get_args(Scope)),
+                finite("scale", scale),
+            ],
+        )
+        self.density = density
+        self.scope = scope
+        self.scale = scale
+        self.thresholds: tuple[float, ...] | None = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the thresholds over the whole task vectors are still to be found."""
+        return self.scope == "global" and self.thresholds is None
+
+    def calibrate(
+        self,
+        stream: Callable[[], Iterable[Sequence[Delta]]],
+        *,
+        reduce: Reduce = identity,
+        num_tasks: int | None = None,
+    ) -> Self:
+        """Find each task's threshold over its whole task vector, in the memory of one parameter and a histogram.
+
+        Args:
+            stream: Called once for each pass (two for data up to float32); yields the N tasks' deltas of one
+                parameter after another.
+            reduce: Sums a tensor over ranks, where each rank streams only its share of the parameters.
+            num_tasks: Number of tasks; only needed by a rank whose share may be empty.
+
+        Returns:
+            A copy with the thresholds fixed; for scope "tensor", this object.
+
+        Raises:
+            ValueError: If the stream yields deltas that `merge` would refuse.
+        """
+        if self.scope == "tensor":
+            return self
+
+        def dense() -> Iterable[list[Tensor]]:
+            for deltas in stream():
+                yield [_dense(delta) for delta in check_deltas("TIES", deltas, matrices=False)]
+
+        with torch.no_grad():
+            count = num_tasks or len(next(iter(dense()), ()))
+            return self._with(thresholds=thresholds(dense, self.density, num_tasks=count, reduce=reduce))
+
+    def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
+        if self.thresholds is not None and len(self.thresholds) != len(deltas):
+            raise ValueError(f"TIES was calibrated on {len(self.thresholds)} tasks, got {len(deltas)} deltas")
+        limits = self.thresholds or thresholds(lambda: [deltas], self.density, num_tasks=len(deltas))
+        flat = [delta.flatten() for delta in deltas]
+        merged = torch.empty_like(flat[0])
+        limit = torch.tensor(limits, dtype=merged.dtype, device=merged.device)[:, None]
+        size = max(1, SLICE // len(deltas))
+        for start in range(0, merged.numel(), size):
+            stack = torch.stack([delta[start : start + size] for delta in flat])
+            stack[stack.abs() < limit] = 0
+            merged[start : start + size] = elect_and_average(stack, coefficients)
+        return merged.mul_(self.scale).view(deltas[0].shape)
+
+
+def _dense(delta: Delta) -> Tensor:
+    return delta.dense() if isinstance(delta, LowRank) else delta
