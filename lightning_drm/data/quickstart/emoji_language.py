@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+from lightning_drm.data.quickstart.similar import similar_groups
 from lightning_drm.pretrained import package_folder
 
 DISTRIBUTIONS = ("emoji",)
@@ -13,25 +14,29 @@ LANGUAGES = ("de", "en", "es", "fr", "id", "it", "pt", "tr")
 
 _SKIN_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
 _NOT_MEANING = re.compile("[\ufe0f\u200d\u2640\u2642]")  # how it is drawn, joiners, female and male signs
-_PERSON = re.compile("[\U0001f468\U0001f469]")  # man, woman
+_PEOPLE = re.compile("[\U0001f466-\U0001f469\U0001f9d1\U0001f9d2]+")  # boys, girls, men, women, persons, children
 
 
 def read() -> Iterator[dict[str, str | int]]:
     """Yield every emoji's name in every language, skin tones left out, as they only add the tone's name.
 
-    All names of an emoji share a group, whichever language, and so do the man's, the woman's and the person's. A name
-    that several languages share says nothing about the language and is left out.
+    All names of an emoji share a group, whichever language, and so do its variants and emojis named with nearly the same
+    words. A name that several languages share says nothing about the language and is left out.
     """
-    names = {(language, name): emoji for language in LANGUAGES for emoji, name in _names(language)}
+    names = {(language, name): emoji_family(emoji) for language in LANGUAGES for emoji, name in _names(language)}
     num_languages = Counter(name for _, name in names)
-    for (language, name), emoji in names.items():
+    words_of_family: dict[str, str] = defaultdict(str)
+    for (_, name), family in names.items():
+        words_of_family[family] += f" {name}"
+    groups = dict(zip(words_of_family, similar_groups(list(words_of_family.values())), strict=True))
+    for (language, name), family in names.items():
         if num_languages[name] == 1:
-            yield {"text": name, "label": language, "group": emoji_family(emoji)}
+            yield {"text": name, "label": language, "group": groups[family]}
 
 
 def emoji_family(emoji: str) -> str:
-    """The emoji without what makes variants of it: skin tone, sex and style of drawing."""
-    return _PERSON.sub("\U0001f9d1", _NOT_MEANING.sub("", _SKIN_TONE.sub("", emoji)))
+    """The emoji without what makes variants of it: skin tone, who and how many the people are, style of drawing."""
+    return _PEOPLE.sub("\U0001f9d1", _NOT_MEANING.sub("", _SKIN_TONE.sub("", emoji)))
 
 
 def _names(language: str) -> Iterator[tuple[str, str]]:
@@ -40,4 +45,4 @@ def _names(language: str) -> Iterator[tuple[str, str]]:
     for emoji, entry in json.loads(file.read_text(encoding="utf-8")).items():
         if not _SKIN_TONE.search(emoji):
             name = entry["en"] if language == "en" else entry
-            yield emoji, name.strip(":").replace("_", " ")
+            yield emoji, name.strip(":").replace("_", " ").lower()

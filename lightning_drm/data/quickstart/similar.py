@@ -7,7 +7,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import radius_neighbors_graph
 
 
-def similar_groups(texts: Sequence[str], similarity: float = 0.7) -> list[int]:
+def similar_groups(texts: Sequence[str], similarity: float = 0.5) -> list[int]:
     """Number the texts so that two share a number if they are alike, or both like a third.
 
     Args:
