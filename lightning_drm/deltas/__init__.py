@@ -1,0 +1,23 @@
+"""What a delta is, taking it from a live module, and keeping it in memory or in safetensors."""
+
+from lightning_drm.deltas.collect import Base
+from lightning_drm.deltas.fingerprint import fingerprint, hash_tensor
+from lightning_drm.deltas.lora import remove_adapters
+from lightning_drm.deltas.parameters import Kind, backbone_parameters, head_state
+from lightning_drm.deltas.store import StoredDeltas, load_task_vector, save_task_vector, write_tensors
+from lightning_drm.deltas.task_vector import TaskVector
+
+__all__ = [
+    "Base",
+    "Kind",
+    "StoredDeltas",
+    "TaskVector",
+    "backbone_parameters",
+    "fingerprint",
+    "hash_tensor",
+    "head_state",
+    "load_task_vector",
+    "remove_adapters",
+    "save_task_vector",
+    "write_tensors",
+]

@@ -1,0 +1,49 @@
+"""Proof that two tasks started from the same base: one hash per parameter, and one over all of them.
+
+The hashes cover names, shapes, dtypes and bytes. They are not cryptographic: they tell a mistake, not a forgery.
+"""
+
+from collections.abc import Mapping
+
+import xxhash
+from torch import Tensor, uint8
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """128-bit hash of a tensor's shape, dtype and values, the same on every device.
+
+    Example:
+        >>> import torch
+        >>> hash_tensor(torch.zeros(2)) == hash_tensor(torch.zeros(2))
+        True
+        >>> hash_tensor(torch.zeros(2)) == hash_tensor(torch.zeros(1, 2))
+        False
+    """
+    digest = xxhash.xxh3_128(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    if tensor.numel():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint(hashes: Mapping[str, str]) -> str:
+    """One hash over the hashes of all parameters, whatever their order."""
+    lines = "\n".join(f"{name}={value}" for name, value in sorted(hashes.items()))
+    return xxhash.xxh3_128(lines.encode()).hexdigest()
+
+
+def describe_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str | None:
+    """What two bases differ in, in words, or ``None`` if they are the same.
+
+    Args:
+        ours: Hash by parameter name of one base.
+        theirs: The same of the other one.
+    """
+    extra = sorted(theirs.keys() - ours.keys())
+    missing = sorted(ours.keys() - theirs.keys())
+    changed = sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
+    parts = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for what, names in (("differing values", changed), ("missing", missing), ("unknown", extra))
+        if names
+    ]
+    return "; ".join(parts) or None

@@ -1,0 +1,145 @@
+"""LoRA adapters as exact low-rank deltas.
+
+A LoRA layer computes ``W + s · B A`` with ``A`` of shape ``(r, in)``, ``B`` of shape ``(out, r)`` and a scaling ``s``
+from alpha, the rank and rsLoRA. Its delta therefore *is* the pair ``(s · B, A)``: no dense product is formed.
+The scaling is read from the layer, where peft keeps the number it really multiplies with, and never recomputed.
+
+Variants whose effective weight is not ``W + s · B A`` (DoRA, …), or whose initialisation moves the base weight
+(PiSSA, OLoRA, …), would be silently wrong here, so they are refused by name.
+"""
+
+from typing import cast
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import layer as lora_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from lightning_drm.merging import Delta, LowRank
+
+# Initialisations that leave the base weight as it was; every other one subtracts something from it.
+_INITS_KEEPING_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
+    """The delta that a LoRA layer adds to the weight it wraps.
+
+    Args:
+        layer: A peft LoRA layer around a linear, embedding or convolution weight.
+        name: The weight's name, for messages.
+
+    Returns:
+        A `LowRank` pair in float32 with the scaling folded into ``up``, of the shape of the wrapped weight; a dense
+        tensor for convolutions, whose kernels are not a product of two matrices.
+
+    Raises:
+        ValueError: If the layer's variant has no exact delta.
+    """
+    adapter = _single_adapter(layer, name)
+    _refuse_inexact(layer, adapter, name)
+    if isinstance(layer, lora_layers.Linear):
+        down, up = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
+        transposed = bool(layer.fan_in_fan_out)  # transformers' Conv1D stores (in, out)
+    elif isinstance(layer, lora_layers.Embedding):
+        down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        transposed = True  # the product is (dim, vocabulary), the weight its transpose
+    elif isinstance(layer, lora_layers._ConvNd):
+        return layer.get_delta_weight(adapter).detach().float()
+    else:
+        raise ValueError(f"{name}: {type(layer).__name__} layers have no exact LoRA delta; merge full weights instead.")
+    up = up.detach().float() * float(layer.scaling[adapter])
+    down = down.detach().float().clone()
+    return LowRank(down.T.contiguous(), up.T.contiguous()) if transposed else LowRank(up, down)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return cast(Tensor, layer.weight)
+
+
+def _single_adapter(layer: LoraLayer, name: str) -> str:
+    active = list(layer.active_adapters)
+    if len(active) != 1:
+        raise ValueError(f"{name}: expected one active LoRA adapter, got {len(active)}: {', '.join(active) or 'none'}.")
+    if layer.merged:
+        raise ValueError(f"{name}: the LoRA adapter is already merged into its weight; unmerge it before fitting.")
+    return cast(str, active[0])
+
+
+def _refuse_inexact(layer: LoraLayer, adapter: str, name: str) -> None:
+    if adapter in layer.lora_variant:
+        variant = type(layer.lora_variant[adapter]).__name__
+        raise ValueError(
+            f"{name}: the LoRA variant {variant} is not W + s·B·A, so it has no exact delta; use plain LoRA."
+        )
+    if layer.use_dora.get(adapter, False):
+        raise ValueError(f"{name}: DoRA is not W + s·B·A, so it has no exact delta; use plain LoRA (use_dora: false).")
+    if layer.lora_bias.get(adapter, False):
+        raise ValueError(f"{name}: lora_bias adds a bias that the delta cannot hold; use lora_bias: false.")
+
+
+def refuse_unsupported_adapters(module: nn.Module) -> None:
+    """Refuses, by name and all at once, adapters whose delta would be wrong.
+
+    Args:
+        module: Any module, with or without peft adapters in it.
+
+    Raises:
+        ValueError: Naming every layer and the reason.
+    """
+    problems = []
+    for name, child in module.named_modules():
+        if isinstance(child, BaseTunerLayer) and not isinstance(child, LoraLayer):
+            problems.append(f"{name}: {type(child).__name__} adapters are not supported, only LoRA is.")
+        elif isinstance(child, AuxiliaryTrainingWrapper) and not isinstance(child, ModulesToSaveWrapper):
+            problems.append(f"{name}: {type(child).__name__} (trainable_token_indices) is not supported.")
+        elif isinstance(child, LoraLayer):
+            try:
+                _refuse_inexact(child, _single_adapter(child, name), name)
+            except ValueError as error:
+                problems.append(str(error))
+        for config in _adapter_configs(child).values():
+            init = getattr(config, "init_lora_weights", True)
+            if init not in _INITS_KEEPING_THE_BASE:
+                problems.append(
+                    f"{name or 'model'}: init_lora_weights={init!r} changes the base weights; use true or gaussian."
+                )
+    if problems:
+        raise ValueError("Adapters that cannot be merged exactly:\n  " + "\n  ".join(dict.fromkeys(problems)))
+
+
+def _adapter_configs(module: nn.Module) -> dict[str, object]:
+    configs = getattr(module, "peft_config", None)
+    return configs if isinstance(configs, dict) else {}
+
+
+def remove_adapters(module: nn.Module) -> None:
+    """Takes all adapters out of a module in place, leaving the layers that they wrapped.
+
+    Unlike peft's ``unload`` it needs no `PeftModel` around the module, so adapters that were injected go too.
+    ``modules_to_save`` keep their finetuned copy, the one that is active.
+
+    Args:
+        module: Any module; parameters afterwards have the names they had before adapters came.
+    """
+    for name, child in list(module.named_children()):
+        bare = strip_adapter(child)
+        if bare is not child:
+            setattr(module, name, bare)
+        remove_adapters(bare)
+    if hasattr(module, "peft_config"):
+        del module.peft_config
+
+
+def strip_adapter(module: nn.Module) -> nn.Module:
+    """The module below peft's wrappers: a layer's base layer, a saved module's active copy, a `PeftModel`'s model."""
+    while True:
+        if isinstance(module, PeftModel):
+            module = module.get_base_model()
+        elif isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            module = module.modules_to_save[module.active_adapters[0]]
+        else:
+            return module

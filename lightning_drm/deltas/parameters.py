@@ -1,0 +1,129 @@
+"""Which tensors of a live module are merged, and what they are called.
+
+The tensors of a module fall into its head, which belongs to one task, and its backbone, which all tasks share. A name
+here is the one the tensor has in the plain module, without any peft wrapper around it, so that a full finetune and a
+LoRA finetune of one base speak of the same parameters. A tied tensor is one parameter and has one name, its first.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_drm.deltas.lora import strip_adapter
+
+Kind = Literal["matrix", "convolution", "embedding", "other"]
+"""What a parameter is to its layer, which decides the rule that merges it."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of a module, under its plain name.
+
+    Attributes:
+        tensor: The live tensor (a parameter, or a buffer that checkpoints hold), without its adapter.
+        kind: Its part in its layer.
+        adapter: The LoRA layer around it, where there is one.
+    """
+
+    tensor: Tensor
+    kind: Kind
+    adapter: LoraLayer | None = None
+
+
+def backbone_parameters(module: nn.Module, head: Sequence[str]) -> dict[str, Parameter]:
+    """All floating-point tensors that the tasks share, by plain name.
+
+    Buffers count (a batch norm's running statistics are learned too) where ``state_dict`` would hold them; integer
+    buffers, such as counters and position tables, do not.
+
+    Args:
+        module: A task's module.
+        head: Names of the submodules or parameters that are its head.
+
+    Returns:
+        Parameters in the module's own order.
+
+    Raises:
+        ValueError: If a name in ``head`` matches nothing, or the head shares a tensor with the backbone.
+    """
+    backbone: dict[str, Parameter] = {}
+    in_head: dict[int, str] = {}
+    for name, parameter in _walk(module):
+        if _is_head(name, head):
+            in_head[id(parameter.tensor)] = name
+        elif parameter.tensor.is_floating_point():
+            backbone[name] = parameter
+    _require_found(head, in_head.values())
+    tied = [f"{name} = {in_head[id(p.tensor)]}" for name, p in backbone.items() if id(p.tensor) in in_head]
+    if tied:
+        raise ValueError(
+            f"The head shares weights with the backbone, so it cannot be kept per task: {', '.join(tied)}."
+        )
+    return _without_ties(backbone)
+
+
+def head_state(module: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
+    """The head's tensors by plain name, live and not copied.
+
+    Args:
+        module: A task's module.
+        head: Names of the submodules or parameters that are its head.
+
+    Raises:
+        ValueError: If a name in ``head`` matches nothing, or an adapter sits inside the head.
+    """
+    state = {}
+    for name, parameter in _walk(module):
+        if _is_head(name, head):
+            if parameter.adapter is not None:
+                raise ValueError(f"{name}: the head is trained in full, so it takes no LoRA adapter; exclude it there.")
+            state[name] = parameter.tensor
+    _require_found(head, state)
+    return state
+
+
+def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+    adapter = module if isinstance(module, LoraLayer) else None
+    module = strip_adapter(module)
+    for name, tensor in module.named_parameters(recurse=False):
+        yield prefix + name, Parameter(tensor, _kind(module, name, tensor), adapter if name == "weight" else None)
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield prefix + name, Parameter(buffer, "other")
+    for name, child in module.named_children():
+        yield from _walk(child, f"{prefix}{name}.")
+
+
+def _kind(module: nn.Module, name: str, tensor: Tensor) -> Kind:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd) and name == "weight":
+        return "convolution"
+    if tensor.ndim == 2 and (name.endswith("weight") or isinstance(module, nn.Linear | Conv1D)):
+        return "matrix"
+    return "other"
+
+
+def _is_head(name: str, head: Sequence[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in head)
+
+
+def _require_found(head: Sequence[str], names: Iterable[str]) -> None:
+    found = list(names)
+    missing = [part for part in head if not any(_is_head(name, [part]) for name in found)]
+    if missing:
+        raise ValueError(f"The head {', '.join(map(repr, missing))} names no parameter of the module.")
+
+
+def _without_ties(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+    seen: set[int] = set()
+    unique = {}
+    for name, parameter in parameters.items():
+        if id(parameter.tensor) not in seen:
+            seen.add(id(parameter.tensor))
+            unique[name] = parameter
+    return unique

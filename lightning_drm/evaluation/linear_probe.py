@@ -1,0 +1,90 @@
+"""The accuracy a base has to be compared with: its untouched features with a linear head trained on them.
+
+The backbone runs once, without gradients, over some training samples; the head is then a multinomial logistic
+regression on these features, solved to convergence by L-BFGS. This needs a head that is one linear layer on one vector
+per sample; for any other the base's accuracy would cost a finetune of its own, and is not computed.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_drm.modules import IGNORE_INDEX, classify
+
+_WEIGHT_DECAY = 1e-4
+
+
+def linear_probe(
+    module: nn.Module, head: Sequence[str], batches: Iterable[Any], max_batches: int
+) -> dict[str, Tensor] | None:
+    """Trains a linear head on frozen features.
+
+    Args:
+        module: A task's module with the base's backbone, on its device; not changed.
+        head: Names of its head.
+        batches: Training batches.
+        max_batches: How many of them to use at most.
+
+    Returns:
+        The head's tensors by name, on the module's device; ``None`` if the head is not one linear layer on vectors.
+    """
+    layer = _linear_head(module, head)
+    if layer is None:
+        return None
+    features, targets = _features(module, layer, itertools.islice(batches, max_batches))
+    if features.ndim != 2 or len(features) != len(targets):
+        return None
+    weight, bias = _logistic_regression(features, targets, layer.out_features)
+    state = {f"{head[0]}.weight": weight.to(layer.weight)}
+    return {**state, f"{head[0]}.bias": bias.to(layer.weight)}
+
+
+def _linear_head(module: nn.Module, head: Sequence[str]) -> nn.Linear | None:
+    layer = module.get_submodule(head[0]) if len(head) == 1 and head[0] in dict(module.named_modules()) else None
+    return layer if isinstance(layer, nn.Linear) and "bias" in dict(layer.named_parameters()) else None
+
+
+@torch.no_grad()
+def _features(module: nn.Module, layer: nn.Linear, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        targets = [classify(module, move_data_to_device(batch, layer.weight.device))[1] for batch in batches]
+    finally:
+        hook.remove()
+        for child, mode in modes.items():
+            child.training = mode
+    if any(features.ndim != 2 for features in seen):
+        return seen[0], torch.cat(targets)
+    return torch.cat(seen), torch.cat(targets)
+
+
+def _logistic_regression(features: Tensor, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Weight ``(classes, dim)`` and bias ``(classes,)`` in float64, on standardised features for a fast solve."""
+    features = features.double()
+    mean, deviation = features.mean(0), features.std(0).clamp(min=1e-8)
+    standardised = (features - mean) / deviation
+    weight = features.new_zeros(num_classes, features.shape[1], requires_grad=True)
+    bias = features.new_zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = standardised @ weight.T + bias
+        loss = (
+            functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX) + _WEIGHT_DECAY * weight.square().sum()
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    scaled = weight.detach() / deviation
+    return scaled, bias.detach() - scaled @ mean

@@ -1,0 +1,17 @@
+"""LightningModules: one task (full or LoRA), and the merged model of all tasks."""
+
+from lightning_drm.modules.duplicate import duplicate
+from lightning_drm.modules.multitask import MultiTaskModule
+from lightning_drm.modules.pooling import PooledClassifier
+from lightning_drm.modules.protocol import IGNORE_INDEX, classify, head_names_of
+from lightning_drm.modules.transformer import TransformerTask
+
+__all__ = [
+    "IGNORE_INDEX",
+    "MultiTaskModule",
+    "PooledClassifier",
+    "TransformerTask",
+    "classify",
+    "duplicate",
+    "head_names_of",
+]

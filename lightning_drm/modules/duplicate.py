@@ -1,0 +1,23 @@
+"""Copying a LightningModule without what it merely refers to."""
+
+import copy
+from functools import partial
+from typing import Any
+
+from lightning import LightningModule
+
+
+def duplicate(module: LightningModule, replacements: dict[int, Any] | None = None) -> LightningModule:
+    """A deep copy of a module, detached from its Trainer.
+
+    Hyper-parameters and factories (of optimizers, say) that LightningCLI made refer to the CLI itself, and through it
+    to every object of the run: they are shared, not copied.
+
+    Args:
+        module: The module.
+        replacements: By ``id`` of an object inside the module, what the copy gets in its place.
+    """
+    memo = dict(replacements or {})
+    named = {**vars(module), **module.hparams, **vars(module).get("_hparams_initial", {})}
+    memo |= {id(value): value for name, value in named.items() if isinstance(value, partial) or name == "_instantiator"}
+    return copy.deepcopy(module, memo)

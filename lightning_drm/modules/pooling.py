@@ -1,0 +1,54 @@
+"""A headless transformers encoder with a pooling and a linear head, for backbones that are not used through theirs."""
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+from typing_extensions import override
+
+
+class PooledClassifier(nn.Module):
+    """Pools an encoder's last hidden states into one vector per sample and classifies it linearly.
+
+    Args:
+        encoder: A transformers encoder whose output has ``last_hidden_state`` of shape ``(batch, tokens, dim)``.
+        num_classes: Number of classes.
+        pooling: ``"mean"`` over the tokens that the attention mask keeps (without one, all), or ``"first"`` token.
+        dropout: Probability of dropping an entry of the pooled vector.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> encoder = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+        >>> PooledClassifier(encoder, 3, "mean")(input_ids=torch.tensor([[1, 2], [3, 4]])).logits.shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self, encoder: PreTrainedModel, num_classes: int, pooling: Literal["mean", "first"], dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(encoder.config.hidden_size, num_classes, dtype=encoder.dtype)
+        pooler = getattr(encoder, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            # Not part of this computation: without gradients, so distributed training does not wait for any.
+            pooler.requires_grad_(False)
+
+    @override
+    def forward(self, attention_mask: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
+        """Logits ``(batch, classes)`` in transformers' output class."""
+        masks = {} if attention_mask is None else {"attention_mask": attention_mask}
+        hidden = self.encoder(**masks, **inputs).last_hidden_state
+        pooled = hidden[:, 0] if self.pooling == "first" else _masked_mean(hidden, attention_mask)
+        return SequenceClassifierOutput(logits=cast(torch.FloatTensor, self.classifier(self.dropout(pooled))))
+
+
+def _masked_mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return hidden.mean(1)
+    weights = mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)

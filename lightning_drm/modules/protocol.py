@@ -1,0 +1,66 @@
+"""What a LightningModule must tell to be merged and tested as one of several tasks.
+
+Its *head*: the submodules or parameters named by ``head_names``; everything else is its backbone, shared by all tasks.
+Its *logits and targets*: by a method ``classify(batch)``, unless batches are pairs ``(inputs, targets)`` and the
+module's output are the logits.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from lightning_drm.data.padding import IGNORE_INDEX
+
+__all__ = ["IGNORE_INDEX", "Classifies", "classify", "head_names_of"]
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """A task's module that says itself what its logits and targets are."""
+
+    def classify(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits ``(batch, classes)`` and targets ``(batch,)`` of one batch."""
+        ...
+
+
+def classify(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits and targets of one batch.
+
+    Args:
+        module: A task's module.
+        batch: A batch of its data.
+
+    Returns:
+        Logits ``(batch, classes)`` and targets ``(batch,)``.
+
+    Raises:
+        TypeError: If the module has no ``classify`` and the batch is not a pair.
+    """
+    if isinstance(module, Classifies):
+        return module.classify(batch)
+    if not isinstance(batch, list | tuple) or len(batch) != 2:
+        raise TypeError(
+            f"{type(module).__name__} has no `classify(batch)` and its batch is a {type(batch).__name__}, not a pair "
+            "(inputs, targets): define `classify(self, batch)` that returns logits and targets."
+        )
+    return module(batch[0]), batch[1]
+
+
+def head_names_of(module: nn.Module, given: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The names of a module's head: those given, else its own ``head_names``.
+
+    Args:
+        module: A task's module.
+        given: Names that take precedence.
+
+    Raises:
+        ValueError: If there are neither.
+    """
+    names = given if given is not None else getattr(module, "head_names", None)
+    if names is None or isinstance(names, str):
+        raise ValueError(
+            f"{type(module).__name__} does not say which parameters are its head: give it `head_names`, a list of the "
+            "names of its head's submodules or parameters (an empty one if all is shared), or pass `head=[…]`."
+        )
+    return tuple(names)

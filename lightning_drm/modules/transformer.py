@@ -1,0 +1,195 @@
+"""One classification task of a transformers backbone, finetuned in full or with LoRA."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from typing_extensions import override
+
+from lightning_drm.deltas import head_state
+from lightning_drm.modules.pooling import PooledClassifier
+from lightning_drm.modules.protocol import IGNORE_INDEX
+from lightning_drm.pretrained import resolve_pretrained
+
+
+class TransformerTask(LightningModule):
+    """Finetunes a transformers backbone on one classification task, in full or with LoRA.
+
+    Args:
+        backbone: Hub name, folder, or ``package:<module>/<folder>`` of the pretrained model that all tasks start from.
+        num_classes: Number of classes. Leave it out in a configuration of several tasks: each task's data gives it.
+        modality: Whether the backbone reads text or images.
+        pooling: ``"model"`` uses the classification model that transformers defines for the backbone, with its own
+            pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders) and
+            ``"first"`` takes the first one, both followed by a linear head.
+        lora: Adapters to train in place of the backbone's weights (``peft.LoraConfig``); in full if left out.
+        optimizer: From parameters to an optimizer.
+        lr_scheduler: From an optimizer to a learning-rate scheduler, stepped after every batch.
+        head_lr: Learning rate of the head; the optimizer's own if left out.
+        dropout: Dropout before the linear head, where ``pooling`` is not ``"model"``.
+        dtype: Precision of the weights. A finetune in bfloat16 loses small deltas, hence float32.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int | None = None,
+        modality: Literal["text", "image"] = "text",
+        pooling: Literal["model", "mean", "first"] = "model",
+        lora: LoraConfig | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        head_lr: float | None = None,
+        dropout: float = 0.0,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.backbone_name = backbone
+        self.modality = modality
+        self.pooling = pooling
+        self.lora = lora
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.head_lr = head_lr
+        self.dropout = dropout
+        self.load_dtype = dtype
+        self.model: nn.Module | None = None
+        self.val_accuracy = MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
+        self.test_accuracy = MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
+        if num_classes is not None:
+            self.configure_task(num_classes)
+
+    def configure_task(self, num_classes: int) -> None:
+        """Loads the pretrained backbone and gives it a new head.
+
+        Args:
+            num_classes: Number of classes of the task.
+        """
+        self.hparams["num_classes"] = num_classes
+        model = self._load(resolve_pretrained(self.backbone_name), num_classes)
+        self.model = model
+        # from_pretrained returns models in evaluation mode, and Lightning keeps the mode it finds.
+        self.train()
+        if self.lora is not None:
+            inject_adapter_in_model(copy.deepcopy(self.lora), self.backbone)
+            for name in self.head_names:
+                self.get_submodule(name).requires_grad_(True)
+
+    def _load(self, source: str, num_classes: int) -> nn.Module:
+        if self.pooling != "model":
+            encoder = AutoModel.from_pretrained(source, dtype=self.load_dtype)
+            return PooledClassifier(encoder, num_classes, self.pooling, self.dropout)
+        auto = AutoModelForSequenceClassification if self.modality == "text" else AutoModelForImageClassification
+        model = auto.from_pretrained(
+            source, num_labels=num_classes, dtype=self.load_dtype, ignore_mismatched_sizes=True
+        )
+        return cast(nn.Module, model)
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The part that all tasks share."""
+        return cast(PreTrainedModel, self.get_submodule(f"model.{self._backbone_attribute}"))
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Everything of the classification model that is not the backbone."""
+        children = (name for name, child in self._built.named_children() if any(True for _ in child.parameters()))
+        return tuple(f"model.{name}" for name in children if name != self._backbone_attribute)
+
+    @property
+    def _built(self) -> nn.Module:
+        if self.model is None:
+            raise RuntimeError(
+                "TransformerTask has no model yet: give num_classes, or call configure_task(num_classes)."
+            )
+        return self.model
+
+    @property
+    def _backbone_attribute(self) -> str:
+        # transformers names it after the architecture ("bert", "vision_model", …), not always after its own prefix.
+        sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in self._built.named_children()}
+        return max(sizes, key=lambda name: sizes[name])
+
+    @override
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` from the processor's outputs (``input_ids``, ``pixel_values``, …)."""
+        return cast(Tensor, self._built(**inputs).logits)
+
+    def classify(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and targets of a batch, which holds the processor's outputs and ``labels``."""
+        return self(**{name: value for name, value in batch.items() if name != "labels"}), batch["labels"]
+
+    @override
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        logits, target = self.classify(batch)
+        loss = functional.cross_entropy(logits.float(), target, ignore_index=IGNORE_INDEX)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    @override
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        logits, target = self.classify(batch)
+        self.val_accuracy(logits, target)
+        loss = functional.cross_entropy(logits.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
+        counted = (target != IGNORE_INDEX).sum()
+        self.log("val_loss", loss / counted.clamp(min=1), batch_size=int(counted), sync_dist=True)
+        self.log("val_accuracy", self.val_accuracy, prog_bar=True)
+
+    @override
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        logits, target = self.classify(batch)
+        self.test_accuracy(logits, target)
+        self.log("test_accuracy", self.test_accuracy)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        head = set(head_state(self, self.head_names))
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for name, p in trained if name not in head]}]
+        head_group: dict[str, Any] = {"params": [p for name, p in trained if name in head]}
+        if self.head_lr is not None:
+            head_group["lr"] = self.head_lr
+        optimizer = self.optimizer([*groups, head_group])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def save_backbone(self, folder: Path) -> None:
+        """Writes the backbone and its processor for ``from_pretrained``.
+
+        Args:
+            folder: The folder to write to.
+        """
+        self.backbone.save_pretrained(folder)
+        processor = AutoTokenizer if self.modality == "text" else AutoImageProcessor
+        processor.from_pretrained(resolve_pretrained(self.backbone_name)).save_pretrained(folder)
+
+    def load_backbone(self, folder: Path) -> None:
+        """Reads back what `save_backbone` wrote.
+
+        Args:
+            folder: The folder to read from.
+        """
+        saved = type(self.backbone).from_pretrained(folder, dtype=self.load_dtype)
+        self.backbone.load_state_dict(saved.state_dict())

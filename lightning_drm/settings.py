@@ -1,0 +1,93 @@
+"""The settings of a finetune, flat and comparable, so that a run can tell whether a stored task is still what is asked.
+
+Only what can change the result counts: not where the run is stored, what is shown or logged, or on which hardware.
+"""
+
+import dataclasses
+import enum
+import inspect
+from collections.abc import Mapping, Set
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule, Trainer
+
+Settings = dict[str, str | int | float | bool | None]
+
+_WITHOUT_INFLUENCE = {
+    "accelerator", "barebones", "callbacks", "default_root_dir", "detect_anomaly", "devices", "enable_autolog_hparams",
+    "enable_checkpointing", "enable_model_summary", "enable_progress_bar", "inference_mode", "limit_predict_batches",
+    "limit_test_batches", "log_every_n_steps", "logger", "model_registry", "num_nodes", "num_sanity_val_steps",
+    "plugins", "profiler", "strategy",
+}  # fmt: skip
+
+
+def finetune_settings(
+    model: LightningModule, data: LightningDataModule, trainer: Mapping[str, Any], seed: int
+) -> Settings:
+    """Everything that decides the outcome of a task's finetune.
+
+    Args:
+        model: The task's module; its saved hyper-parameters count.
+        data: The task's data module; its saved hyper-parameters count.
+        trainer: Arguments of the Trainer.
+        seed: The seed that everything was drawn from.
+
+    Returns:
+        Dotted name to plain value.
+    """
+    defaults = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items()}
+    chosen = {name: v for name, v in trainer.items() if name not in _WITHOUT_INFLUENCE and v != defaults.get(name)}
+    content = {
+        "model": {"class": type(model).__qualname__, **model.hparams},
+        "data": {"class": type(data).__qualname__, **data.hparams},
+        "trainer": chosen,
+        "seed": seed,
+    }
+    return dict(_flatten(content))
+
+
+def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
+    """What has changed, one line a setting: ``model.head_lr: 0.01 → 0.001``."""
+    names = sorted(stored.keys() | current.keys())
+    absent = "not set"
+    return [
+        f"{name}: {stored.get(name, absent)} → {current.get(name, absent)}"
+        for name in names
+        if stored.get(name, absent) != current.get(name, absent)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    value = _plain(value)
+    if isinstance(value, Mapping):
+        return [
+            pair
+            for key, item in value.items()
+            if not str(key).startswith("_")  # Lightning notes there how it made an object
+            for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [(prefix, value)]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or (isinstance(value, str | bool | int | float) and not isinstance(value, enum.Enum)):
+        return value
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, list | tuple):
+        return str([_plain(item) for item in value])
+    if isinstance(value, Set):
+        return str(sorted(map(str, value)))
+    if hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
+        return {"class_path": _name(value.func), **value.keywords}
+    return _name(value)
+
+
+def _name(value: Any) -> str:
+    """A name that is the same in every process, which ``repr`` with its addresses is not."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

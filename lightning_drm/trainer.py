@@ -1,0 +1,318 @@
+"""Lightning's Trainer for several tasks: finetune each, merge, test, report.
+
+The orchestration only: a fresh Trainer and a fresh module per task (a Trainer fits once), the same seed before each,
+and a run folder that remembers what is done. Deltas and fusing are the callback's, accuracies the evaluation's.
+"""
+
+import copy
+import gc
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from safetensors.torch import load_file
+from typing_extensions import override
+
+from lightning_drm.callback import DRMMergeCallback, refuse_strategy
+from lightning_drm.data import MultiTaskDataModule
+from lightning_drm.deltas import write_tensors
+from lightning_drm.engine import RunFolder, read_merged
+from lightning_drm.evaluation import Comparison, linear_probe, logged_metrics, measure, terminal_table, write_report
+from lightning_drm.modules import MultiTaskModule, duplicate, head_names_of
+from lightning_drm.progress import TaskProgressBar
+from lightning_drm.settings import changed_settings, finetune_settings
+
+Accuracies = dict[str, float | None]
+
+
+class MergeTrainer(Trainer):
+    """Finetunes every task of a `MultiTaskDataModule`, merges, and tests base, individual and merged models.
+
+    It takes the arguments of Lightning's Trainer, which hold for each task's fit, and needs one `DRMMergeCallback` with
+    a ``dirpath`` among its callbacks. With a single task's data, ``fit`` and ``test`` are those of Lightning's Trainer.
+
+    Args:
+        kwargs: Arguments of ``lightning.Trainer``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._arguments = kwargs
+        self._console = Console(quiet=not self.is_global_zero, highlight=False)
+
+    @override
+    def fit(  # type: ignore[override]  # some of Lightning's arguments come as keywords, and three are this class's own
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        *,
+        only: list[str] | None = None,
+        retrain: bool = False,
+        base_batches: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        """Finetunes each task from the same base, then merges and tests. Tasks already done are not trained again.
+
+        Args:
+            model: Template of a task's module. Each task trains a copy of it, whose ``configure_task(num_classes)``, if
+                it has one, is called with the number of classes of the task's data.
+            train_dataloaders: As in Lightning, for a single task.
+            val_dataloaders: As in Lightning, for a single task.
+            datamodule: The tasks.
+            only: Finetune these tasks and stop, without merging (one job of a cluster's array, say).
+            retrain: Finetune tasks again that the run folder already has.
+            base_batches: Training batches that the head on the untouched base may see; 0 leaves the base out.
+            kwargs: Further arguments of Lightning's ``fit``, for a single task.
+
+        Raises:
+            ValueError: If the tasks, the callback and the run folder do not fit together.
+        """
+        if not isinstance(datamodule, MultiTaskDataModule):
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
+            return
+        merge, folder = self._merge_callback(datamodule)
+        tasks = _chosen(merge.tasks, only)
+        settings = {task: self._settings(model, datamodule, task) for task in tasks}
+        done = [] if retrain else _still_valid(folder, settings)
+        if only is None:
+            merge.restore(done)
+        for task in tasks:
+            if task in done:
+                accuracy = folder.read_metrics(task)["individual"]
+                self._console.print(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
+            else:
+                self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
+        if only is None:
+            self._merge_and_report(merge, folder, model, datamodule)
+        elif missing := folder.missing(merge.tasks):
+            self._console.print(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
+        else:
+            self._console.print(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
+
+    def merge(self, model: LightningModule, datamodule: MultiTaskDataModule) -> None:
+        """Merges the finetuned tasks again, with any method, and tests. Trains nothing.
+
+        Args:
+            model: Template of a task's module, as for ``fit``.
+            datamodule: The tasks.
+
+        Raises:
+            ValueError: If tasks are not finetuned yet.
+        """
+        merge, folder = self._merge_callback(datamodule)
+        _require_done(folder, merge.tasks)
+        merge.restore()
+        self._merge_and_report(merge, folder, model, datamodule)
+
+    @override
+    def test(  # type: ignore[override]  # some of Lightning's arguments come as keywords
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        **kwargs: Any,
+    ) -> list[Mapping[str, float]]:
+        """Measures base, individual and merged models again, from what the run folder has.
+
+        Args:
+            model: Template of a task's module, as for ``fit``.
+            dataloaders: As in Lightning, for a single module.
+            datamodule: The tasks.
+            kwargs: Further arguments of Lightning's ``test``, for a single module.
+
+        Returns:
+            What Lightning's ``test`` returns; for several tasks, one dictionary of the logged metrics.
+
+        Raises:
+            ValueError: If tasks are not finetuned yet.
+            FileNotFoundError: If they are not merged yet.
+        """
+        if model is None or isinstance(model, MultiTaskModule) or not isinstance(datamodule, MultiTaskDataModule):
+            return super().test(model, dataloaders, datamodule=datamodule, **kwargs)
+        merge, folder = self._merge_callback(datamodule)
+        _require_done(folder, merge.tasks)
+        merge.restore()
+        base: Accuracies = {}
+        individual: Accuracies = {}
+        for task in merge.tasks:
+            base[task], individual[task] = self._measure_stored(model, datamodule.tasks[task], task, merge, folder)
+        module = self._fresh_module(model, datamodule.tasks[merge.tasks[0]])
+        head = head_names_of(module, merge.head)
+        heads = read_merged(folder.merged, module, head, merge.tasks)
+        merged = self._measure(MultiTaskModule.assemble(module, head, {}, heads), datamodule, "merged · test")
+        return [self._report(Comparison(merge.tasks, base, individual, merged, merge.method_description), folder)]
+
+    def _finetune(
+        self,
+        template: LightningModule,
+        data: LightningDataModule,
+        task: str,
+        merge: DRMMergeCallback,
+        settings: Mapping[str, object],
+        base_batches: int,
+    ) -> None:
+        folder = _folder_of(merge)
+        start = time.perf_counter()
+        module = self._fresh_module(template, data)
+        module.task_name, module.finetune_settings = task, dict(settings)  # type: ignore[assignment]
+        callbacks = [copy.deepcopy(callback) for callback in self._given_callbacks if callback is not merge]
+        arguments = {
+            "default_root_dir": folder.task(task),
+            **{name: value for name, value in self._arguments.items() if value is not None},
+            "callbacks": [*callbacks, merge, *self._progress_bar(f"{task} · finetune")],
+        }
+        if arguments.get("logger"):
+            arguments["logger"] = copy.deepcopy(arguments["logger"])
+        trainer = Trainer(**arguments)
+        trainer.fit(module, datamodule=data)
+        seconds = time.perf_counter() - start
+        accuracy = self._measure(MultiTaskModule({task: module}), data, f"{task} · test")[task]
+        self._console.print(f"{task}: accuracy {100 * accuracy:.1f} %, finetuned in {seconds:.0f} s")
+        del module, trainer
+        gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
+        base = self._probe_base(template, data, task, merge, base_batches)
+        if self.is_global_zero:
+            folder.write_metrics(task, {"individual": accuracy, "base": base, "finetune_seconds": round(seconds, 1)})
+
+    def _probe_base(
+        self, template: LightningModule, data: LightningDataModule, task: str, merge: DRMMergeCallback, max_batches: int
+    ) -> float | None:
+        """Accuracy of the untouched backbone with a linear head trained on it; ``None`` where that is not cheap."""
+        if max_batches <= 0:
+            return None
+        module = self._fresh_module(template, data).to(self.strategy.root_device)
+        head = head_names_of(module, merge.head)
+        state = linear_probe(module, head, data.train_dataloader(), max_batches)
+        if state is None:
+            return None
+        if self.is_global_zero:
+            write_tensors(_folder_of(merge).base_head(task), state)
+        return self._measure(MultiTaskModule.assemble(module, head, {}, {task: state}), data, f"{task} · base")[task]
+
+    def _merge_and_report(
+        self, merge: DRMMergeCallback, folder: RunFolder, template: LightningModule, datamodule: MultiTaskDataModule
+    ) -> None:
+        if not merge.is_merged:
+            module = self._fresh_module(template, datamodule.tasks[merge.tasks[0]])
+            merge.fuse(module, device=self.strategy.root_device, write=self.is_global_zero)
+            self.strategy.barrier("lightning_drm: merged model written")
+        metrics = {task: folder.read_metrics(task) for task in merge.tasks}
+        base = {task: metrics[task]["base"] for task in merge.tasks}
+        individual = {task: metrics[task]["individual"] for task in merge.tasks}
+        merged = self._measure(merge.merged_module, datamodule, "merged · test")
+        self._report(Comparison(merge.tasks, base, individual, merged, merge.method_description), folder)
+
+    def _report(self, comparison: Comparison, folder: RunFolder) -> dict[str, float]:
+        metrics = logged_metrics(comparison)
+        if self.is_global_zero:
+            write_report(comparison, folder.path)
+        for logger in self.loggers:
+            logger.log_hyperparams(dict(comparison.method))
+            logger.log_metrics(metrics)
+            logger.save()
+        self._console.print(terminal_table(comparison))
+        self._console.print(f"Report: {folder.path}/report.md, report.png, report.json. Merged model: {folder.merged}")
+        return metrics
+
+    def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, float]:
+        return measure(module, data, self._arguments, self._progress_bar(label))
+
+    def _measure_stored(
+        self,
+        template: LightningModule,
+        data: LightningDataModule,
+        task: str,
+        merge: DRMMergeCallback,
+        folder: RunFolder,
+    ) -> tuple[float | None, float]:
+        """Accuracy of the base (``None`` if it has no head) and of the finetune, rebuilt from the run folder."""
+        module = self._fresh_module(template, data).to(self.strategy.root_device)
+        head = head_names_of(module, merge.head)
+        base = None
+        if folder.base_head(task).is_file():
+            state = {name: tensor.to(module.device) for name, tensor in load_file(folder.base_head(task)).items()}
+            base = self._measure(MultiTaskModule.assemble(module, head, {}, {task: state}), data, f"{task} · base")[
+                task
+            ]
+        individual = merge.finetuned_module(module, task)
+        return base, self._measure(individual, data, f"{task} · test")[task]
+
+    def _fresh_module(self, template: LightningModule, data: LightningDataModule) -> LightningModule:
+        """A copy of the template for a task, with the same weights each time."""
+        self._reseed()
+        module = duplicate(template)
+        if hasattr(module, "configure_task"):
+            data.prepare_data()
+            data.setup("fit")
+            if not hasattr(data, "num_classes"):
+                raise ValueError(f"{type(data).__name__} has no `num_classes`, which {type(module).__name__} asks for.")
+            cast(Any, module).configure_task(data.num_classes)
+        return module
+
+    @property
+    def _seed(self) -> int:
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def _reseed(self) -> None:
+        seed_everything(self._seed, workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))), verbose=False)
+
+    def _settings(self, model: LightningModule, datamodule: MultiTaskDataModule, task: str) -> dict[str, Any]:
+        return dict(finetune_settings(model, datamodule.tasks[task], self._arguments, self._seed))
+
+    @property
+    def _given_callbacks(self) -> list[Callback]:
+        given = self._arguments.get("callbacks") or []
+        return list(given) if isinstance(given, Sequence) else [given]
+
+    def _progress_bar(self, label: str) -> list[Callback]:
+        shown = self._arguments.get("enable_progress_bar") is not False and self.is_global_zero
+        own = any(isinstance(callback, ProgressBar) for callback in self._given_callbacks)
+        return [TaskProgressBar(label)] if shown and not own else []
+
+    def _merge_callback(self, datamodule: MultiTaskDataModule) -> tuple[DRMMergeCallback, RunFolder]:
+        found = [callback for callback in self._given_callbacks if isinstance(callback, DRMMergeCallback)]
+        if len(found) != 1:
+            raise ValueError(f"MergeTrainer needs one DRMMergeCallback among its callbacks, got {len(found)}.")
+        merge = found[0]
+        if merge.tasks != datamodule.task_names:
+            raise ValueError(f"The callback's tasks {merge.tasks} are not the data module's {datamodule.task_names}.")
+        refuse_strategy(self.strategy)
+        return merge, _folder_of(merge)
+
+
+def _folder_of(merge: DRMMergeCallback) -> RunFolder:
+    if merge.run_folder is None:
+        raise ValueError("MergeTrainer keeps finished tasks in a run folder: give DRMMergeCallback a dirpath.")
+    return merge.run_folder
+
+
+def _chosen(tasks: list[str], only: list[str] | None) -> list[str]:
+    unknown = sorted(set(only or []) - set(tasks))
+    if unknown:
+        raise ValueError(f"No task {', '.join(map(repr, unknown))} to finetune; tasks: {', '.join(tasks)}.")
+    return [task for task in tasks if only is None or task in only]
+
+
+def _require_done(folder: RunFolder, tasks: list[str]) -> None:
+    if missing := folder.missing(tasks):
+        raise ValueError(f"{folder.path} has no finetune of {', '.join(missing)}: run `fit` first.")
+
+
+def _still_valid(folder: RunFolder, settings: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """The tasks that are done; refuses those that were done with other settings."""
+    done = [task for task in settings if folder.is_done(task)]
+    changes = {task: changed_settings(folder.load_task_vector(task).settings, settings[task]) for task in done}
+    problems = [f"  {task}: {'; '.join(lines)}" for task, lines in changes.items() if lines]
+    if problems:
+        raise ValueError(
+            f"{folder.path} has finetunes made with other settings:\n"
+            + "\n".join(problems)
+            + "\nFinetune them again with --retrain true, or choose another run folder with --drm.dirpath."
+        )
+    return done
