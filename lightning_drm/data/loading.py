@@ -7,6 +7,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 DataFiles = str | list[str] | dict[str, str | list[str]]
 
 _BUILDER_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_READERS = {"csv": DatasetDict.from_csv, "json": DatasetDict.from_json, "parquet": DatasetDict.from_parquet}
 
 
 def load_splits(dataset: str, config: str | None = None, data_files: DataFiles | None = None) -> DatasetDict:
@@ -29,6 +30,9 @@ def load_splits(dataset: str, config: str | None = None, data_files: DataFiles |
         if data_files is not None:
             raise ValueError(f"Expected data_files with dataset={builder!r}, not together with the file {dataset!r}.")
         dataset, data_files = builder, dataset
+    if dataset in _READERS and data_files is not None:
+        by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
+        return _READERS[dataset](by_split)  # unlike load_dataset, this does not look for the network
     splits = load_dataset(dataset, config, data_files=data_files)
     assert isinstance(splits, DatasetDict)
     return splits

@@ -45,12 +45,15 @@ def hold_out(table: Dataset, fraction: float, *, seed: int, group_column: str | 
         if group_column is None:
             kept, held = train_test_split(range(len(table)), test_size=fraction, stratify=labels, random_state=seed)
         else:
-            folds = StratifiedGroupKFold(round(1 / fraction), shuffle=True, random_state=seed)
-            kept, held = next(folds.split(labels, labels, table[group_column][:]))
+            groups, num_folds = table[group_column][:], round(1 / fraction)
+            if len(set(groups)) < num_folds:
+                raise ValueError(f"{num_folds} groups are needed in {group_column!r}, there are {len(set(groups))}.")
+            folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+            kept, held = next(folds.split(labels, labels, groups))
     except ValueError as error:
-        raise ValueError(f"Expected enough rows of every class to hold out {fraction:.0%} of them: {error}") from error
-    if len(held) == 0:
-        raise ValueError(f"Expected at least {round(1 / fraction)} groups in column {group_column!r}, got fewer.")
+        raise ValueError(
+            f"Expected enough rows and groups of every class to hold out {fraction:.0%}: {error}"
+        ) from error
     return _rows(table, kept), _rows(table, held)
 
 

@@ -20,8 +20,8 @@ _PEOPLE = re.compile("[\U0001f466-\U0001f469\U0001f9d1\U0001f9d2]+")  # boys, gi
 def read() -> Iterator[dict[str, str | int]]:
     """Yield every emoji's name in every language, skin tones left out, as they only add the tone's name.
 
-    All names of an emoji share a group, whichever language, and so do its variants and emojis named with nearly the same
-    words. A name that several languages share says nothing about the language and is left out.
+    All names of an emoji share a group, whichever language, and so do its variants and emojis named with nearly the
+    same words. A name that several languages share says nothing about the language and is left out.
     """
     names = {(language, name): emoji_family(emoji) for language in LANGUAGES for emoji, name in _names(language)}
     num_languages = Counter(name for _, name in names)
