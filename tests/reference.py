@@ -20,13 +20,13 @@ def _coefficients(deltas: Sequence[Tensor], coefficients: Sequence[float] | None
     return [1.0] * len(deltas) if coefficients is None else list(coefficients)
 
 
-def trim(values: Tensor, density: float) -> Tensor:
-    """Zero what is strictly below the k-th smallest magnitude, k = L - round(L * density)."""
+def trim(values: Tensor, density: float, tie: float = 0.0) -> Tensor:
+    """Zero what is strictly below the k-th smallest magnitude, k = L - round(L * density), but for near ties."""
     k = values.numel() - round(values.numel() * density)
     if k <= 0:
         return values.clone()
     threshold = values.abs().flatten().sort().values[k - 1]
-    return torch.where(values.abs() < threshold, torch.zeros_like(values), values)
+    return torch.where(values.abs() < threshold * (1 - tie), torch.zeros_like(values), values)
 
 
 def elect_and_average(
@@ -74,7 +74,7 @@ def drm(
         ).T
     U, S, Vh = torch.linalg.svd(torch.cat(deltas, dim=1), full_matrices=False)
     keep = int((rank_tol * S[0] < S).sum()) if len(S) and S[0] > 0 else 0
-    keep = min(keep, keep - int(keep * rank_drop)) if rank_drop else keep
+    keep = max(min(keep, 1), round((1 - rank_drop) * keep))
     if keep == 0:
         return torch.zeros_like(deltas[0])
     U, S, Vh = U[:, :keep], S[:keep], Vh[:keep]
@@ -85,7 +85,10 @@ def drm(
         # A block below the SVD's own rounding is a task without any part in this direction.
         blocks = torch.where((norms > 1e-13)[..., None], blocks / norms[..., None], torch.zeros_like(blocks))
         sigma = sigma * norms
-    pruned = trim(blocks, density) if prune == "joint" else torch.stack([trim(block, density) for block in blocks])
+    # Equal entries that the SVD rounds differently are ties: a task of rank 1 has the same unit row everywhere.
+    pruned = trim(blocks, density, 1e-10)
+    if prune == "individual":
+        pruned = torch.stack([trim(block, density, 1e-10) for block in blocks])
     scaled = sigma[..., None] * pruned
     return scale * U @ elect_and_average(scaled, coefficients, elect_sign, disjoint)
 
@@ -114,11 +117,12 @@ def average(deltas: Sequence[Tensor], coefficients: Sequence[float] | None = Non
     return task_arithmetic(deltas, coefficients, scale=1.0 / len(deltas))
 
 
-def _svd(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _svd(matrix: Tensor, rank: int | None = None, size: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The numerical rank's triplets, at most `rank`; `size` is the norm of what the matrix is a remainder of."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    if rank is None:
-        rank = int((max(matrix.shape) * torch.finfo(S.dtype).eps * S[0] < S).sum()) if len(S) else 0
-    return U[:, :rank], S[:rank], Vh[:rank]
+    noise = max(matrix.shape) * torch.finfo(S.dtype).eps * max(size, float(S[:1].sum()))
+    kept = min(int((noise < S).sum()), len(S) if rank is None else rank)
+    return U[:, :kept], S[:kept], Vh[:kept]
 
 
 def _polar(matrix: Tensor) -> Tensor:
@@ -147,13 +151,14 @@ def iso_cts(
     U, S, Vh = _svd(sum(deltas), common)
     lefts, values, rights = [], [], []
     for delta in deltas:
-        u, s, vh = _svd(delta - U @ (U.T @ delta), rest // len(deltas))
+        u, s, vh = _svd(delta - U @ (U.T @ delta), rest // len(deltas), float(delta.norm()))
         lefts.append(u)
         values.append(s)
         rights.append(vh)
     left = torch.cat([*lefts, U], dim=1)
     right = torch.cat([*rights, Vh], dim=0)
-    return scale * torch.cat([*values, S]).mean() * _polar(left) @ _polar(right)
+    mean = torch.cat([*values, S]).sum() / max(1, left.shape[1])
+    return scale * mean * _polar(left) @ _polar(right)
 
 
 def tsv_m(deltas: Sequence[Tensor], coefficients: Sequence[float] | None = None, scale: float = 1.0) -> Tensor:

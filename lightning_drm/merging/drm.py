@@ -1,22 +1,38 @@
 """Decom-Renorm-Merge (arXiv 2505.23117): merge in the joint basis of all tasks, after renormalising each task's part.
 
-The mathematics is in `joint_basis` (decompose, renormalise) and `election` (vote, average); this is the method with its
-parameters. Where the paper's text and its published code differ, the published code is the default: directions whose
-singular value is at most 1 % of the largest are dropped (`rank_tol`).
+1. Decompose the stacked deltas, drop weak directions, scale each task's rows to unit length: `JointBasis`.
+2. Prune the unit rows by magnitude, with one threshold for all tasks.
+3. Give the rows their lengths back; elect signs by mass; average over the tasks that agree: `elect_and_average`.
+4. Multiply by U. The merged delta is a pair of factors before it is a matrix, so low-rank deltas stay low-rank.
+
+Only step 1 is expensive, and it depends on neither density, coefficients nor switches. Where the paper's text and its
+published code differ, the published code is the default: directions with at most 1 % of the largest singular value are
+dropped (`rank_tol`). Unlike in the published code, a task without a part in a direction stays zero there, not NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.inputs import check_deltas, choice, finite, refuse, share
-from lightning_drm.merging.joint_basis import Direction, JointBasis, Prune
+from lightning_drm.merging.election import SLICE, elect_and_average
+from lightning_drm.merging.inputs import check_coefficients, check_deltas, choice, finite, refuse, share
+from lightning_drm.merging.joint_basis import Direction, JointBasis
 from lightning_drm.merging.low_rank import Delta, LowRank
 from lightning_drm.merging.method import Method
+from lightning_drm.merging.selection import prune_each, thresholds
+
+PruneScope = Literal["joint", "individual"]
+
+TIE = 1e-10
+"""Relative difference up to which magnitudes count as equal to the pruning threshold, and are kept.
+
+A task of rank 1 has the same unit row in every direction, up to sign and rounding. Without this, float64 rounding would
+decide which of its equal entries survive. In float32 it rounds to nothing.
+"""
 
 
 class DRM(Method):
@@ -52,7 +68,7 @@ class DRM(Method):
         rank_tol: float = 1e-2,
         rank_drop: float = 0.0,
         renormalize: bool = True,
-        prune: Prune = "joint",
+        prune: PruneScope = "joint",
         elect_sign: bool = True,
         disjoint: bool = True,
         scale: float = 1.0,
@@ -64,7 +80,7 @@ class DRM(Method):
                 share("density", density, zero=False, one=True),
                 share("rank_tol", rank_tol, zero=True, one=False),
                 share("rank_drop", rank_drop, zero=True, one=False),
-                choice("prune", prune, get_args(Prune)),
+                choice("prune", prune, get_args(PruneScope)),
                 finite("scale", scale),
             ],
         )
@@ -79,13 +95,13 @@ class DRM(Method):
         self.scale = scale
 
     def prepare(self, deltas: Sequence[Delta]) -> JointBasis:
-        """Decompose once what then yields the merged delta for any density, coefficients and switches.
+        """Decompose once what then serves any density, coefficients and switches.
 
         Args:
             deltas: As for `merge`.
 
         Returns:
-            The deltas in their joint basis. `direction`, `rank_tol` and `rank_drop` are fixed by it.
+            The deltas in their joint basis, for this direction, `rank_tol` and `rank_drop`.
 
         Raises:
             ValueError: As `merge`.
@@ -94,26 +110,76 @@ class DRM(Method):
             checked = check_deltas("DRM", deltas, matrices=True)
             return JointBasis.of(checked, self.direction, self.rank_tol, self.rank_drop)
 
-    def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
-        basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)
-        return basis.merge(
-            coefficients,
-            density=self.density,
-            renormalize=self.renormalize,
-            prune=self.prune,
-            elect_sign=self.elect_sign,
-            disjoint=self.disjoint,
-            scale=self.scale,
+    def merge_prepared(self, basis: JointBasis, coefficients: Sequence[float] | None = None) -> LowRank:
+        """Merge deltas that have been decomposed before, possibly for another setting.
+
+        A coefficient shared by all tasks only scales the result, as `scale` does: one call serves all of them.
+
+        Args:
+            basis: What `prepare` of a method with the same `direction`, `rank_tol` and `rank_drop` returned.
+            coefficients: N finite numbers λ; default 1.0 each.
+
+        Returns:
+            The merged delta as factors, their inner dimension being the number of joint directions; `.dense()`
+            multiplies them.
+
+        Raises:
+            ValueError: If the basis was prepared differently, or the coefficients are not N finite numbers.
+
+        Example:
+            >>> basis = DRM().prepare([torch.eye(3), 2 * torch.eye(3)])
+            >>> [DRM(density=density).merge_prepared(basis).dense()[0, 0].item() for density in (0.1, 0.2)]
+            [1.5, 1.5]
+        """
+        refuse(
+            "DRM",
+            (
+                f"{name} is {getattr(self, name)!r}, but the basis was prepared with {getattr(basis, name)!r}"
+                for name in ("direction", "rank_tol", "rank_drop")
+                if getattr(self, name) != getattr(basis, name)
+            ),
         )
+        with torch.no_grad():
+            return self._fuse(basis, check_coefficients("DRM", coefficients, len(basis.rows)))
+
+    def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
+        return self._fuse(JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop), coefficients).dense()
 
     def _merge_low_rank(self, deltas: list[LowRank], coefficients: list[float]) -> LowRank:
-        basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)
-        return basis.merge_low_rank(
-            coefficients,
-            density=self.density,
-            renormalize=self.renormalize,
-            prune=self.prune,
-            elect_sign=self.elect_sign,
-            disjoint=self.disjoint,
-            scale=self.scale,
-        )
+        return self._fuse(JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop), coefficients)
+
+    def _fuse(self, basis: JointBasis, coefficients: Sequence[float]) -> LowRank:
+        """Prune, elect and average slice by slice: no temporary is as large as one task's rows."""
+        # Pruning sees unit rows or, without renormalisation, each row at its share of the joint singular value.
+        joint = torch.linalg.vector_norm(basis.sigma, dim=0).expand_as(basis.sigma)
+        shares, lengths = (None, basis.sigma) if self.renormalize else (basis.sigma / joint, joint)
+
+        def seen() -> Iterator[tuple[slice, Tensor]]:
+            for part in _slices(basis.rows):
+                stack = basis.rows[:, part]
+                yield part, stack if shares is None else stack * shares[:, part, None]
+
+        limits = self._limits(lambda: (stack for _, stack in seen()), len(basis.rows))
+        merged = basis.rows.new_empty(basis.rows.shape[1:])
+        for part, stack in seen():
+            scaled = prune_each(stack, limits).mul_(lengths[:, part, None])
+            merged[part] = elect_and_average(
+                scaled, coefficients, elect_sign=self.elect_sign, disjoint=self.disjoint
+            ).mul_(self.scale)
+        factors = LowRank(basis.U, merged).to(basis.dtype)
+        return factors.T if self.direction == "vertical" else factors
+
+    def _limits(self, stacks: Callable[[], Iterator[Tensor]], num_tasks: int) -> tuple[float, ...]:
+        """One threshold for each task, the same for all where pruning is joint."""
+        if self.prune == "joint":
+            limits = thresholds(lambda: ([stack] for stack in stacks()), self.density, num_tasks=1) * num_tasks
+        else:
+            limits = thresholds(lambda: (list(stack) for stack in stacks()), self.density, num_tasks=num_tasks)
+        return tuple(limit * (1 - TIE) for limit in limits)
+
+
+def _slices(rows: Tensor) -> Iterator[slice]:
+    """Ranges of basis rows whose entries, over all tasks, fit into the cache."""
+    num_tasks, rank, width = rows.shape
+    size = max(1, SLICE // max(1, num_tasks * width))
+    return (slice(start, start + size) for start in range(0, rank, size))

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-SLICE = 1 << 18  # entries over all tasks handed over at once
+SLICE = 1 << 17  # entries, over all tasks, to hand over at once: half a megabyte in float32
 
 
 def elect_and_average(
@@ -22,15 +21,21 @@ def elect_and_average(
 
     Args:
         stack: Entries of shape (N, …), zero where pruned. Overwritten.
-        coefficients: N numbers λ. They weigh the average, not the vote (published code of DRM).
-        elect_sign: Drop entries whose sign differs from that of the sum over tasks; all of them where it is 0.
+        coefficients: N numbers λ. They weigh the average, not the vote (as in the published code of DRM).
+        elect_sign: Drop entries whose sign differs from that of their sum over tasks; all of them where it is 0.
         disjoint: Divide by the number of entries left, at least 1, instead of by N.
 
     Returns:
         The merged entries, of shape (…).
     """
+    weights = stack.new_tensor(coefficients).view(-1, *[1] * (stack.dim() - 1))
+    uniform = len(set(coefficients)) == 1
     if elect_sign:
-        stack[stack * stack.sum(0).sign() <= 0] = 0
-    weights = torch.tensor(coefficients, dtype=stack.dtype, device=stack.device)
-    total: Tensor = torch.tensordot(weights, stack, dims=1)
-    return total.div_(stack.count_nonzero(0).clamp(min=1) if disjoint else len(stack))
+        sign = stack.sum(0).sign_()
+        stack.mul_(sign).clamp_(min=0)  # what agrees is positive now, what does not is zero
+    total = stack.sum(0).mul_(coefficients[0]) if uniform else (stack * weights).sum(0)
+    if elect_sign:
+        total.mul_(sign)
+    if not disjoint:
+        return total.div_(len(stack))
+    return total.div_(stack.sign_().abs_().sum(0).clamp_(min=1))

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_drm.merging.inputs import finite, refuse, share
 from lightning_drm.merging.linear import weighted_sum
 from lightning_drm.merging.rotational import RotationalMethod
-from lightning_drm.merging.spectral import orthogonalize, thin_svd
+from lightning_drm.merging.spectral import orthogonalize, rounding_error, thin_svd
 
 
 class IsoC(RotationalMethod):
@@ -40,9 +40,9 @@ class IsoC(RotationalMethod):
         refuse("IsoC", [finite("scale", scale)])
         self.scale = scale
 
-    def _factors(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> tuple[Tensor, Tensor]:
+    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
         U, S, Vh = thin_svd(weighted_sum(deltas, coefficients))
-        return _mean(S) * self.scale * U, Vh
+        return _mean(S) * self.scale * U @ Vh
 
 
 class IsoCTS(RotationalMethod):
@@ -62,18 +62,19 @@ class IsoCTS(RotationalMethod):
         self.common_fraction = common_fraction
         self.scale = scale
 
-    def _factors(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> tuple[Tensor, Tensor]:
+    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
         num_own = round((size - int(size * self.common_fraction)) / len(deltas))
         U, S, Vh = thin_svd(weighted_sum(deltas, coefficients), size - num_own * len(deltas))
         common = U.to(deltas[0].dtype)
         own = []
         for delta, coefficient in zip(deltas, coefficients, strict=True):
             rest = torch.addmm(delta, common, common.T @ delta, alpha=-1)
-            own.append(thin_svd(rest.mul_(coefficient), num_own))
+            floor = abs(coefficient) * rounding_error(delta)
+            own.append(thin_svd(rest.mul_(coefficient), num_own, floor=floor))
         left = torch.cat([*(u for u, _, _ in own), U], dim=1)
         right = torch.cat([*(vh for _, _, vh in own), Vh])
         mean = _mean(torch.cat([*(s for _, s, _ in own), S]))
-        return mean * self.scale * orthogonalize(left), orthogonalize(right)
+        return mean * self.scale * orthogonalize(left) @ orthogonalize(right)
 
 
 def _mean(S: Tensor) -> float:

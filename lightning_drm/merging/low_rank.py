@@ -110,6 +110,11 @@ Delta: TypeAlias = Tensor | LowRank
 """One task's change of one parameter: finetuned minus base."""
 
 
+def densify(delta: Delta) -> Tensor:
+    """The delta as a tensor."""
+    return delta.dense() if isinstance(delta, LowRank) else delta
+
+
 def row_coordinates(deltas: Sequence[LowRank]) -> tuple[Tensor, list[Tensor]]:
     """Write every delta in one orthonormal basis of all their columns.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_drm.merging.inputs import check_coefficients, check_deltas
-from lightning_drm.merging.low_rank import Delta, LowRank
+from lightning_drm.merging.low_rank import Delta, LowRank, densify
 from lightning_drm.merging.selection import Reduce, identity
 
 
@@ -50,7 +50,7 @@ class Method(ABC):
             factors = [delta for delta in checked if isinstance(delta, LowRank)]
             if self.supports_low_rank and len(factors) == len(checked):
                 return self._merge_low_rank(factors, weights).dense()
-            return self._merge([delta.dense() if isinstance(delta, LowRank) else delta for delta in checked], weights)
+            return self._merge([densify(delta) for delta in checked], weights)
 
     def merge_low_rank(
         self, deltas: Sequence[Delta], coefficients: Sequence[float] | None = None, *, rank: int | None = None

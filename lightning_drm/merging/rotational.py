@@ -18,20 +18,22 @@ class RotationalMethod(Method):
     """
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
-        left, right = self._factors(deltas, coefficients, min(deltas[0].shape))
-        return (left @ right).to(deltas[0].dtype)
+        return self._merge_rotated(deltas, coefficients, min(deltas[0].shape)).to(deltas[0].dtype)
 
     def _merge_low_rank(self, deltas: list[LowRank], coefficients: list[float]) -> LowRank:
         Q, W, cores = core_coordinates(deltas)
-        left, right = self._factors(cores, coefficients, min(deltas[0].shape))
-        return LowRank(Q @ left, right @ W.T).to(deltas[0].dtype)
+        core = self._merge_rotated(cores, coefficients, min(deltas[0].shape))
+        return LowRank(Q, core @ W.T).to(deltas[0].dtype)
 
     @abstractmethod
-    def _factors(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> tuple[Tensor, Tensor]:
-        """Merge matrices into two factors whose product is the merged matrix, in float64.
+    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
+        """Merge matrices in any pair of orthonormal bases.
 
         Args:
             deltas: N matrices of one shape: the deltas, or their cores.
             coefficients: N numbers λ.
-            size: min(m, n) of the deltas that these are or stand for, on which numbers of directions are based.
+            size: min(m, n) of the deltas that these are or stand for: numbers of directions are shares of it.
+
+        Returns:
+            The merged matrix, in float64.
         """

@@ -1,4 +1,4 @@
-"""The k-th smallest magnitude of a long stream, exactly, without sorting it and without holding it.
+"""Pruning by magnitude: the threshold of a long stream, exactly, without sorting it and without holding it.
 
 Magnitudes of floats are ordered as the integers that their bits spell. So the k-th smallest is found digit by digit,
 as in radix sort: count how often each leading digit occurs, see in which bin the k-th falls, and look only at that
@@ -11,14 +11,16 @@ that each see a part of the stream find the same threshold by summing their hist
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 DIGITS = (17, 17, 15, 14)  # widths of the digits of a float64 without its sign, the leading one first
-CHUNK = 1 << 18  # entries counted at once: their keys stay in the cache
+CHUNK = 1 << 16  # entries counted at once on the CPU: their keys stay in the cache
+DEVICE_CHUNK = 1 << 24  # and elsewhere: enough to occupy an accelerator, and 128 MB of keys
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -49,9 +51,12 @@ def thresholds(
     Returns:
         One threshold for each task; 0.0 where nothing is to be pruned.
     """
+    if density == 1:
+        return (0.0,) * num_tasks
     prefixes = [0] * num_tasks
     ranks = [0] * num_tasks
     for level, width in enumerate(DIGITS):
+        rest = sum(DIGITS[level + 1 :])
         # The last column counts entries that have non-zero digits after this one.
         histogram = torch.zeros(num_tasks, (1 << width) + 1, dtype=torch.int64)
         for piece in stream():
@@ -65,28 +70,47 @@ def thresholds(
             digit = int(torch.searchsorted(counts, ranks[task]))
             prefixes[task] = (prefixes[task] << width) + digit
             ranks[task] -= int(counts[digit - 1]) if digit else 0
-        rest = sum(DIGITS[level + 1 :])
-        if not histogram[:, -1].any() or not any(prefixes):
+        if not histogram[:, -1].any():
             break
     bits = np.array([prefix << rest for prefix in prefixes], dtype=np.int64)
     return tuple(bits.view(np.float64).tolist())
 
 
+def prune(values: Tensor, threshold: float) -> Tensor:
+    """A copy of `values` with zeros for the magnitudes strictly below `threshold`."""
+    limit = torch.tensor(threshold, dtype=values.dtype)
+    # hardshrink also zeroes magnitudes equal to its limit, hence the next smaller number.
+    return torch.nn.functional.hardshrink(values, float(torch.nextafter(limit, torch.zeros_like(limit))))
+
+
+def prune_each(values: Tensor | Sequence[Tensor], limits: Sequence[float]) -> Tensor:
+    """Prune N tensors of one shape, each with its own threshold, into a stack (N, …)."""
+    if isinstance(values, Tensor) and len(set(limits)) == 1:
+        return prune(values, limits[0])
+    return torch.stack([prune(task, limit) for task, limit in zip(values, limits, strict=True)])
+
+
 def _count(values: Tensor, level: int, prefix: int, row: Tensor) -> None:
     """Add to `row` how often each digit of a level follows `prefix` among the magnitudes of `values`."""
     width, rest = DIGITS[level], sum(DIGITS[level + 1 :])
-    for chunk in torch.split(values.flatten(), CHUNK):
-        keys = chunk.double().abs().view(torch.int64)
+    for keys in _keys(values.flatten()):
         if level:
             keys = keys[keys >> (width + rest) == prefix]
-        counts = _bincount((keys >> rest) & ((1 << width) - 1))
+        digits = (keys >> rest) & ((1 << width) - 1)
+        counts = torch.bincount(digits).cpu() if isinstance(digits, Tensor) else torch.from_numpy(np.bincount(digits))
         row[: len(counts)] += counts
-        # On the first pass nearly every entry has digits to come: not worth a look.
-        row[-1] += len(keys) if level == 0 else int((keys & ((1 << rest) - 1)).count_nonzero())
+        # In the first pass nearly every entry has digits to come: not worth a look.
+        row[-1] += len(keys) if level == 0 else int(((keys & ((1 << rest) - 1)) != 0).sum())
 
 
-def _bincount(digits: Tensor) -> Tensor:
-    """Histogram of small integers, on the CPU; numpy counts several times faster there than torch."""
-    if digits.device.type == "cpu":
-        return torch.from_numpy(np.bincount(digits.numpy()))
-    return torch.bincount(digits).cpu()
+def _keys(values: Tensor) -> Iterator[Tensor | NDArray[np.int64]]:
+    """The bits of the magnitudes, as float64, in chunks: numpy arrays on the CPU, tensors elsewhere.
+
+    numpy counts several times faster than torch on the CPU, and waits for no other thread.
+    """
+    if values.device.type == "cpu":
+        for start in range(0, len(values), CHUNK):
+            yield np.abs(values[start : start + CHUNK].numpy()).astype(np.float64).view(np.int64)
+    else:
+        for chunk in torch.split(values, DEVICE_CHUNK):
+            yield chunk.abs().double().view(torch.int64)

@@ -2,8 +2,8 @@
 
 A method that needs the singular vectors of a long stack `S` (k × L, k ≪ L) never has to decompose it: `S Sᵀ` is only
 k × k, and its eigenvectors are the left singular vectors. Squaring costs half of the digits, so the Gram matrix is
-accumulated in float64 even where the data are float32: singular values are then resolved down to 1e-8 of the largest,
-well below what a float32 SVD resolves. Where float64 data ask for more than that, a real SVD takes over.
+accumulated in float64 even where the data are float32: that resolves singular values down to 1e-8 of the largest, which
+no float32 SVD does. Where float64 data need directions below 1e-4, a real SVD takes over.
 
 Cost: one product of k² L, of which the half above the diagonal is skipped, and one symmetric eigenproblem of size k,
 against about 20 k² L for the SVD.
@@ -18,40 +18,40 @@ import torch
 from torch import Tensor
 
 STRIP = 384  # rows of a Gram matrix computed at once: large enough for full BLAS speed, small enough to skip half
-COLUMNS = 4096  # columns converted to float64 at once, which bounds the extra memory
-GRAM_RESOLUTION = 1e-6  # singular values below this share of the largest are lost in a float64 Gram matrix
+LENGTH = 4096  # columns converted to float64 at once, which bounds the extra memory
+GRAM_RESOLUTION = 1e-4  # share of the largest singular value from which a Gram matrix rivals an SVD in float64
 
 
-def add_gram(gram: Tensor, matrix: Tensor) -> None:
-    """Add the lower triangle of `matrix @ matrix.T` to `gram`, in place.
+def gram(matrices: Iterable[Tensor]) -> Tensor:
+    """Sum of A Aᵀ over matrices of k rows, at least one.
 
     Args:
-        gram: Float64 accumulator of shape (k, k). What lies above its diagonal blocks is not touched.
-        matrix: Matrix of shape (k, L) in any real precision.
+        matrices: Matrices of shape (k, L); L may differ. Transposed views are as good as any.
+
+    Returns:
+        The lower triangle of a float64 matrix (k, k), in strips: what lies far above the diagonal stays zero.
     """
-    for columns in torch.split(matrix, COLUMNS, dim=1):
-        block = columns.double()
-        for start in range(0, len(gram), STRIP):
-            stop = min(start + STRIP, len(gram))
-            gram[start:stop, :stop].addmm_(block[start:stop], block[:stop].T)
-
-
-def gram_of(matrices: Iterable[Tensor], size: int, device: torch.device) -> Tensor:
-    """Σ A Aᵀ over `matrices` of `size` rows: float64, lower triangle only."""
-    gram = torch.zeros(size, size, dtype=torch.float64, device=device)
+    total: Tensor | None = None
     for matrix in matrices:
-        add_gram(gram, matrix)
-    return gram
+        if total is None:
+            total = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
+        for columns in torch.split(matrix, LENGTH, dim=1):
+            block = columns.double()
+            for start in range(0, len(total), STRIP):
+                stop = min(start + STRIP, len(total))
+                total[start:stop, :stop].addmm_(block[start:stop], block[:stop].T)
+    assert total is not None
+    return total
 
 
-def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a positive semidefinite matrix, the largest first.
 
     Divide-and-conquer fails on rare inputs, differently on every device, so there is a ladder: the device's solver,
     the CPU's, and last an SVD, which for such a matrix is the same thing.
 
     Args:
-        gram: Matrix of shape (k, k), of which only the lower triangle is read.
+        matrix: Matrix of shape (k, k), of which only the lower triangle is read.
 
     Returns:
         Eigenvalues (k,), none below zero, and eigenvectors in the columns of a (k, k) matrix.
@@ -61,25 +61,25 @@ def eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     for solve in _SOLVERS:
         try:
-            values, vectors = solve(gram)
+            values, vectors = solve(matrix)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing from torch's stubs
             continue
         if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
-            return values.clamp(min=0).to(gram.device), vectors.to(gram.device)
-    raise ArithmeticError(f"no eigensolver converged on a {tuple(gram.shape)} Gram matrix")
+            return values.clamp(min=0).to(matrix.device), vectors.to(matrix.device)
+    raise ArithmeticError(f"no eigensolver converged on a {tuple(matrix.shape)} Gram matrix")
 
 
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(gram)
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
     return values.flip(0), vectors.flip(1)
 
 
-def _eigh_cpu(gram: Tensor) -> tuple[Tensor, Tensor]:
-    return _eigh(gram.cpu())
+def _eigh_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    return _eigh(matrix.cpu())
 
 
-def _svd_symmetric(gram: Tensor) -> tuple[Tensor, Tensor]:
-    lower = gram.cpu().tril()
+def _svd_symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    lower = matrix.cpu().tril()
     vectors, values, _ = torch.linalg.svd(lower + lower.tril(-1).T)
     return values, vectors
 
@@ -93,33 +93,45 @@ def rank_tolerance(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> f
     Rounding every entry perturbs the spectrum by about eps · √max(m, n) of the typical entry, not by the
     eps · max(m, n) that worst-case bounds give; the latter would cut real directions of large float32 matrices.
     """
-    return torch.finfo(dtype).eps * max(8.0, math.sqrt(max(shape, default=1)))
+    return torch.finfo(dtype).eps * max(8.0, math.sqrt(max(shape)))
 
 
-def thin_svd(matrix: Tensor, num_directions: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def rounding_error(matrix: Tensor) -> float:
+    """Length up to which a vector is nothing but the rounding error of projecting `matrix`."""
+    return 8 * torch.finfo(matrix.dtype).eps * float(torch.linalg.vector_norm(matrix))
+
+
+def needs_svd(dtype: torch.dtype, smallest: float, largest: float) -> bool:
+    """Whether singular values in this range are beyond the Gram matrix of data of this precision."""
+    return dtype == torch.float64 and smallest < GRAM_RESOLUTION * largest
+
+
+def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Singular triplets up to the numerical rank, the largest first.
 
     Args:
         matrix: Matrix of shape (m, n), float32 or float64.
         num_directions: Largest number of triplets to return; default all.
+        floor: Singular values up to this are noise too: the rounding error of what `matrix` was computed from.
 
     Returns:
         U (m, r), S (r,) and Vᵀ (r, n) in float64, with r at most the numerical rank: no null vectors, which no
         decomposition determines.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        V, S, Uh = thin_svd(matrix.T, num_directions)
+        V, S, Uh = thin_svd(matrix.T, num_directions, floor=floor)
         return Uh.T, S, V.T
-    values, vectors = eigen(gram_of([matrix], len(matrix), matrix.device))
+    values, U = eigen(gram([matrix]))
     S = values.sqrt()
-    tolerance = rank_tolerance(matrix.shape, matrix.dtype)
-    limit = len(S) if num_directions is None else min(num_directions, len(S))
-    if tolerance < GRAM_RESOLUTION and limit and float(S[limit - 1]) < GRAM_RESOLUTION * float(S[0]):
-        U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-        rank = min(limit, int((tolerance * S[0] < S).sum()))
+    largest = float(S[:1].sum())  # of a matrix without rows, 0
+    noise = max(floor, rank_tolerance(matrix.shape, matrix.dtype) * largest)
+    wanted = slice(0, num_directions)
+    if needs_svd(matrix.dtype, max(noise, float(S[wanted][-1:].sum())), largest):
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        rank = int((noise < S[wanted]).sum())
         return U[:, :rank], S[:rank], Vh[:rank]
-    rank = min(limit, int((tolerance * S[0] < S).sum())) if len(S) else 0
-    U, S = vectors[:, :rank], S[:rank]
+    rank = int((noise < S[wanted]).sum())
+    U, S = U[:, :rank], S[:rank]
     return U, S, (U / S).T @ matrix.double()
 
 

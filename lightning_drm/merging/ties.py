@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lightning_drm.merging.election import SLICE, elect_and_average
 from lightning_drm.merging.inputs import check_deltas, choice, finite, refuse, share
-from lightning_drm.merging.low_rank import Delta, LowRank
+from lightning_drm.merging.low_rank import Delta, densify
 from lightning_drm.merging.method import Method
-from lightning_drm.merging.selection import Reduce, identity, thresholds
+from lightning_drm.merging.selection import Reduce, identity, prune_each, thresholds
 
 Scope = Literal["global", "tensor"]
 
@@ -88,7 +88,7 @@ class TIES(Method):
 
         def dense() -> Iterable[list[Tensor]]:
             for deltas in stream():
-                yield [_dense(delta) for delta in check_deltas("TIES", deltas, matrices=False)]
+                yield [densify(delta) for delta in check_deltas("TIES", deltas, matrices=False)]
 
         with torch.no_grad():
             count = num_tasks or len(next(iter(dense()), ()))
@@ -100,14 +100,8 @@ class TIES(Method):
         limits = self.thresholds or thresholds(lambda: [deltas], self.density, num_tasks=len(deltas))
         flat = [delta.flatten() for delta in deltas]
         merged = torch.empty_like(flat[0])
-        limit = torch.tensor(limits, dtype=merged.dtype, device=merged.device)[:, None]
         size = max(1, SLICE // len(deltas))
         for start in range(0, merged.numel(), size):
-            stack = torch.stack([delta[start : start + size] for delta in flat])
-            stack[stack.abs() < limit] = 0
-            merged[start : start + size] = elect_and_average(stack, coefficients)
+            part = slice(start, start + size)
+            merged[part] = elect_and_average(prune_each([delta[part] for delta in flat], limits), coefficients)
         return merged.mul_(self.scale).view(deltas[0].shape)
-
-
-def _dense(delta: Delta) -> Tensor:
-    return delta.dense() if isinstance(delta, LowRank) else delta

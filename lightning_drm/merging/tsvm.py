@@ -1,7 +1,7 @@
 """Task singular vectors (TSV-Merge, arXiv 2412.00081): give each task its share of directions, then separate them.
 
-Each task keeps its top min(m, n) / N singular triplets. Side by side the vectors of different tasks interfere; replacing
-both concatenated bases by their polar factor, the closest orthonormal bases, takes the interference out.
+Each task keeps its top min(m, n) / N singular triplets. Side by side the vectors of different tasks interfere;
+replacing both concatenated bases by their polar factor, the closest orthonormal bases, takes the interference out.
 
 Null directions take no part; the published code fills up with arbitrary null vectors. Coefficients, which the paper
 does not have per task, weigh the singular values.
@@ -36,9 +36,9 @@ class TSVM(RotationalMethod):
         refuse("TSVM", [finite("scale", scale)])
         self.scale = scale
 
-    def _factors(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> tuple[Tensor, Tensor]:
+    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
         parts = [thin_svd(delta, size // len(deltas)) for delta in deltas]
         left = orthogonalize(torch.cat([U for U, _, _ in parts], dim=1))
         right = orthogonalize(torch.cat([Vh for _, _, Vh in parts]))
         values = torch.cat([value * S for value, (_, S, _) in zip(coefficients, parts, strict=True)])
-        return left * (self.scale * values), right
+        return left * (self.scale * values) @ right

@@ -1,0 +1,168 @@
+"""Every method, on every kind of input, against the plain float64 loops in tests/reference.py."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import reference
+
+SHAPES = [(12, 20), (20, 12), (16, 16), (60, 7), (7, 60), (1, 9), (9, 1), (1, 1)]
+PAIRS = {
+    "drm_h": (DRM(density=0.3), lambda d, c: reference.drm(d, c, density=0.3)),
+    "drm_v": (DRM("vertical", density=0.3), lambda d, c: reference.drm(d, c, "vertical", density=0.3)),
+    "drm_loose": (DRM(rank_tol=0.3, density=0.5), lambda d, c: reference.drm(d, c, rank_tol=0.3, density=0.5)),
+    "drm_drop": (DRM(rank_drop=0.4), lambda d, c: reference.drm(d, c, rank_drop=0.4)),
+    "drm_raw": (DRM(renormalize=False), lambda d, c: reference.drm(d, c, renormalize=False)),
+    "drm_individual": (DRM(prune="individual"), lambda d, c: reference.drm(d, c, prune="individual")),
+    "drm_all_signs": (DRM(elect_sign=False), lambda d, c: reference.drm(d, c, elect_sign=False)),
+    "drm_plain_mean": (DRM(disjoint=False), lambda d, c: reference.drm(d, c, disjoint=False)),
+    "drm_dense": (DRM(density=1.0, scale=1.7), lambda d, c: reference.drm(d, c, density=1.0, scale=1.7)),
+    "drm_bare": (
+        DRM("vertical", 0.4, 1e-2, 0.2, False, "individual", False, False, 0.5),
+        lambda d, c: reference.drm(d, c, "vertical", 0.4, 1e-2, 0.2, False, "individual", False, False, 0.5),
+    ),
+    "ties": (TIES(0.3, "tensor", 1.2), lambda d, c: reference.ties(d, c, 0.3, 1.2)),
+    "ties_global": (TIES(0.3), lambda d, c: reference.ties(d, c, 0.3)),
+    "dare_dense": (DARETIES(density=1.0), lambda d, c: reference.ties(d, c, 1.0)),
+    "task_arithmetic": (TaskArithmetic(0.7), lambda d, c: reference.task_arithmetic(d, c, 0.7)),
+    "average": (Average(), reference.average),
+    "iso_c": (IsoC(1.3), lambda d, c: reference.iso_c(d, c, 1.3)),
+    "iso_cts": (IsoCTS(0.6, 1.3), lambda d, c: reference.iso_cts(d, c, 0.6, 1.3)),
+    "tsv_m": (TSVM(1.3), lambda d, c: reference.tsv_m(d, c, 1.3)),
+}
+LOW_RANK = [name for name, (method, _) in PAIRS.items() if method.supports_low_rank]
+
+
+def generator(*seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(hash(seed))
+
+
+def dense(shape, num_tasks, seed=0, dtype=torch.float64):
+    """Deltas with a part in common and different sizes, as finetuned weights have."""
+    g = generator(seed, *shape, num_tasks)
+    common = torch.randn(shape, generator=g, dtype=torch.float64)
+    return [
+        ((0.5 + 0.5 * task) * (0.5 * common + torch.randn(shape, generator=g, dtype=torch.float64))).to(dtype)
+        for task in range(num_tasks)
+    ]
+
+
+def low_rank(shape, ranks, seed=0, dtype=torch.float64):
+    g = generator(seed, *shape, *ranks)
+    return [
+        LowRank(
+            torch.randn(shape[0], rank, generator=g, dtype=dtype), torch.randn(rank, shape[1], generator=g, dtype=dtype)
+        )
+        for rank in ranks
+    ]
+
+
+def error(merged, expected):
+    return float(torch.linalg.norm(merged.double() - expected) / torch.linalg.norm(expected).clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_tasks", [1, 2, 5])
+@pytest.mark.parametrize("name", PAIRS)
+def test_dense(name, num_tasks, shape):
+    method, expected = PAIRS[name]
+    deltas = dense(shape, num_tasks)
+    coefficients = [1.0 - 0.15 * task for task in range(num_tasks)]
+    for weights in (None, coefficients):
+        merged = method.merge(deltas, weights)
+        assert merged.shape == shape
+        assert merged.dtype == torch.float64
+        assert merged.is_contiguous()
+        assert error(merged, expected(deltas, weights)) < 1e-9
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+@pytest.mark.parametrize("shape", [(30, 42), (42, 30), (9, 40)])
+@pytest.mark.parametrize("ranks", [(3,), (2, 2), (4, 1, 3), (3, 0, 2)])
+def test_low_rank_is_the_dense_result(name, shape, ranks):
+    method, expected = PAIRS[name]
+    deltas = low_rank(shape, ranks)
+    coefficients = [1.0 - 0.15 * task for task in range(len(ranks))]
+    merged = method.merge_low_rank(deltas, coefficients)
+    assert merged.shape == shape
+    assert merged.rank <= sum(ranks)
+    assert error(merged.dense(), expected([delta.dense() for delta in deltas], coefficients)) < 1e-9
+    assert error(method.merge(deltas, coefficients), merged.dense()) < 1e-12
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_mixed_inputs(name):
+    method, expected = PAIRS[name]
+    deltas = [low_rank((14, 18), (3,))[0], *dense((14, 18), 2)]
+    assert error(method.merge(deltas), expected([deltas[0].dense(), *deltas[1:]], None)) < 1e-9
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_single(name, dtype):
+    method, expected = PAIRS[name]
+    deltas = [delta.to(dtype) for delta in dense((16, 24), 3)]
+    merged = method.merge(deltas)
+    assert merged.dtype == torch.float32
+    assert error(merged, expected(deltas, None)) < 2e-5
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_single_precision(name):
+    method, expected = PAIRS[name]
+    deltas = dense((40, 64), 4, dtype=torch.float32)
+    merged = method.merge(deltas)
+    assert merged.dtype == torch.float32
+    assert error(merged, expected(deltas, None)) < 2e-5
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_views_are_merged_and_left_alone(name):
+    method, expected = PAIRS[name]
+    deltas = [delta.T for delta in dense((24, 15), 3)]
+    before = [delta.clone() for delta in deltas]
+    merged = method.merge(deltas)
+    assert error(merged, expected(deltas, None)) < 1e-9
+    assert all(torch.equal(delta, kept) for delta, kept in zip(deltas, before, strict=True))
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_factors_are_left_alone(name):
+    method, _ = PAIRS[name]
+    deltas = low_rank((12, 10), (2, 3))
+    before = [(delta.up.clone(), delta.down.clone()) for delta in deltas]
+    method.merge_low_rank(deltas, [0.5, 2.0])
+    for delta, (up, down) in zip(deltas, before, strict=True):
+        assert torch.equal(delta.up, up)
+        assert torch.equal(delta.down, down)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_parameters_that_require_gradients(name):
+    method, expected = PAIRS[name]
+    deltas = [delta.requires_grad_() for delta in dense((8, 10), 2)]
+    merged = method.merge(deltas)
+    assert not merged.requires_grad
+    assert error(merged, expected([delta.detach() for delta in deltas], None)) < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(13,), (2, 3, 4, 5), ()])
+@pytest.mark.parametrize("name", ["ties", "dare_dense", "task_arithmetic", "average"])
+def test_elementwise_methods_take_any_dimensions(name, shape):
+    method, expected = PAIRS[name]
+    deltas = dense(shape, 3)
+    assert method.elementwise
+    assert error(method.merge(deltas), expected(deltas, None)) < 1e-12
+
+
+def test_larger_than_one_slice():
+    """More rows than fit into one slice, and more than one strip of the Gram matrix."""
+    deltas = dense((500, 300), 4)
+    for name in ("drm_h", "drm_v", "drm_individual", "ties", "iso_c"):
+        method, expected = PAIRS[name]
+        assert error(method.merge(deltas, [1, 0.5, 2, 1]), expected(deltas, [1, 0.5, 2, 1])) < 1e-9
