@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 _RESERVED = {"average"}  # the reports' row for all tasks together
@@ -65,6 +67,26 @@ class MultiTaskDataModule(LightningDataModule):
     @override
     def test_dataloader(self) -> list[Any]:
         return self._loaders("test_dataloader")
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._batch_hook("on_before_batch_transfer", dataloader_idx, batch)
+
+    @override
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return self._batch_hook("transfer_batch_to_device", dataloader_idx, batch, device)
+
+    @override
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self._batch_hook("on_after_batch_transfer", dataloader_idx, batch)
+
+    def _batch_hook(self, hook: str, dataloader_idx: int, *args: Any) -> Any:
+        """Call a batch's hook as if its task were alone, or the model's where the task has none of its own."""
+        task = self.tasks[self.task_names[dataloader_idx]]
+        if is_overridden(hook, task):
+            return getattr(task, hook)(*args, 0)
+        assert self.trainer is not None
+        return getattr(self.trainer.lightning_module, hook)(*args, dataloader_idx)
 
     def _loaders(self, hook: str) -> list[Any]:
         """One loader per task: a task with several would shift the `dataloader_idx` of those after it."""

@@ -17,17 +17,17 @@ class Numbers(LightningDataModule):
     def __init__(self, first: int = 0) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.calls: list[str] = []
+        self.calls: list[tuple[str, ...]] = []
 
     def prepare_data(self):
-        self.calls.append("prepare_data")
+        self.calls.append(("prepare_data",))
 
     def setup(self, stage):
-        self.calls.append(f"setup {stage}")
+        self.calls.append(("setup", stage))
         self.numbers = torch.arange(self.hparams.first, self.hparams.first + 6)
 
     def teardown(self, stage):
-        self.calls.append(f"teardown {stage}")
+        self.calls.append(("teardown", stage))
 
     def val_dataloader(self):
         return DataLoader(self.numbers, 2)
@@ -67,7 +67,7 @@ def test_loaders_come_in_the_order_of_the_tasks():
     assert data.task_names == ["z", "a", "m"]
     assert data.tasks == tasks
     assert module.seen == {0: [*range(6)], 1: [-number for number in range(10, 16)], 2: [*range(20, 26)]}
-    assert tasks["z"].calls == ["prepare_data", "setup test", "teardown test"]
+    assert tasks["z"].calls == [("prepare_data",), ("setup", "test"), ("teardown", "test")]
 
 
 def test_a_text_task_is_one_of_the_tasks(reviews):

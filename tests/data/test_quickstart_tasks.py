@@ -1,0 +1,209 @@
+"""The quickstart's tasks: real labels, splits that are the same everywhere, and nothing in two of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from functools import cache
+from pathlib import Path
+
+import pytest
+from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.naive_bayes import MultinomialNB
+from sklearn.pipeline import make_pipeline
+
+from lightning_drm.data import QuickstartTask
+from lightning_drm.data.quickstart import docstring_library, emoji_language, word_valence
+from lightning_drm.pretrained import package_folder
+
+CLASSES = {
+    "news_topic": ["business", "entertainment", "politics", "sports", "tech"],
+    "word_valence": ["negative", "positive"],
+    "emoji_language": ["de", "en", "es", "fr", "id", "it", "pt", "tr"],
+    "docstring_library": ["numpy", "pandas", "scikit-learn", "torch", "transformers"],
+}
+SCRIPT = Path(__file__).with_name("print_quickstart_splits.py")
+
+
+@cache
+def quickstart_task(source: str) -> QuickstartTask:
+    task = QuickstartTask(source)
+    task.prepare_data()
+    return task
+
+
+def texts(source: str, split: str) -> list[str]:
+    return quickstart_task(source).rows[split]["text"][:]
+
+
+@pytest.mark.parametrize("source", CLASSES)
+def test_classes_sizes_and_batches(source):
+    task = quickstart_task(source)
+    assert task.class_names == CLASSES[source]
+    assert len(task.rows["train"]) > 1500
+    for name in ("validation", "test"):
+        assert 200 <= len(task.rows[name]) <= 500
+        counts = Counter(task.rows[name]["labels"])
+        assert min(counts.values()) > 0.7 * len(task.rows[name]) / task.num_classes
+    batch = next(iter(task.train_dataloader()))
+    assert batch["labels"].shape == (32,)
+    assert batch["input_ids"].shape[1] <= 48
+
+
+@pytest.mark.parametrize("source", CLASSES)
+def test_what_48_tokens_hold_tells_the_class(source):
+    task = quickstart_task(source)
+    seen = {
+        name: task.tokenizer.batch_decode(list(task.splits[name]["input_ids"]), skip_special_tokens=True)
+        for name in ("train", "test")
+    }
+    labels = {name: task.rows[name]["labels"][:] for name in seen}
+    simple = make_pipeline(TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5)), MultinomialNB())
+    learned, majority = (
+        model.fit(seen["train"], labels["train"]).score(seen["test"], labels["test"])
+        for model in (simple, DummyClassifier())
+    )
+    assert learned > majority + 0.1
+
+
+@pytest.mark.parametrize("source", CLASSES)
+def test_no_text_is_in_two_splits_nor_has_two_classes(source):
+    rows = [row for split in quickstart_task(source).rows.values() for row in split]
+    assert len({row["text"].lower() for row in rows}) == len({(row["text"].lower(), row["labels"]) for row in rows})
+    splits = [{text.lower() for text in texts(source, name)} for name in ("train", "validation", "test")]
+    assert len(set.union(*splits)) == sum(map(len, splits))
+
+
+@pytest.mark.parametrize(("source", "num_words"), [("news_topic", 4), ("docstring_library", 4)])
+def test_no_held_out_text_is_mostly_made_of_a_training_text(source, num_words):
+    """Compared by runs of words: another measure than the one that the groups are made with."""
+    owners = defaultdict(set)
+    for number, text in enumerate(texts(source, "train")):
+        for run in runs(text, num_words):
+            owners[run].add(number)
+    for text in texts(source, "test") + texts(source, "validation"):
+        mine = runs(text, num_words)
+        shared = Counter(owner for run in mine for owner in owners[run])
+        assert max(shared.values(), default=0) <= 0.6 * len(mine), text
+
+
+def runs(text: str, length: int) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return set(zip(*(words[start:] for start in range(length)), strict=False))
+
+
+def test_copies_of_an_article_share_a_split():
+    """The archive holds dozens of articles twice, word for word: they exist, and each pair lies in one split."""
+    heads = defaultdict(set)
+    num_rows = Counter()
+    for name, split in quickstart_task("news_topic").rows.items():
+        for row in split:
+            heads[row["text"]].add(name)
+            num_rows[row["text"]] += 1
+    assert max(num_rows.values()) > 1
+    assert all(len(splits) == 1 for splits in heads.values())
+
+
+def test_variants_of_an_emoji_share_a_split():
+    emojis_of_name = defaultdict(set)
+    for language in emoji_language.LANGUAGES:
+        file = "emoji.json" if language == "en" else f"emoji_{language}.json"
+        entries = json.loads((package_folder("emoji") / "unicode_codes" / file).read_text(encoding="utf-8"))
+        for emoji, entry in entries.items():
+            name = entry["en"] if language == "en" else entry
+            bare = "".join(part for part in emoji if not "\U0001f3fb" <= part <= "\U0001f3ff" and part != "\ufe0f")
+            emojis_of_name[language, name.strip(":").replace("_", " ").lower()].add(bare)
+    task = quickstart_task("emoji_language")
+    held = {
+        name: {e for row in split for e in emojis_of_name[task.class_names[row["labels"]], row["text"]]}
+        for name, split in task.rows.items()
+    }
+    assert all(held.values())
+    assert not held["train"] & held["test"]
+    assert not held["train"] & held["validation"]
+    assert not held["validation"] & held["test"]
+
+
+def test_a_skin_tone_or_a_sex_makes_no_other_family():
+    for variant in ("👩🏽‍🚀", "👨‍🚀", "🧑🏿‍🚀", "👩‍🚀"):
+        assert emoji_language.emoji_family(variant) == emoji_language.emoji_family("🧑‍🚀")
+    assert emoji_language.emoji_family("🏃🏻‍♀️") == emoji_language.emoji_family("🏃")
+    assert emoji_language.emoji_family("🚀") != emoji_language.emoji_family("🧑‍🚀")
+
+
+def test_forms_of_a_word_share_a_split():
+    splits = {name: set(texts("word_valence", name)) for name in ("train", "validation", "test")}
+    for name, words in splits.items():
+        others = set.union(*(other for key, other in splits.items() if key != name))
+        for word in words:
+            if len(word) > 3:
+                assert not inflections(word) & others, word
+
+
+def inflections(word: str) -> set[str]:
+    if word.endswith("e"):
+        return {word + "s", word + "d", word + "r", word[:-1] + "ing"}
+    if word.endswith("y"):
+        return {word[:-1] + "ies", word[:-1] + "ied", word[:-1] + "ier", word[:-1] + "ily", word + "ing"}
+    return {word + ending for ending in ("s", "es", "ed", "ing", "er", "ly", "ness", "ful", "less")}
+
+
+def test_word_families():
+    assert len({word_valence.word_family(word) for word in ("love", "loved", "loving", "lovable", "lovely")}) == 1
+    assert word_valence.word_family("hate") != word_valence.word_family("love")
+
+
+@pytest.mark.parametrize("library", docstring_library.LIBRARIES)
+def test_no_docstring_names_a_library(library):
+    names = (library, docstring_library.LIBRARIES[library], "pytorch")
+    for split in ("train", "validation", "test"):
+        for text in texts("docstring_library", split):
+            words = set(re.findall(r"[\w-]+", text.lower()))
+            assert not words.intersection(names), text
+
+
+def test_docstrings_do_not_depend_on_the_order_of_files(tmp_path):
+    for folder, order in (("a", 1), ("b", -1)):
+        for number in range(20)[::order]:
+            file = tmp_path / folder / f"module_{number}.py"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(f'def f():\n    """Does number {number} of the many things that could be done."""\n')
+    found = [list(docstring_library._docstrings(tmp_path / folder)) for folder in ("a", "b")]
+    assert found[0] == found[1]
+    assert len(found[0]) == 20
+
+
+def test_splits_are_the_same_in_a_process_with_other_hashes(tmp_path):
+    hash_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    run = subprocess.run(
+        [sys.executable, SCRIPT, tmp_path],
+        stdout=subprocess.PIPE,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+    )
+    assert json.loads(run.stdout) == {
+        source: {name: texts(source, name) for name in ("train", "validation", "test")} for source in CLASSES
+    }
+
+
+def test_another_seed_makes_other_splits():
+    assert QuickstartTask("word_valence", seed=1).rows["test"]["text"][:] != texts("word_valence", "test")
+
+
+def test_a_missing_package_is_named_with_the_extra(monkeypatch):
+    monkeypatch.setattr(sys, "path", [])  # no installed package can be found
+    monkeypatch.delitem(sys.modules, "emoji", raising=False)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"'emoji' is not installed: run pip install 'lightning_drm\[quickstart\]'"
+    ):
+        QuickstartTask("emoji_language").setup("fit")
+
+
+def test_hyper_parameters_make_the_same_task_again():
+    task = QuickstartTask("word_valence", max_eval_samples=50, batch_size=4)
+    again = QuickstartTask(**task.hparams)
+    assert again.hparams == task.hparams
+    assert again.rows["test"]["text"][:] == task.rows["test"]["text"][:]
