@@ -12,7 +12,7 @@ dropped (`rank_tol`). Unlike in the published code, a task without a part in a d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -149,32 +149,32 @@ class DRM(Method):
         return self._fuse(JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop), coefficients)
 
     def _fuse(self, basis: JointBasis, coefficients: Sequence[float]) -> LowRank:
-        """Prune, elect and average slice by slice: no temporary is as large as one task's rows."""
+        """Prune, elect and average: slice by slice, so that no temporary is larger than one task's rows."""
         # Pruning sees unit rows or, without renormalisation, each row at its share of the joint singular value.
         joint = torch.linalg.vector_norm(basis.sigma, dim=0).expand_as(basis.sigma)
-        shares, lengths = (None, basis.sigma) if self.renormalize else (basis.sigma / joint, joint)
-
-        def seen() -> Iterator[tuple[slice, Tensor]]:
-            for part in _slices(basis.rows):
-                stack = basis.rows[:, part]
-                yield part, stack if shares is None else stack * shares[:, part, None]
-
-        limits = self._limits(lambda: (stack for _, stack in seen()), len(basis.rows))
+        shares, lengths = (None, basis.sigma) if self.renormalize else ((basis.sigma / joint)[..., None], joint)
+        limits = self._limits(basis.rows, shares)
         merged = basis.rows.new_empty(basis.rows.shape[1:])
-        for part, stack in seen():
-            scaled = prune_each(stack, limits).mul_(lengths[:, part, None])
+        for part in _slices(basis.rows):
+            seen = basis.rows[:, part] if shares is None else basis.rows[:, part] * shares[:, part]
+            scaled = prune_each(seen, limits).mul_(lengths[:, part, None])
             merged[part] = elect_and_average(
                 scaled, coefficients, elect_sign=self.elect_sign, disjoint=self.disjoint
             ).mul_(self.scale)
         factors = LowRank(basis.U, merged).to(basis.dtype)
         return factors.T if self.direction == "vertical" else factors
 
-    def _limits(self, stacks: Callable[[], Iterator[Tensor]], num_tasks: int) -> tuple[float, ...]:
+    def _limits(self, rows: Tensor, shares: Tensor | None) -> tuple[float, ...]:
         """One threshold for each task, the same for all where pruning is joint."""
+
+        def seen() -> Iterator[Tensor]:
+            for task, row in enumerate(rows):
+                yield row if shares is None else row * shares[task]
+
         if self.prune == "joint":
-            limits = thresholds(lambda: ([stack] for stack in stacks()), self.density, num_tasks=1) * num_tasks
+            limits = thresholds(lambda: ([part] for part in seen()), self.density, num_tasks=1) * len(rows)
         else:
-            limits = thresholds(lambda: (list(stack) for stack in stacks()), self.density, num_tasks=num_tasks)
+            limits = thresholds(lambda: [seen()], self.density, num_tasks=len(rows))
         return tuple(limit * (1 - TIE) for limit in limits)
 
 

@@ -31,7 +31,7 @@ def identity(histogram: Tensor) -> Tensor:
 
 
 def thresholds(
-    stream: Callable[[], Iterable[Sequence[Tensor]]],
+    stream: Callable[[], Iterable[Iterable[Tensor]]],
     density: float,
     *,
     num_tasks: int,
@@ -93,24 +93,34 @@ def prune_each(values: Tensor | Sequence[Tensor], limits: Sequence[float]) -> Te
 def _count(values: Tensor, level: int, prefix: int, row: Tensor) -> None:
     """Add to `row` how often each digit of a level follows `prefix` among the magnitudes of `values`."""
     width, rest = DIGITS[level], sum(DIGITS[level + 1 :])
-    for keys in _keys(values.flatten()):
-        if level:
-            keys = keys[keys >> (width + rest) == prefix]
-        digits = (keys >> rest) & ((1 << width) - 1)
-        counts = torch.bincount(digits).cpu() if isinstance(digits, Tensor) else torch.from_numpy(np.bincount(digits))
-        row[: len(counts)] += counts
-        # In the first pass nearly every entry has digits to come: not worth a look.
-        row[-1] += len(keys) if level == 0 else int(((keys & ((1 << rest) - 1)) != 0).sum())
+    if level == 0:
+        for keys in _keys(values.flatten()):
+            counts = _bincount(keys >> rest)
+            row[: len(counts)] += counts
+        row[-1] += values.numel()  # nearly every entry has digits to come: not worth a look
+        return
+    # Few entries share the prefix, so they are gathered first, and counted once.
+    gathered = [torch.as_tensor(keys[keys >> (width + rest) == prefix]) for keys in _keys(values.flatten())]
+    if gathered:
+        keys = torch.cat(gathered)
+        row[:-1] += torch.bincount((keys >> rest) & ((1 << width) - 1), minlength=1 << width).cpu()
+        row[-1] += int((keys & ((1 << rest) - 1)).count_nonzero())
 
 
 def _keys(values: Tensor) -> Iterator[Tensor | NDArray[np.int64]]:
-    """The bits of the magnitudes, as float64, in chunks: numpy arrays on the CPU, tensors elsewhere.
+    """The bits of the magnitudes, as float64, in chunks that are overwritten: numpy on the CPU, tensors elsewhere.
 
     numpy counts several times faster than torch on the CPU, and waits for no other thread.
     """
     if values.device.type == "cpu":
+        magnitudes = np.empty(CHUNK)
         for start in range(0, len(values), CHUNK):
-            yield np.abs(values[start : start + CHUNK].numpy()).astype(np.float64).view(np.int64)
+            chunk = values[start : start + CHUNK].numpy()
+            yield np.abs(chunk, out=magnitudes[: len(chunk)]).view(np.int64)
     else:
-        for chunk in torch.split(values, DEVICE_CHUNK):
-            yield chunk.abs().double().view(torch.int64)
+        for part in torch.split(values, DEVICE_CHUNK):
+            yield part.abs().double().view(torch.int64)
+
+
+def _bincount(digits: Tensor | NDArray[np.int64]) -> Tensor:
+    return torch.bincount(digits).cpu() if isinstance(digits, Tensor) else torch.from_numpy(np.bincount(digits))
