@@ -26,9 +26,7 @@ NUM_PER_LIBRARY = 600
 NUM_WORDS = 60
 """Of a docstring's start: more than 48 tokens hold, so that what looks alike to the model is found to be alike."""
 
-_SAYS_ITS_LIBRARY = re.compile(
-    r"\S*(torch|numpy|\bnp\.|pandas|\bpd\.|sklearn|scikit|transformers\b|hugging ?face)\S*", re.IGNORECASE
-)
+_SAYS_ITS_LIBRARY = re.compile(r"torch|numpy|\bnp\.|pandas|\bpd\.|sklearn|scikit|transformers\b|hugging", re.IGNORECASE)
 
 
 def read() -> Iterator[dict[str, str | int]]:
@@ -54,13 +52,17 @@ def _docstrings_in(file: Path) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # other people's escape sequences
         tree = ast.parse(file.read_text(encoding="utf-8", errors="ignore"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield ast.get_docstring(node) or ""
+    definitions: list[ast.AST] = [tree]
+    for parent in definitions:  # grows as it goes: classes in classes, but nothing inside functions
+        for node in getattr(parent, "body", []):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield ast.get_docstring(node) or ""
+            if isinstance(node, ast.ClassDef | ast.If | ast.Try):
+                definitions.append(node)
 
 
 def _start(docstring: str) -> str:
-    """The first words, without the library's name and without examples; nothing if few words are left."""
-    prose = docstring.partition(">>>")[0]
-    words = _SAYS_ITS_LIBRARY.sub("", prose).split()
-    return " ".join(words[:NUM_WORDS]) if len(words) >= 8 else ""
+    """The first words, without examples and words that name the library; nothing if few words are left."""
+    prose = docstring.partition(">>>")[0].split()[: 2 * NUM_WORDS]
+    words = [word for word in prose if not _SAYS_ITS_LIBRARY.search(word)][:NUM_WORDS]
+    return " ".join(words) if len(words) >= 8 else ""
