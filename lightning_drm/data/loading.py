@@ -31,6 +31,8 @@ def load_splits(dataset: str, config: str | None = None, data_files: DataFiles |
             raise ValueError(f"Expected data_files with dataset={builder!r}, not together with the file {dataset!r}.")
         dataset, data_files = builder, dataset
     if dataset in _READERS and data_files is not None:
+        if config is not None:
+            raise ValueError(f"Expected config for a data set on the hub, not for files, got {config!r}.")
         by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
         return _READERS[dataset](by_split)  # unlike load_dataset, this does not look for the network
     splits = load_dataset(dataset, config, data_files=data_files)

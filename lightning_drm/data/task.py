@@ -207,7 +207,7 @@ class DatasetTask(LightningDataModule, ABC):
         )
 
     def _require_columns(self, split: str, table: Dataset) -> None:
-        group = [self.group_column] if self.group_column else []
+        group = [self.group_column] if self.group_column and split == "train" else []
         for column in (*self.input_columns, self.label_column, *group):
             if column not in table.column_names:
                 found = ", ".join(table.column_names)

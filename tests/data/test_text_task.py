@@ -153,6 +153,7 @@ def test_hyper_parameters_make_the_same_task_again(reviews):
         ({"text_columns": []}, "Expected one text column or a pair"),
         ({"test_fraction": 0.0}, "Expected test_fraction between 0 and 0.5, got 0.0"),
         ({"validation_fraction": 1.5}, "Expected validation_fraction between 0 and 0.5, got 1.5"),
+        ({"config": "small"}, "Expected config for a data set on the hub, not for files, got 'small'"),
         ({"data_files": "more.csv"}, "Expected data_files with dataset='csv', not together with the file"),
     ],
 )
