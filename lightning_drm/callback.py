@@ -14,8 +14,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import track
 from torch import Tensor
-from tqdm.auto import tqdm
 from typing_extensions import override
 
 from lightning_drm.deltas import Base, TaskVector
@@ -37,7 +37,7 @@ class DRMMergeCallback(Callback):
         method: How deltas are merged.
         dirpath: Run folder, where deltas, heads and the merged model are written. Nothing is written without it.
         coefficients: Coefficient by task; 1.0 for a task that is not named.
-        convolutions: ``"matrix"`` merges convolution weights as ``(out, in·k·k)`` matrices, ``"average"`` averages them.
+        convolutions: ``"matrix"`` merges convolution weights as ``(out, in·k·k)`` matrices, ``"average"`` does not.
         store: Where deltas wait for the other tasks: on the ``device``, in host memory (``cpu``), or on ``disk``.
             ``auto`` takes the disk if there is a run folder, else the device while it has room, else host memory.
         head: Names of the submodules or parameters that are a task's head; the module's own ``head_names`` if left out.
@@ -181,9 +181,8 @@ class DRMMergeCallback(Callback):
         fusion = Fusion(self.recipe, list(self.task_vectors.values()), device)
         backbone = {name: tensor.to(device) for name, tensor in self._base.tensors(module, head).items()}
         name = type(self.recipe.method).__name__
-        for parameter, delta in tqdm(
-            fusion, desc=f"merging with {name}", unit="parameter", leave=False, disable=not write
-        ):
+        deltas = track(fusion, f"merging with {name}", total=len(fusion), disable=not write)
+        for parameter, delta in deltas:
             base = backbone[parameter]
             backbone[parameter] = (base.to(delta.dtype) + delta).to(base.dtype)
         heads = {

@@ -7,6 +7,7 @@ import warnings
 
 from lightning import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from lightning_drm.callback import DRMMergeCallback
@@ -78,6 +79,8 @@ def main(args: ArgsType = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn when data loaders fork
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*loftq_config.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    disable_progress_bar()  # transformers' own, which take longer to read than the small steps they show
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     try:
         MergeCLI(args)

@@ -1,13 +1,10 @@
 """A progress bar that says which task it is about and what is being done with it."""
 
-from typing import Any
-
-from lightning import Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
 
-class TaskProgressBar(TQDMProgressBar):
+class TaskProgressBar(RichProgressBar):
     """Lightning's progress bar with the task and the phase in front.
 
     Args:
@@ -15,20 +12,14 @@ class TaskProgressBar(TQDMProgressBar):
     """
 
     def __init__(self, label: str) -> None:
-        super().__init__()
+        super().__init__(leave=True)
         self.label = label
 
-    @property
     @override
-    def train_description(self) -> str:
-        return self.label
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{self.label} · epoch {current_epoch}"
 
     @property
     @override
     def test_description(self) -> str:
         return self.label
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description(f"{self.label} · epoch {trainer.current_epoch}")

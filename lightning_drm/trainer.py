@@ -40,8 +40,10 @@ class MergeTrainer(Trainer):
     """
 
     def __init__(self, **kwargs: Any) -> None:
+        given = kwargs.get("callbacks") or []
+        self._given_callbacks = list(given) if isinstance(given, Sequence) else [given]
+        self._arguments = {**kwargs, "callbacks": self._given_callbacks}  # Lightning adds to the list it got
         super().__init__(**kwargs)
-        self._arguments = kwargs
         self._console = Console(quiet=not self.is_global_zero, highlight=False)
 
     @override
@@ -264,11 +266,6 @@ class MergeTrainer(Trainer):
 
     def _settings(self, model: LightningModule, datamodule: MultiTaskDataModule, task: str) -> dict[str, Any]:
         return dict(finetune_settings(model, datamodule.tasks[task], self._arguments, self._seed))
-
-    @property
-    def _given_callbacks(self) -> list[Callback]:
-        given = self._arguments.get("callbacks") or []
-        return list(given) if isinstance(given, Sequence) else [given]
 
     def _progress_bar(self, label: str) -> list[Callback]:
         shown = self._arguments.get("enable_progress_bar") is not False and self.is_global_zero

@@ -93,7 +93,9 @@ def _project(U: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tenso
     rows = U.new_empty(len(deltas), U.shape[1], deltas[0].shape[1])
     sigma = U.new_empty(rows.shape[:2])
     for task, delta in enumerate(deltas):
-        sigma[task] = _normalize(torch.mm(U.T, delta, out=rows[task]))
+        torch.mm(U.T, delta, out=rows[task])
+        lengths = torch.linalg.vector_norm(rows[task], dim=1)
+        sigma[task] = _normalize(rows[task], lengths, rounding_error(lengths))
     return U, rows, sigma
 
 
@@ -104,20 +106,21 @@ def _expand(S: Tensor, V: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Ten
     U = V.new_zeros(len(deltas[0]), len(S))
     for delta, block in zip(deltas, blocks, strict=True):
         U.addmm_(delta.double(), block / S)
-    rows = torch.stack([(block * S).T for block in blocks]).to(dtype)
-    return U.to(dtype), rows, torch.stack([_normalize(row) for row in rows])
+    rows = torch.stack([(block * S).T for block in blocks])
+    # The rows come from V, so their error is one of the whole stack, also where a task's delta is small.
+    sigma = _normalize(rows, torch.linalg.vector_norm(rows, dim=2), rounding_error(S))
+    return U.to(dtype), rows.to(dtype), sigma.to(dtype)
 
 
-def _normalize(rows: Tensor) -> Tensor:
-    """Scale one task's rows (r, n) to unit length, in place, and return the lengths they had, (r,).
+def _normalize(rows: Tensor, lengths: Tensor, noise: float) -> Tensor:
+    """Scale rows (…, r, n) of given lengths (…, r) to unit length, in place, and return the lengths.
 
-    A row no longer than the rounding error of the projection is a task without a part in that direction. It becomes
-    zero: scaled up to unit length, it would let noise take part in the pruning.
+    A row that is nothing but rounding error is a task without a part in that direction: it becomes zero, with length
+    zero. Scaled up to unit length, it would let noise take part in the pruning.
     """
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    lengths[lengths <= rounding_error(lengths)] = 0
+    lengths = torch.where(lengths > noise, lengths, 0)
     # Not times 1 / length: a row of one entry must become exactly ±1, since pruning compares magnitudes.
-    rows.div_(torch.where(lengths > 0, lengths, torch.inf)[:, None])
+    rows.div_(torch.where(lengths > 0, lengths, torch.inf)[..., None])
     return lengths
 
 

@@ -18,6 +18,7 @@ def duplicate(module: LightningModule, replacements: dict[int, Any] | None = Non
         replacements: By ``id`` of an object inside the module, what the copy gets in its place.
     """
     memo = dict(replacements or {})
-    named = {**vars(module), **module.hparams, **vars(module).get("_hparams_initial", {})}
-    memo |= {id(value): value for name, value in named.items() if isinstance(value, partial) or name == "_instantiator"}
+    for named in (vars(module), module.hparams, vars(module).get("_hparams_initial", {})):
+        shared = [value for name, value in named.items() if isinstance(value, partial) or name == "_instantiator"]
+        memo |= {id(value): value for value in shared}
     return copy.deepcopy(module, memo)
