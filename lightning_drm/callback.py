@@ -18,8 +18,8 @@ from rich.progress import track
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_drm.deltas import Base, TaskVector
-from lightning_drm.engine import Fusion, Recipe, RunFolder, model_card, write_merged
+from lightning_drm.deltas import Base, TaskVector, fingerprint
+from lightning_drm.engine import Fusion, Override, Recipe, RunFolder, model_card, write_merged
 from lightning_drm.merging import DRM, LowRank, Method
 from lightning_drm.modules import MultiTaskModule, head_names_of
 
@@ -38,6 +38,9 @@ class DRMMergeCallback(Callback):
         dirpath: Run folder, where deltas, heads and the merged model are written. Nothing is written without it.
         coefficients: Coefficient by task; 1.0 for a task that is not named.
         convolutions: ``"matrix"`` merges convolution weights as ``(out, in·k·k)`` matrices, ``"average"`` does not.
+        vectors: What a matrix method does to the rest: the weighted ``"average"`` of all tasks, or of those that
+            ``"elect"`` the same sign.
+        overrides: Exceptions by name; the first that matches a parameter counts.
         store: Where deltas wait for the other tasks: on the ``device``, in host memory (``cpu``), or on ``disk``.
             ``auto`` takes the disk if there is a run folder, else the device while it has room, else host memory.
         head: Names of the submodules or parameters that are a task's head; the module's own ``head_names`` if left out.
@@ -59,11 +62,13 @@ class DRMMergeCallback(Callback):
         *,
         coefficients: Mapping[str, float] | None = None,
         convolutions: Literal["average", "matrix"] = "average",
+        vectors: Literal["average", "elect"] = "average",
+        overrides: Sequence[Override] = (),
         store: Store = "auto",
         head: Sequence[str] | None = None,
     ) -> None:
         self.tasks = list(tasks)
-        self.recipe = Recipe(method, dict(coefficients or {}), convolutions)
+        self.recipe = Recipe(method, dict(coefficients or {}), convolutions, vectors, tuple(overrides))
         self.run_folder = RunFolder(dirpath) if dirpath is not None else None
         self.store = store
         self.head = head
@@ -192,7 +197,12 @@ class DRMMergeCallback(Callback):
         self._merged = MultiTaskModule.assemble(module, head, backbone, heads)
         if write and self.run_folder is not None:
             any_task = self._merged.task_module(self.tasks[0])
-            card = model_card(self.recipe, list(self.task_vectors.values()), getattr(module, "backbone_name", None))
+            card = model_card(
+                self.recipe,
+                {task: {"parameters with a delta": len(vector.deltas)} for task, vector in self.task_vectors.items()},
+                base=getattr(module, "backbone_name", None),
+                base_fingerprint=fingerprint(self._base.hashes),
+            )
             write_merged(self.run_folder.merged, any_task, head, heads, card)
         return self._merged
 

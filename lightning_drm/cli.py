@@ -11,6 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from lightning_drm.callback import DRMMergeCallback
+from lightning_drm.cli_files import is_file_merge, run
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.engine import write_text
 from lightning_drm.trainer import MergeTrainer
@@ -82,8 +83,12 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     disable_progress_bar()  # transformers' own, which take longer to read than the small steps they show
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    words = sys.argv[1:] if args is None else args
     try:
-        MergeCLI(args)
+        if isinstance(words, list) and is_file_merge(words):
+            run(words[1:])
+        else:
+            MergeCLI(args)
     except (ValueError, FileNotFoundError, ImportError) as error:
         if os.environ.get("LIGHTNING_DRM_TRACEBACK"):
             raise

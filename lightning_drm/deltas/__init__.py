@@ -4,10 +4,19 @@ from lightning_drm.deltas.collect import Base
 from lightning_drm.deltas.fingerprint import fingerprint, hash_tensor
 from lightning_drm.deltas.lora import remove_adapters
 from lightning_drm.deltas.parameters import Kind, backbone_parameters, head_state
-from lightning_drm.deltas.store import StoredDeltas, load_task_vector, save_task_vector, write_tensors
+from lightning_drm.deltas.store import (
+    DELTAS_FILE,
+    HEAD_FILE,
+    StoredDeltas,
+    load_task_vector,
+    save_task_vector,
+    write_tensors,
+)
 from lightning_drm.deltas.task_vector import TaskVector
 
 __all__ = [
+    "DELTAS_FILE",
+    "HEAD_FILE",
     "Base",
     "Kind",
     "StoredDeltas",

@@ -1,9 +1,32 @@
 """From a recipe and task vectors to merged deltas, and the run folder that keeps both."""
 
 from lightning_drm.engine.fuse import Fusion
+from lightning_drm.engine.merge_files import MergeResult, merge_files, output_problems
 from lightning_drm.engine.model_card import model_card
 from lightning_drm.engine.output import read_merged, write_merged
-from lightning_drm.engine.recipe import Recipe
+from lightning_drm.engine.plan import Plan, Rules, make_plan, memory_bytes, read_bytes, refuse, table, written_bytes
+from lightning_drm.engine.recipe import Override, Recipe
 from lightning_drm.engine.run_folder import RunFolder, write_json, write_text
 
-__all__ = ["Fusion", "Recipe", "RunFolder", "model_card", "read_merged", "write_json", "write_merged", "write_text"]
+__all__ = [
+    "Fusion",
+    "MergeResult",
+    "Override",
+    "Plan",
+    "Recipe",
+    "Rules",
+    "RunFolder",
+    "make_plan",
+    "memory_bytes",
+    "merge_files",
+    "model_card",
+    "output_problems",
+    "read_bytes",
+    "read_merged",
+    "refuse",
+    "table",
+    "write_json",
+    "write_merged",
+    "write_text",
+    "written_bytes",
+]

@@ -1,17 +1,36 @@
 """Laying a recipe over task vectors: one parameter of all tasks at a time, its merged delta out.
 
-Deltas are read when their turn comes and dropped after, so at no time are more than one parameter's deltas on the
-device. Tasks are taken in the order of their names, whatever order they came in, so that rounding, too, is the same.
+Deltas are read when their turn comes and dropped after, so at no time are more than two parameters' deltas on the
+device: the one that is merged, and the next, which a thread reads ahead. Tasks are taken in the order of their names,
+whatever order they came in, so that rounding, too, is the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_drm.deltas import Kind, TaskVector
-from lightning_drm.engine.recipe import Recipe
-from lightning_drm.merging import Average, Delta, LowRank, Method
+from lightning_drm.engine.read_ahead import read_ahead
+from lightning_drm.engine.recipe import Recipe, Treatment, split_sizes
+from lightning_drm.merging import Delta, LowRank, Method
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged parameter.
+
+    Attributes:
+        name: Its name.
+        delta: Its merged delta, in the parameter's own shape.
+        parts: The tasks' deltas that it was merged from.
+    """
+
+    name: str
+    delta: Tensor
+    parts: Sequence[Delta]
 
 
 class Fusion:
@@ -21,18 +40,35 @@ class Fusion:
         recipe: What to do.
         vectors: The task vectors, at least one.
         device: Where to compute; deltas that are elsewhere are brought there one parameter at a time.
+        transposed: Names of matrices stored ``(in, out)``, which are split along their columns.
+        shapes: Shape of each parameter by name, where they are known without asking for deltas.
 
     Raises:
         ValueError: If task vectors come from different bases, disagree on a parameter's shape or kind, or the recipe
-            names unknown tasks.
+            does not fit to them.
     """
 
-    def __init__(self, recipe: Recipe, vectors: Sequence[TaskVector], device: torch.device | str = "cpu") -> None:
-        recipe.check([vector.task for vector in vectors])
-        self.recipe = recipe
+    def __init__(
+        self,
+        recipe: Recipe,
+        vectors: Sequence[TaskVector],
+        device: torch.device | str = "cpu",
+        *,
+        transposed: Set[str] = frozenset(),
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.vectors = sorted(vectors, key=lambda vector: vector.task)
+        self.tasks = [vector.task for vector in self.vectors]
+        recipe.check(self.tasks)
+        self.recipe = recipe
         self.device = torch.device(device)
+        self.transposed = transposed
         self.kinds = _agreed_kinds(self.vectors)
+        self.treatments = {name: recipe.treatment(name, kind, self.tasks) for name, kind in self.kinds.items()}
+        if recipe.overrides and shapes is None:
+            shapes = {name: tuple(self._first(name).shape) for name in self.kinds}
+        if recipe.overrides and shapes is not None and (problems := recipe.problems(self.kinds, shapes)):
+            raise ValueError("\n".join(problems))
 
     def __len__(self) -> int:
         """How many parameters have a delta in some task."""
@@ -40,17 +76,68 @@ class Fusion:
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Name and merged delta of each parameter, in the parameter's own shape, on the device."""
-        method = self.recipe.method
-        coefficients = self.recipe.coefficients_of([vector.task for vector in self.vectors])
-        by_method = [name for name, kind in self.kinds.items() if self.recipe.rule(kind) == "method"]
-        method = method.calibrate(lambda: map(self._deltas, by_method))
-        for name, kind in self.kinds.items():
-            deltas = self._deltas(name)
-            if self.recipe.rule(kind) == "method":
-                keyed = method.keyed([f"{vector.task}/{name}" for vector in self.vectors])
-                yield name, _merge_in_shape(keyed, deltas, coefficients)
-            else:
-                yield name, Average().merge(deltas, coefficients) * method.scale
+        return ((merged.name, merged.delta) for merged in self.merge(self.kinds))
+
+    def merge(self, names: Iterable[str]) -> Iterator[Merged]:
+        """Merges some parameters.
+
+        Args:
+            names: Which, in the order they are wanted; they may be read ahead of that.
+
+        Yields:
+            Each parameter's merged delta, on the device. A parameter that keeps the base's value has a delta of 0.
+        """
+        names = list(names)
+        calibrated = self._calibrated
+        for name, deltas in zip(names, read_ahead(map(self._deltas, names)), strict=True):
+            method = calibrated.get(name)
+            if method is None:
+                yield Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas)
+                continue
+            keyed = method.keyed([f"{task}/{name}" for task in self.tasks])
+            yield Merged(name, _merge_in_shape(keyed, deltas, self.treatments[name], name in self.transposed), deltas)
+
+    def merge_low_rank(self, names: Iterable[str], rank: int | None = None) -> Iterator[tuple[str, LowRank, float]]:
+        """Merges parameters whose deltas are all low-rank, exactly, without a dense matrix.
+
+        Args:
+            names: Which.
+            rank: Largest rank of a result; as high as it is if left out.
+
+        Yields:
+            Name, merged factors, and the relative error that the limit on the rank made (0.0 without one).
+        """
+        calibrated = self._calibrated
+        for name in names:
+            method = calibrated[name]
+            assert method is not None, "parameters that keep the base's value have no place in an adapter"
+            merged = method.merge_low_rank(self._deltas(name), self.treatments[name].coefficients)
+            limit = min(merged.rank if rank is None else rank, *merged.shape)
+            factors, error = merged.truncate(limit) if merged.rank > limit else (merged, 0.0)
+            yield name, factors, error
+
+    def is_low_rank(self, name: str) -> bool:
+        """Whether a parameter's deltas and the method give factors."""
+        deltas = [vector.deltas[name] for vector in self.vectors if name in vector.deltas]
+        method, split = self.treatments[name].method, self.treatments[name].split
+        exact = method is not None and method.supports_low_rank and split is None
+        return exact and all(isinstance(delta, LowRank) for delta in deltas)
+
+    @cached_property
+    def _calibrated(self) -> dict[str, Method | None]:
+        """Each parameter's method; those that need to see a whole task vector first have seen it."""
+        groups: dict[Method, list[str]] = {}
+        for name, treatment in self.treatments.items():
+            if treatment.rule == "method" and treatment.method is not None:
+                groups.setdefault(treatment.method, []).append(name)
+        methods = {name: treatment.method for name, treatment in self.treatments.items()}
+        for method, names in groups.items():
+            ready = method.calibrate(lambda names=names: read_ahead(map(self._deltas, names)))  # type: ignore[misc]
+            methods.update(dict.fromkeys(names, ready))
+        return methods
+
+    def _first(self, name: str) -> Delta:
+        return next(vector.deltas[name] for vector in self.vectors if name in vector.deltas)
 
     def _deltas(self, name: str) -> list[Delta]:
         deltas = [vector.deltas.get(name) for vector in self.vectors]
@@ -76,13 +163,28 @@ class Fusion:
         return torch.zeros(delta.shape, dtype=delta.dtype, device=self.device)
 
 
-def _merge_in_shape(method: Method, deltas: Sequence[Delta], coefficients: Sequence[float]) -> Tensor:
+def _merge_in_shape(method: Method, deltas: Sequence[Delta], treatment: Treatment, transposed: bool) -> Tensor:
     """Merges, seeing a convolution's ``(out, in, k, k)`` as ``(out, in·k·k)`` where the method wants matrices."""
     first = deltas[0]
+    if treatment.split is not None:
+        return _merge_in_parts(method, deltas, treatment, transposed)
     if method.elementwise or len(first.shape) == 2:
-        return method.merge(deltas, coefficients)
+        return method.merge(deltas, treatment.coefficients)
     matrices = [delta.flatten(1) for delta in deltas if isinstance(delta, Tensor)]
-    return method.merge(matrices, coefficients).reshape(first.shape)
+    return method.merge(matrices, treatment.coefficients).reshape(first.shape)
+
+
+def _merge_in_parts(method: Method, deltas: Sequence[Delta], treatment: Treatment, transposed: bool) -> Tensor:
+    """Merges the parts of a fused matrix one by one."""
+    assert treatment.split is not None
+    rows = [delta.T if transposed else delta for delta in deltas]
+    merged, start = [], 0
+    for size in split_sizes(treatment.split, rows[0].shape[0]):
+        part = slice(start, start + size)
+        pieces = [LowRank(d.up[part], d.down) if isinstance(d, LowRank) else d[part] for d in rows]
+        merged.append(method.merge([p.T if transposed else p for p in pieces], treatment.coefficients))
+        start += size
+    return torch.cat(merged, dim=1 if transposed else 0)
 
 
 def _agreed_kinds(vectors: Sequence[TaskVector]) -> dict[str, Kind]:

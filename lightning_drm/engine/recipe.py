@@ -1,13 +1,52 @@
-"""A recipe: the method, the parameters it applies to, and one coefficient per task."""
+"""A recipe: the method, the parameters it applies to, one coefficient per task, and the exceptions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from lightning_drm.deltas import Kind
-from lightning_drm.merging import Method
+from lightning_drm.merging import DRM, TIES, Method, TaskArithmetic
 
-Rule = Literal["method", "average"]
+Rule = Literal["method", "average", "elect", "base"]
+"""By the recipe's method; the weighted average; the average of the entries that agree in sign; the base's value."""
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other treatment for the parameters whose name matches; what is left out stays as in the recipe.
+
+    Attributes:
+        match: Shell pattern on the whole name, such as ``*.layers.0.*``.
+        rule: How to merge them.
+        density: The method's density for them.
+        coefficients: Coefficient by task, for the tasks that are named.
+        split: Merge the matrix in parts: a number of equal parts, or the rows (a Conv1D's columns) of each part, as for
+            a fused ``[Q; K; V]``.
+    """
+
+    match: str
+    rule: Rule | None = None
+    density: float | None = None
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    split: int | list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to one parameter.
+
+    Attributes:
+        rule: Its name, for people.
+        method: The method that does it; ``None`` leaves the base's value.
+        coefficients: One per task.
+        split: Parts of the matrix, if it is merged in parts.
+    """
+
+    rule: Rule
+    method: Method | None
+    coefficients: tuple[float, ...]
+    split: int | list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -24,33 +63,128 @@ class Recipe:
         coefficients: Coefficient by task; 1.0 for a task that is not named.
         convolutions: ``"matrix"`` lets a matrix method merge convolution weights as ``(out, in·k·k)`` matrices;
             ``"average"`` treats them like embeddings.
+        vectors: What a matrix method leaves to the rest: the weighted ``"average"`` of all tasks, or, as in DRM's
+            published code, of those that ``"elect"`` the same sign.
+        overrides: Exceptions by name; the first that matches a parameter counts.
     """
 
-    method: Method
+    method: Method = field(default_factory=DRM)
     coefficients: Mapping[str, float] = field(default_factory=dict)
     convolutions: Literal["average", "matrix"] = "average"
+    vectors: Literal["average", "elect"] = "average"
+    overrides: Sequence[Override] = ()
 
     def rule(self, kind: Kind) -> Rule:
-        """The rule for a parameter of some kind."""
+        """The rule for a parameter of some kind, exceptions aside."""
         if self.method.elementwise or kind == "matrix" or (kind == "convolution" and self.convolutions == "matrix"):
             return "method"
-        return "average"
+        return self.vectors
+
+    def override_of(self, name: str) -> Override:
+        """The exception that holds for a parameter; an empty one if none does."""
+        return next((o for o in self.overrides if fnmatchcase(name, o.match)), Override(name))
+
+    def treatment(self, name: str, kind: Kind, tasks: Sequence[str]) -> Treatment:
+        """What is done to a parameter.
+
+        Args:
+            name: Its name.
+            kind: What it is to its layer.
+            tasks: The tasks, in their order.
+        """
+        override = self.override_of(name)
+        rule = override.rule or self.rule(kind)
+        values = {**self.coefficients, **override.coefficients}
+        coefficients = tuple(values.get(task, 1.0) for task in tasks)
+        if rule == "base":
+            return Treatment(rule, None, coefficients)
+        if rule == "average":
+            return Treatment(rule, TaskArithmetic(self.method.scale / len(tasks)), coefficients, override.split)
+        if rule == "elect":
+            return Treatment(rule, TIES(1.0, "tensor", self.method.scale), coefficients, override.split)
+        method = self.method if override.density is None else with_density(self.method, override.density)
+        return Treatment(rule, method, coefficients, override.split)
 
     def coefficients_of(self, tasks: Sequence[str]) -> list[float]:
-        """The coefficients of some tasks, in their order."""
+        """The coefficients of some tasks, in their order, exceptions aside."""
         return [self.coefficients.get(task, 1.0) for task in tasks]
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Refuses coefficients of tasks that do not exist.
+        """Refuses what no task or method has.
 
         Args:
             tasks: The names of all tasks.
 
         Raises:
-            ValueError: Naming the unknown tasks and the known ones.
+            ValueError: Naming the unknown tasks and the known ones, or the methods without a density.
         """
-        unknown = sorted(set(self.coefficients) - set(tasks))
+        problems = []
+        named = {*self.coefficients, *(task for override in self.overrides for task in override.coefficients)}
+        unknown = sorted(named - set(tasks))
         if unknown:
-            raise ValueError(
-                f"Coefficients are given for unknown tasks {', '.join(unknown)}; tasks: {', '.join(tasks)}."
-            )
+            problems.append(f"Coefficients are given for unknown tasks {', '.join(unknown)}; tasks: {', '.join(tasks)}")
+        for override in self.overrides:
+            if override.density is not None and override.rule in ("average", "elect", "base"):
+                problems.append(f"The override {override.match!r} gives a density, which rule {override.rule} has not")
+            elif override.density is not None:
+                try:
+                    with_density(self.method, override.density)
+                except ValueError as error:
+                    problems.append(f"The override {override.match!r}: {error}")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
+
+    def problems(self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What does not fit to the parameters, one sentence each.
+
+        Args:
+            kinds: Kind by name of all parameters that are merged.
+            shapes: Shape by name of the same.
+        """
+        names = list(kinds)
+        found = [
+            f"The override {o.match!r} matches no parameter that is merged, such as {', '.join(names[:3])}."
+            for o in self.overrides
+            if not any(fnmatchcase(name, o.match) for name in names)
+        ]
+        for name, kind in kinds.items():
+            override = self.override_of(name)
+            rule, shape = override.rule or self.rule(kind), shapes[name]
+            if rule == "method" and not self.method.elementwise and len(shape) < 2:
+                method = type(self.method).__name__
+                found.append(f"{name} has shape {shape}, but {method} merges matrices: give it rule average or elect.")
+            if override.split is not None and (problem := _split_problem(override.split, shape)):
+                found.append(f"{name} of shape {shape} cannot be split: {problem}.")
+        return found
+
+
+def with_density(method: Method, density: float) -> Method:
+    """The method with another density.
+
+    Args:
+        method: The method.
+        density: The share to keep.
+
+    Raises:
+        ValueError: If the method has no density, or it is out of range.
+    """
+    arguments = method.hyperparameters()
+    if "density" not in arguments:
+        raise ValueError(f"{type(method).__name__} has no density")
+    changed: Method = type(method)(**{**arguments, "density": density})
+    return changed
+
+
+def split_sizes(split: int | list[int], length: int) -> list[int]:
+    """The sizes of the parts of an axis."""
+    return list(split) if isinstance(split, list) else [length // split] * split
+
+
+def _split_problem(split: int | list[int], shape: tuple[int, ...]) -> str | None:
+    if len(shape) != 2:
+        return "only matrices can"
+    if isinstance(split, int):
+        fits = split > 0 and any(length % split == 0 for length in shape)
+        return None if fits else f"neither side is a multiple of {split}"
+    total = sum(split)
+    return None if total in shape else f"the parts add up to {total}"

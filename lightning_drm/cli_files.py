@@ -1,0 +1,160 @@
+"""``lightning-drm merge --base …``: merging what is on disk, with no model, data or Trainer in the configuration.
+
+The same options, on the command line or in YAML: ``base:``, ``models:``, ``output:``, ``coefficients:``, and the
+``drm:`` group with the method and its exceptions, so that the overlays in ``configs/method`` serve here too.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lightning_drm.engine import (
+    MergeResult,
+    Plan,
+    Recipe,
+    Rules,
+    make_plan,
+    memory_bytes,
+    merge_files,
+    output_problems,
+    read_bytes,
+    refuse,
+    table,
+    written_bytes,
+)
+
+_OWN = ("base", "models", "output")
+
+
+def is_file_merge(args: Sequence[str]) -> bool:
+    """Whether a command line is a merge from files: it names a base or models, itself or in a configuration file.
+
+    Args:
+        args: Arguments after ``lightning-drm``.
+    """
+    if not args or args[0] != "merge":
+        return False
+    names = [arg.removeprefix("--").partition("=")[0].split(".")[0] for arg in args if arg.startswith("--")]
+    if any(name in _OWN for name in names):
+        return True
+    return any(name in _OWN for file in _config_files(args) for name in file)
+
+
+def parser() -> ArgumentParser:
+    """The parser of a merge from files."""
+    built = ArgumentParser(
+        prog="lightning-drm merge", description="Merge finetuned models that are on disk or on the hub."
+    )
+    built.add_argument("--config", action="config", help="The same options in a YAML file; later files win.")
+    built.add_argument("--base", type=str, required=True, help="The model that all were finetuned from.")
+    built.add_argument(
+        "--models",
+        type=dict[str, str],
+        required=True,
+        help="By task, a model folder, a PEFT adapter, a checkpoint, a run folder, or a hub name: --models.sst2 PATH.",
+    )
+    built.add_argument("--output", type=str, required=True, help="The folder to write.")
+    built.add_argument("--coefficients", type=dict[str, float], default={}, help="By task; 1.0 if left out.")
+    built.add_class_arguments(Recipe, "drm", skip={"coefficients"})
+    built.set_defaults({"drm.method": {"class_path": "lightning_drm.DRM"}})
+    built.add_class_arguments(Rules, None)
+    built.add_argument("--overwrite", type=bool, default=False, help="Replace the output if it exists.")
+    built.add_argument("--max_shard_size", type=str, default="5GB", help="Largest size of a written file.")
+    built.add_argument("--device", type=str, default="cpu", help="Where to compute.")
+    built.add_argument("--push_to_hub", type=str | None, default=None, help="A repository to upload the result to.")
+    built.add_argument("--dry_run", action="store_true", help="Print the plan and every problem, and write nothing.")
+    return built
+
+
+def run(args: Sequence[str]) -> None:
+    """Merges from files as the command line says.
+
+    Args:
+        args: Arguments after ``lightning-drm merge``.
+
+    Raises:
+        ValueError: With every problem that was found.
+    """
+    built = parser()
+    config = built.parse_args(list(args))
+    names = list(Rules.__dataclass_fields__)
+    rules = Rules(**{name: config[name] for name in names})
+    drm = built.instantiate_classes(config).drm
+    recipe = Recipe(drm.method, config.coefficients, drm.convolutions, drm.vectors, tuple(drm.overrides))
+    console = Console(highlight=False)
+    if config.dry_run:
+        plan = make_plan(config.base, config.models, recipe, rules)
+        _print_plan(console, plan)
+        refuse([*plan.problems, *output_problems(plan, Path(config.output), config.overwrite)])
+        return
+    with Progress(transient=True) as bar:
+        row = bar.add_task(f"merging with {type(recipe.method).__name__}", total=None)
+        result = merge_files(
+            config.base,
+            config.models,
+            config.output,
+            recipe,
+            rules,
+            overwrite=config.overwrite,
+            max_shard_size=config.max_shard_size,
+            device=config.device,
+            push_to_hub=config.push_to_hub,
+            progress=lambda done, total: bar.update(row, completed=done, total=total),
+        )
+    _print_result(console, result)
+
+
+def _print_plan(console: Console, plan: Plan) -> None:
+    rules = Table("rule", "method", "parameters", "values", "such as")
+    for rule, method, count, values, example in table(plan):
+        rules.add_row(rule, method, str(count), f"{values:,}", example)
+    console.print(rules)
+    tasks = Table("task", "format", "parameters", "head", "source")
+    for task in plan.tasks:
+        tasks.add_row(task.name, task.input.format, str(len(task.names)), str(len(task.head)), str(task.input.path))
+    console.print(tasks)
+    size = f"writes {written_bytes(plan) / 1e9:.2f} GB" if plan.output_format == "full" else "writes an adapter"
+    console.print(
+        f"Reads {read_bytes(plan) / 1e9:.2f} GB, {size}, needs about {memory_bytes(plan) / 1e9:.2f} GB of memory."
+    )
+    for note in plan.notes:
+        console.print(f"Note: {note}")
+
+
+def _print_result(console: Console, result: MergeResult) -> None:
+    for note in result.notes:
+        console.print(f"Note: {note}")
+    if result.num_resumed:
+        console.print(f"Took up an interrupted merge: {result.num_resumed} parameters were there.")
+    shares = ", ".join(f"{task} {100 * share:.0f} %" for task, share in result.kept_shares.items())
+    console.print(
+        f"Merged {result.num_merged} parameters, {result.num_kept} are the base's." + f" Kept: {shares}." * bool(shares)
+    )
+    if result.rounding:
+        console.print(f"Rounding took {result.rounding:.1e} of the merged delta.")
+    if result.rank_errors:
+        console.print(f"The rank's limit took at most {max(result.rank_errors.values()):.1e} of a parameter's delta.")
+    console.print(f"Wrote {result.folder} ({result.output_format}).")
+
+
+def _config_files(args: Sequence[str]) -> list[dict[str, Any]]:
+    """What the configuration files on a command line hold, as far as they can be read."""
+    files = [value for name, value in pairwise(args) if name in ("--config", "-c")]
+    files += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    contents = []
+    for file in files:
+        try:
+            with open(file) as stream:  # noqa: PTH123 - the path is as the user wrote it
+                content = yaml.safe_load(stream)
+        except (OSError, yaml.YAMLError):  # the parser reports it
+            continue
+        if isinstance(content, dict):
+            contents.append(content)
+    return contents

@@ -1,0 +1,63 @@
+"""Finding one parameter under two names.
+
+The same weight is ``encoder.layer.0…`` in a bare encoder, ``bert.encoder.layer.0…`` in a classifier, and
+``model.bert.encoder.layer.0…`` in a LightningModule's checkpoint. One prefix to take off and one to put on explain all
+of these; the pair that explains the most names wins, the shorter one if several do.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_SHARE = 0.2  # a prefix that fewer names have than this is part of a name, not of a wrapper
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """From one model's names to another's.
+
+    Attributes:
+        strip: Prefix to take off.
+        add: Prefix to put on.
+        num_matches: How many names it explains.
+    """
+
+    strip: str = ""
+    add: str = ""
+    num_matches: int = 0
+
+    @classmethod
+    def between(cls, names: Iterable[str], targets: Iterable[str]) -> "Alignment":
+        """Finds the prefixes.
+
+        Args:
+            names: One model's names.
+            targets: The other's.
+
+        Example:
+            >>> Alignment.between(["model.a.weight", "model.b.weight", "head.weight"], ["a.weight", "b.weight"])
+            Alignment(strip='model.', add='', num_matches=2)
+        """
+        names, targets = list(names), set(targets)
+        best = cls()
+        for strip in _prefixes(names):
+            rest = [name[len(strip) :] for name in names if name.startswith(strip)]
+            for add in _prefixes(targets):
+                count = sum(add + name in targets for name in rest)
+                if (count, -len(strip + add)) > (best.num_matches, -len(best.strip + best.add)):
+                    best = cls(strip, add, count)
+        return best
+
+    def covers(self, name: str) -> bool:
+        """Whether a name is inside the part that has a counterpart."""
+        return name.startswith(self.strip)
+
+    def __call__(self, name: str) -> str:
+        """The other model's name; a name that is not covered stays."""
+        return self.add + name[len(self.strip) :] if self.covers(name) else name
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    counts = Counter(name[: i + 1] for name in names for i, letter in enumerate(name) if letter == ".")
+    return ["", *(prefix for prefix, count in counts.items() if count >= _SHARE * len(names))]

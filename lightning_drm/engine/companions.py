@@ -1,0 +1,53 @@
+"""What belongs to a model beside its weights: configuration, tokenizer, processor, licence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+
+_KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.spm", "LICENSE*", "NOTICE*")
+_LEFT = (
+    "*.index.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "all_results.json",
+    "*_results.json",
+    "report.json",
+)
+
+
+def copy_companions(base: Path, output: Path, dtype: str) -> list[str]:
+    """Copies the base's small files, everything that ``from_pretrained`` may ask for.
+
+    Args:
+        base: The base's folder.
+        output: The new folder.
+        dtype: The precision that the weights were written in; ``auto`` if it is the base's.
+
+    Returns:
+        The files' names.
+    """
+    files = {file for pattern in _KEPT for file in base.glob(pattern) if file.is_file()}
+    files -= {file for pattern in _LEFT for file in base.glob(pattern)}
+    for file in sorted(files):
+        shutil.copyfile(file, output / file.name)
+    config = output / "config.json"
+    if dtype != "auto" and config.is_file():
+        content = json.loads(config.read_text())
+        content.pop("torch_dtype", None)
+        content["dtype"] = str(getattr(torch, dtype)).removeprefix("torch.")
+        config.write_text(json.dumps(content, indent=2) + "\n")
+    return sorted(file.name for file in files)
+
+
+def licence_of(base: Path | None) -> str | None:
+    """The licence that the base's model card names."""
+    if base is None or not (base / "README.md").is_file():
+        return None
+    try:
+        licence = ModelCard.load(base / "README.md").data.get("license")
+    except (ValueError, OSError):  # no metadata, or not YAML
+        return None
+    return str(licence) if licence else None

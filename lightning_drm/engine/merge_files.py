@@ -1,0 +1,281 @@
+"""Merging models from files: plan, stream, check, and only then show the result under its name.
+
+One parameter of all tasks is in memory at a time, and the next one, which is read meanwhile. Everything is written into
+a hidden folder beside the output; a merge that was killed is taken up there by the next one with the same arguments,
+and the folder gets its name when it is whole and checked.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from torch import Tensor
+
+from lightning_drm.deltas import TaskVector, fingerprint, write_tensors
+from lightning_drm.engine.adapter_output import ADAPTER_FILE, write_adapter
+from lightning_drm.engine.companions import copy_companions, licence_of
+from lightning_drm.engine.file_deltas import BaseValues, FileDeltas
+from lightning_drm.engine.fuse import Fusion
+from lightning_drm.engine.inputs import quick_fingerprint
+from lightning_drm.engine.inputs.tensors import SafetensorsFiles
+from lightning_drm.engine.model_card import model_card
+from lightning_drm.engine.plan import Plan, Rules, make_plan, refuse, written_bytes
+from lightning_drm.engine.presence import measure, summary
+from lightning_drm.engine.recipe import Recipe
+from lightning_drm.engine.shards import JOURNAL_FILE, ShardWriter
+from lightning_drm.pretrained import resolve_pretrained
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge from files wrote.
+
+    Attributes:
+        folder: The output.
+        output_format: ``full`` or ``adapter``.
+        num_merged: How many parameters were merged.
+        num_kept: How many are the base's.
+        num_resumed: How many an earlier, interrupted merge had written already.
+        kept_shares: By task, the share of its delta that the written model has along it, measured on a sample.
+        rounding: Rounding error of the written weights relative to the merged deltas.
+        rank_errors: Relative error by parameter, where the rank was limited.
+        notes: What a user should know.
+    """
+
+    folder: Path
+    output_format: str
+    num_merged: int
+    num_kept: int
+    num_resumed: int = 0
+    kept_shares: Mapping[str, float] = field(default_factory=dict)
+    rounding: float = 0.0
+    rank_errors: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def merge_files(
+    base: str,
+    models: Mapping[str, str],
+    output: str | os.PathLike[str],
+    recipe: Recipe | None = None,
+    rules: Rules | None = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+    device: str = "cpu",
+    push_to_hub: str | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merges finetuned models that are on disk or on the hub.
+
+    Args:
+        base: The model they all started from: a folder, a file or a hub name.
+        models: By task, its finetune: a model folder, a PEFT adapter, a checkpoint or a run folder, or a hub name.
+        output: The folder to write.
+        recipe: How to merge; DRM by default.
+        rules: What to do about what does not fit; refuse by default.
+        overwrite: Replace the folder if it exists.
+        max_shard_size: Largest size of a written file.
+        device: Where to compute.
+        push_to_hub: Name of a repository to upload the result to.
+        progress: Called with the number of parameters that are done and their total.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: With every problem that the headers show, before anything is written; or if deltas are not finite,
+            or a task has left no trace in the result.
+    """
+    recipe, rules, output = recipe or Recipe(), rules or Rules(), Path(output)
+    plan = make_plan(base, models, recipe, rules)
+    refuse([*plan.problems, *output_problems(plan, output, overwrite)])
+    values = BaseValues(plan.base.tensors)
+    vectors = [
+        TaskVector(task.name, FileDeltas(task, values), {name: plan.kinds[name] for name in task.names}, {}, {})
+        for task in plan.tasks
+    ]
+    fusion = Fusion(recipe, vectors, device, transposed=plan.transposed, shapes=plan.shapes)
+    partial = output.with_name(f".{output.name}.partial")
+    _clear_leftovers(partial)
+    fingerprints = {task.name: quick_fingerprint(task.input.files) for task in plan.tasks}
+    base_fingerprint = quick_fingerprint(plan.base.tensors.files)
+    if plan.output_format == "adapter":
+        result = _write_adapter(plan, fusion, partial, output)
+    else:
+        identity = fingerprint(
+            {**fingerprints, "": base_fingerprint, "recipe": f"{recipe!r} {rules!r} {max_shard_size}"}
+        )
+        result = _write_model(plan, fusion, values, partial, output, max_shard_size, identity, progress)
+    _write_heads(plan, partial)
+    card = model_card(
+        recipe,
+        {
+            task.name: {
+                "parameters with a delta": len(task.names),
+                "source": task.input.path.name,
+                "fingerprint": f"`{fingerprints[task.name]}`",
+                "kept": _percent(result.kept_shares.get(task.name)),
+            }
+            for task in plan.tasks
+        },
+        base=base if not Path(resolve_pretrained(base)).exists() else Path(base).name,
+        base_fingerprint=base_fingerprint,
+        library="peft" if plan.output_format == "adapter" else "transformers",
+        licence=licence_of(plan.base.folder),
+        facts=_facts(result),
+    )
+    (partial / "README.md").write_text(card)
+    _show(partial, output)
+    if push_to_hub is not None:
+        api = HfApi()
+        api.create_repo(push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=push_to_hub, folder_path=output, commit_message="Merged with lightning_drm")
+    return result
+
+
+def output_problems(plan: Plan, output: Path, overwrite: bool) -> list[str]:
+    """What keeps the output from being written."""
+    problems = []
+    if output.exists() and not (output.is_dir() and (overwrite or not any(output.iterdir()))):
+        problems.append(f"{output} exists; choose another --output, or --overwrite true.")
+    inputs = [plan.base.folder, *(task.input.path for task in plan.tasks)]
+    if any(folder is not None and folder.exists() and output.exists() and output.samefile(folder) for folder in inputs):
+        problems.append(f"{output} is one of the inputs.")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    free, needed = shutil.disk_usage(parent).free, written_bytes(plan)
+    if plan.output_format == "full" and needed > free:
+        problems.append(f"{output} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB left.")
+    return problems
+
+
+def _write_model(
+    plan: Plan,
+    fusion: Fusion,
+    values: BaseValues,
+    partial: Path,
+    output: Path,
+    max_shard_size: str,
+    identity: str,
+    progress: Progress | None,
+) -> MergeResult:
+    writer = ShardWriter(partial, plan.headers, max_shard_size, identity)
+    num_resumed = len(writer.done)
+    left = [name for name in writer.order if name not in writer.done]
+    total, num_done = len(plan.headers), num_resumed
+    for name in (name for name in left if name not in plan.kinds):
+        writer.write(name, plan.base.tensors.read(name).to(plan.headers[name].dtype))
+        num_done += 1
+    for merged in fusion.merge([name for name in left if name in plan.kinds]):
+        base = values[merged.name].to(merged.delta.device, merged.delta.dtype)
+        exact = base + merged.delta if plan.treatments[merged.name].method is not None else base
+        written = exact.to(plan.headers[merged.name].dtype)
+        _require_finite(merged.name, written, exact)
+        record = measure(exact, written, base, fusion.tasks, merged.parts)
+        writer.write(merged.name, written, record)
+        num_done += 1
+        if progress is not None:
+            progress(num_done, total)
+    shares, rounding = summary(writer.done.values(), fusion.tasks)
+    _require_present(plan, shares)
+    changed = [name for name, record in writer.done.items() if writer.hash(name) != record["hash"]]
+    if changed:
+        raise ValueError(f"{partial} was changed by someone else while it was written: {', '.join(changed[:3])}.")
+    writer.finish()
+    if plan.base.folder is not None:
+        copy_companions(plan.base.folder, partial, plan.rules.dtype)
+    _require_headers(plan, partial)
+    notes = (*plan.notes, *(f"{task}: all its deltas are zero." for task, share in shares.items() if math.isnan(share)))
+    num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
+    return MergeResult(output, "full", total - num_kept, num_kept, num_resumed, shares, rounding, notes=tuple(notes))
+
+
+def _write_adapter(plan: Plan, fusion: Fusion, partial: Path, output: Path) -> MergeResult:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    errors = write_adapter(partial, plan, fusion.merge_low_rank(plan.kinds, plan.rules.rank))
+    written = SafetensorsFiles([partial / ADAPTER_FILE])
+    if len(written.headers) != 2 * len(plan.kinds):
+        raise ValueError(f"{partial} has {len(written.headers)} factors instead of {2 * len(plan.kinds)}.")
+    for name in written.headers:
+        _require_finite(name, written.read(name), None)
+    return MergeResult(output, "adapter", len(plan.kinds), 0, rank_errors=errors, notes=tuple(plan.notes))
+
+
+def _write_heads(plan: Plan, partial: Path) -> None:
+    for task in plan.tasks:
+        tensors: dict[str, Tensor] = dict(task.input.head)
+        for raw in task.head:
+            value = task.input.read(raw)
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{task.name}: its head has an adapter at {raw}; save it as modules_to_save.")
+            tensors[raw] = value.clone()
+        if tensors:
+            write_tensors(partial / "heads" / f"{task.name}.safetensors", tensors, {"task": task.name})
+
+
+def _require_finite(name: str, written: Tensor, exact: Tensor | None) -> None:
+    if bool(written.isfinite().all()):
+        return
+    if exact is not None and bool(exact.isfinite().all()):
+        raise ValueError(f"{name} does not fit into {written.dtype}: its largest value is {exact.abs().max():.3g}.")
+    raise ValueError(f"{name} is not finite after merging: the base or a finetune has NaN or infinite values there.")
+
+
+def _require_present(plan: Plan, shares: Mapping[str, float]) -> None:
+    active = {
+        task.name
+        for index, task in enumerate(plan.tasks)
+        if any(treatment.method is not None and treatment.coefficients[index] for treatment in plan.treatments.values())
+    }
+    gone = [task for task, share in shares.items() if share == 0 and task in active]
+    if gone and plan.recipe.method.scale:
+        raise ValueError(
+            f"Nothing of task {', '.join(gone)} is left in the merged weights: its deltas are pruned away or smaller "
+            "than the output's rounding; use a higher density, or --dtype float32."
+        )
+
+
+def _require_headers(plan: Plan, partial: Path) -> None:
+    found = SafetensorsFiles(sorted(partial.glob("model*.safetensors"))).headers
+    if found != plan.headers:
+        wrong = sorted(name for name in found.keys() | plan.headers.keys() if found.get(name) != plan.headers.get(name))
+        raise ValueError(f"{partial} is not what was planned: {', '.join(wrong[:3])}.")
+
+
+def _facts(result: MergeResult) -> list[str]:
+    facts = [f"parameters: {result.num_merged} merged, {result.num_kept} as in the base"]
+    if result.rounding:
+        facts.append(f"rounding error: {result.rounding:.2e} of the merged delta")
+    if result.rank_errors:
+        facts.append(f"rank limited, relative error at most {max(result.rank_errors.values()):.2e}")
+    return [*facts, *result.notes]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None or math.isnan(share) else f"{100 * share:.0f} %"
+
+
+def _clear_leftovers(partial: Path) -> None:
+    """Keeps of an interrupted merge what can be taken up: shards with their journal."""
+    if partial.is_dir() and not (partial / JOURNAL_FILE).is_file():
+        shutil.rmtree(partial)
+    elif partial.is_dir():
+        for folder in [entry for entry in partial.iterdir() if entry.is_dir()]:
+            shutil.rmtree(folder)
+
+
+def _show(partial: Path, output: Path) -> None:
+    """Gives the finished folder its name."""
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,247 @@
+"""The plan of a merge from files: made from headers alone, so every problem is known in seconds, before any work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import torch
+
+from lightning_drm.deltas import Kind
+from lightning_drm.engine.inputs import Architecture, BaseModel, TensorHeader, open_base, open_input
+from lightning_drm.engine.inputs.adapter import AdapterInput
+from lightning_drm.engine.planned_task import Matcher, MismatchPolicy, PlannedTask
+from lightning_drm.engine.recipe import Recipe, Treatment
+from lightning_drm.engine.vocabulary import VocabularyPolicy
+
+OutputFormat = Literal["auto", "full", "adapter"]
+OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a merge from files deals with what does not fit.
+
+    Attributes:
+        policy: Parameters that some task lacks, or that the base lacks.
+        vocabulary: Vocabularies that differ.
+        heads: Patterns of the heads' names; told from the models' classes if left out.
+        output_format: A whole model, an adapter (all inputs must be adapters), or whatever is exact and smaller.
+        dtype: Precision of the written weights; each parameter's own if ``auto``.
+        rank: Largest rank of a merged adapter; as high as is exact if left out.
+    """
+
+    policy: MismatchPolicy = "strict"
+    vocabulary: VocabularyPolicy = "strict"
+    heads: list[str] | None = None
+    output_format: OutputFormat = "auto"
+    dtype: OutputDtype = "auto"
+    rank: int | None = None
+
+
+@dataclass
+class Plan:
+    """What will be done with each parameter.
+
+    Attributes:
+        base: The base.
+        recipe: How to merge.
+        rules: What to do about mismatches.
+        tasks: The tasks, in the order of their names.
+        transposed: Names of weights stored ``(in, out)``.
+        kinds: Kind of each merged parameter by name.
+        treatments: What is done to it.
+        headers: Every tensor of a whole merged model, as it will be written.
+        output_format: ``full`` or ``adapter``.
+        problems: Everything that keeps the merge from being done.
+        notes: Everything that a user should know.
+    """
+
+    base: BaseModel
+    recipe: Recipe
+    rules: Rules
+    tasks: list[PlannedTask] = field(default_factory=list)
+    transposed: frozenset[str] = frozenset()
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    treatments: dict[str, Treatment] = field(default_factory=dict)
+    headers: dict[str, TensorHeader] = field(default_factory=dict)
+    output_format: Literal["full", "adapter"] = "full"
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each merged parameter by name."""
+        return {name: self.base.tensors.headers[name].shape for name in self.kinds}
+
+    @property
+    def kept(self) -> list[str]:
+        """Names of the tensors that stay as in the base."""
+        return [name for name in self.headers if name not in self.kinds]
+
+
+def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, rules: Rules) -> Plan:
+    """Reads all headers and lays the recipe over them.
+
+    Args:
+        base: Path or hub name of the base.
+        models: Path or hub name of each task's finetune.
+        recipe: How to merge.
+        rules: What to do about mismatches.
+
+    Returns:
+        The plan, with its problems listed.
+
+    Raises:
+        ValueError: If the base cannot be opened; every other problem is in the plan.
+    """
+    problems = _name_problems(models)
+    inputs = {}
+    for task, name in sorted(models.items()):
+        try:
+            inputs[task] = open_input(name, task)
+        except ValueError as error:
+            problems.append(f"{task}: {error}")
+    is_recipe_sound = True
+    try:
+        recipe.check(list(models))
+    except ValueError as error:
+        is_recipe_sound = False
+        problems.append(str(error))
+    try:
+        opened = open_base(base)
+    except ValueError as error:
+        raise ValueError("\n".join([str(error), *problems])) from error
+    architecture = Architecture.of_folder(opened.folder).named_like(set(opened.tensors.headers))
+    matcher = Matcher(opened, architecture, rules.policy, rules.vocabulary, rules.heads)
+    plan = Plan(opened, recipe, rules, [matcher.match(task, found) for task, found in inputs.items()])
+    plan.transposed = architecture.transposed
+    plan.problems = problems + [problem for task in plan.tasks for problem in task.problems]
+    plan.notes = [note for task in plan.tasks for note in task.notes]
+    if not architecture.known:
+        plan.notes.append("The base has no config.json that transformers knows: kinds are told from names and shapes.")
+    _choose_parameters(plan, architecture, matcher, is_recipe_sound)
+    if not plan.problems:
+        _choose_output(plan)
+    return plan
+
+
+def _name_problems(models: Mapping[str, str]) -> list[str]:
+    problems = [] if models else ["There is no model to merge; give at least one with --models.NAME PATH."]
+    return problems + [
+        f"The task's name {task!r} cannot be a file's name; leave out slashes and leading dots."
+        for task in models
+        if not task or "/" in task or task.startswith(".")
+    ]
+
+
+def _choose_parameters(plan: Plan, architecture: Architecture, matcher: Matcher, is_recipe_sound: bool) -> None:
+    headers = plan.base.tensors.headers
+    merged = {name for task in plan.tasks for name in task.names}
+    if plan.rules.policy == "intersection":
+        merged -= {name for task in plan.tasks for name in task.missing}
+        for task in plan.tasks:
+            task.names = {name: raw for name, raw in task.names.items() if name in merged}
+    if plan.rules.vocabulary == "intersection":
+        _intersect_rows(plan)
+    tasks = [task.name for task in plan.tasks]
+    plan.kinds = {name: architecture.kind(name, header.shape) for name, header in headers.items() if name in merged}
+    dtype = None if plan.rules.dtype == "auto" else getattr(torch, plan.rules.dtype)
+    plan.headers = {
+        name: TensorHeader(header.shape, dtype if dtype and header.dtype.is_floating_point else header.dtype)
+        for name, header in headers.items()
+        if name not in matcher.ties
+    }
+    if not tasks:
+        return
+    plan.problems += plan.recipe.problems(plan.kinds, plan.shapes)
+    if is_recipe_sound:
+        plan.treatments = {name: plan.recipe.treatment(name, kind, tasks) for name, kind in plan.kinds.items()}
+    if not merged and not plan.problems:
+        plan.problems.append("No parameter is left to merge.")
+
+
+def _intersect_rows(plan: Plan) -> None:
+    for name in {name for task in plan.tasks for name in task.rows}:
+        maps = [task.rows[name] for task in plan.tasks if name in task.rows]
+        common = torch.stack(maps).min(0).values >= 0
+        for task in plan.tasks:
+            if name in task.names:
+                own = task.rows.get(name, torch.arange(len(common)))
+                task.rows[name] = torch.where(common, own, -1)
+
+
+def _choose_output(plan: Plan) -> None:
+    reasons = _reasons_against_adapter(plan)
+    wanted = plan.rules.output_format
+    if wanted == "adapter" and reasons:
+        plan.problems.append(f"The output cannot be an adapter: {'; '.join(reasons)}.")
+    plan.output_format = "adapter" if not reasons and wanted != "full" else "full"
+    if plan.output_format == "full" and plan.rules.rank is not None:
+        plan.problems.append("rank limits a merged adapter, but the output is a whole model.")
+    if plan.rules.rank is not None and plan.rules.rank < 1:
+        plan.problems.append(f"rank must be at least 1, got {plan.rules.rank}.")
+    if plan.output_format == "adapter" and plan.rules.dtype != "auto":
+        plan.problems.append("An adapter is written in float32, which is exact; leave out dtype.")
+
+
+def _reasons_against_adapter(plan: Plan) -> list[str]:
+    reasons = [f"{task.name} is {task.input.format}" for task in plan.tasks if not isinstance(task.input, AdapterInput)]
+    for task in plan.tasks:
+        dense = [name for name, raw in task.names.items() if not task.input.entries[raw].rank]
+        if dense and not reasons:
+            reasons.append(f"{task.name} changes {dense[0]} in full")
+    for name, treatment in plan.treatments.items():
+        method = treatment.method
+        if method is None or treatment.split is not None:
+            reasons.append(f"{name} is {'kept' if method is None else 'split'} by an override")
+        elif not method.supports_low_rank:
+            reasons.append(f"with {type(method).__name__}, {method.not_low_rank}")
+    return list(dict.fromkeys(reasons))[:5]
+
+
+def read_bytes(plan: Plan) -> int:
+    """How much is read once from all files."""
+    total = 0
+    for task in plan.tasks:
+        for raw in task.names.values():
+            entry = task.input.entries[raw]
+            numel = entry.rank * sum(entry.shape) if entry.rank else prod(entry.shape)
+            total += numel * entry.dtype.itemsize
+    return total + sum(prod(header.shape) * header.dtype.itemsize for header in plan.base.tensors.headers.values())
+
+
+def written_bytes(plan: Plan) -> int:
+    """How much a whole merged model takes."""
+    return sum(prod(header.shape) * header.dtype.itemsize for header in plan.headers.values())
+
+
+def memory_bytes(plan: Plan) -> int:
+    """About how much memory a merge needs: two stacks of the largest parameter, and the method's copies of one."""
+    largest = max((prod(shape) for shape in plan.shapes.values()), default=0)
+    return 4 * largest * (3 * len(plan.tasks) + 4)
+
+
+def table(plan: Plan) -> list[tuple[str, str, int, int, str]]:
+    """The rules that apply: rule, method, number of parameters, number of values, an example."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, treatment in plan.treatments.items():
+        rows.setdefault((treatment.rule, repr(treatment.method) if treatment.method else "–"), []).append(name)
+    if plan.kept:
+        rows["kept", "–"] = plan.kept
+    headers: Mapping[str, TensorHeader] = plan.headers
+    return [
+        (rule, method, len(names), sum(prod(headers[name].shape) for name in names), names[0])
+        for (rule, method), names in rows.items()
+    ]
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raises one error with all problems.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if problems:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "one problem"
+        raise ValueError(f"This cannot be merged, {count}:\n" + "\n".join(f"  - {problem}" for problem in problems))

@@ -1,0 +1,76 @@
+"""Whether every task is still there in what was written, and how much rounding took.
+
+Both are measured as a parameter is written, on the values that end up in the file: base + merged delta, rounded to the
+output's precision.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_drm.merging import Delta, LowRank
+
+SAMPLE = 1 << 16  # entries of each parameter that are compared with each task
+
+
+def measure(
+    exact: Tensor, written: Tensor, base: Tensor, tasks: Sequence[str], parts: Sequence[Delta]
+) -> dict[str, Any]:
+    """What one parameter contributes to the check.
+
+    Args:
+        exact: Base plus merged delta, before rounding.
+        written: The same, rounded.
+        base: The base's values, in the precision of ``exact``.
+        tasks: The tasks' names.
+        parts: Their deltas.
+
+    Returns:
+        Plain numbers, to be kept in the journal and summed up by `summary`.
+    """
+    change = _sample(written.to(exact.dtype)) - _sample(base)
+    own = [_sample(part) for part in parts]
+    record: dict[str, Any] = {
+        "overlap": {task: float(change @ part) for task, part in zip(tasks, own, strict=True)},
+        "energy": {task: float(part @ part) for task, part in zip(tasks, own, strict=True)},
+    }
+    if written.dtype != exact.dtype:
+        error = (_sample(written.to(exact.dtype)) - _sample(exact)).norm()
+        record["rounding"] = float(error**2)
+        record["change"] = float(((_sample(exact) - _sample(base)).norm()) ** 2)
+    return record
+
+
+def summary(records: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> tuple[dict[str, float], float]:
+    """Sums up a merge.
+
+    Args:
+        records: From `measure`, one for each parameter.
+        tasks: The tasks' names.
+
+    Returns:
+        By task, the share of its delta that the written model has along it (NaN for a task without any change), and the
+        size of the rounding error relative to the merged delta.
+    """
+    records = [record for record in records if "overlap" in record]
+    kept = {}
+    for task in tasks:
+        energy = sum(record["energy"][task] for record in records)
+        overlap = sum(record["overlap"][task] for record in records)
+        kept[task] = overlap / energy if energy else float("nan")
+    change = sum(record.get("change", 0.0) for record in records)
+    rounding = sum(record.get("rounding", 0.0) for record in records)
+    return kept, (rounding / change) ** 0.5 if change else 0.0
+
+
+def _sample(delta: Delta) -> Tensor:
+    if isinstance(delta, LowRank):
+        rows = max(1, SAMPLE // max(1, delta.shape[1]))
+        return (delta.up[:rows] @ delta.down).flatten()[:SAMPLE].double()
+    if not delta.dim():
+        return delta.reshape(1).double()
+    # Whole rows, so that a large tensor is not copied.
+    width = max(1, delta[:1].numel())
+    return delta[: max(1, -(-SAMPLE // width))].reshape(-1)[:SAMPLE].to(torch.float64)

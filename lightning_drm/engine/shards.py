@@ -1,0 +1,169 @@
+"""Safetensors shards that are written tensor by tensor, and can be continued after a kill.
+
+`safetensors.save_file` needs all tensors of a file in memory at once. But names, shapes and types are known from the
+plan, so each file's header is written first, and then every tensor at the offset that the header promises. A journal
+beside the shards notes each finished tensor with the hash of its bytes; a later run takes up those whose bytes are
+still what the journal says, after a crash of the machine too.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from huggingface_hub import split_torch_state_dict_into_shards
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_drm.engine.inputs import TensorHeader
+from lightning_drm.engine.run_folder import write_json
+
+JOURNAL_FILE = ".journal.jsonl"
+INDEX_FILE = "model.safetensors.index.json"
+
+_CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    offset: int
+    size: int
+
+
+class ShardWriter:
+    """Writes a model's tensors into shards.
+
+    Args:
+        folder: Where to; a folder with the journal of the same merge is continued.
+        headers: Every tensor that will be written.
+        max_shard_size: Largest size of a file, such as ``"5GB"``.
+        identity: Tells this merge from others; a journal of another one is discarded.
+    """
+
+    def __init__(self, folder: Path, headers: Mapping[str, TensorHeader], max_shard_size: str, identity: str) -> None:
+        self.folder = folder
+        self.headers = headers
+        meta = {name: torch.empty(h.shape, dtype=h.dtype, device="meta") for name, h in headers.items()}
+        self._split = split_torch_state_dict_into_shards(
+            meta, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+        self._places: dict[str, _Place] = {}
+        self._prefixes: dict[Path, bytes] = {}
+        for filename, names in self._split.filename_to_tensors.items():
+            self._lay_out(folder / filename, names)
+        self._journal = folder / JOURNAL_FILE
+        self.done: dict[str, dict[str, Any]] = self._resume(identity)
+
+    @property
+    def order(self) -> list[str]:
+        """All names, file by file."""
+        return [name for names in self._split.filename_to_tensors.values() for name in names]
+
+    def _lay_out(self, file: Path, names: list[str]) -> None:
+        # Wide types first keeps every tensor aligned to its own size.
+        ordered = sorted(names, key=lambda name: -self.headers[name].dtype.itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for name in ordered:
+            tensor = self.headers[name]
+            size = prod(tensor.shape) * tensor.dtype.itemsize
+            code = _CODES[tensor.dtype]
+            header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, start + size]}
+            start += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._prefixes[file] = len(text).to_bytes(8, "little") + text
+        for name in ordered:
+            begin, end = header[name]["data_offsets"]
+            self._places[name] = _Place(file, len(self._prefixes[file]) + begin, end - begin)
+
+    def _resume(self, identity: str) -> dict[str, dict[str, Any]]:
+        lines = _whole_lines(self._journal)
+        if lines and lines[0].get("identity") == identity and all(file.is_file() for file in self._prefixes):
+            records = {record["name"]: record for record in lines[1:] if record.get("name") in self._places}
+            return {name: record for name, record in records.items() if self.hash(name) == record["hash"]}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.iterdir():
+            old.unlink()
+        for file, prefix in self._prefixes.items():
+            end = max(place.offset + place.size for place in self._places.values() if place.file == file)
+            with file.open("wb") as stream:
+                stream.write(prefix)
+                stream.truncate(end)
+        self._journal.write_text(json.dumps({"identity": identity}) + "\n")
+        return {}
+
+    def write(self, name: str, tensor: Tensor, record: Mapping[str, Any] | None = None) -> None:
+        """Writes one tensor and notes it.
+
+        Args:
+            name: Its name.
+            tensor: Its values, of the announced shape and type.
+            record: What else to keep in the journal.
+        """
+        header, place = self.headers[name], self._places[name]
+        assert tuple(tensor.shape) == header.shape, f"{name}: {tuple(tensor.shape)} is not {header.shape}"
+        assert tensor.dtype == header.dtype, f"{name}: {tensor.dtype} is not {header.dtype}"
+        data = _bytes(tensor)
+        with place.file.open("r+b", buffering=0) as stream:
+            stream.seek(place.offset)
+            view = data.data
+            while view:  # the kernel takes at most 2 GB at once
+                view = view[stream.write(view) :]
+        line = {"name": name, "hash": xxhash.xxh3_128(data.data).hexdigest(), **(record or {})}
+        with self._journal.open("a") as journal:
+            if not self._ends_line():
+                journal.write("\n")
+            journal.write(json.dumps(line) + "\n")
+        self.done[name] = line
+
+    def _ends_line(self) -> bool:
+        with self._journal.open("rb") as journal:
+            journal.seek(-1, os.SEEK_END)
+            return journal.read(1) == b"\n"
+
+    def hash(self, name: str) -> str:
+        """The hash of what is in the file where a tensor belongs."""
+        place, digest = self._places[name], xxhash.xxh3_128()
+        with place.file.open("rb", buffering=0) as stream:
+            stream.seek(place.offset)
+            left = place.size
+            while left and (data := stream.read(min(left, 1 << 24))):
+                digest.update(data)
+                left -= len(data)
+        return digest.hexdigest()
+
+    def finish(self) -> None:
+        """Writes the index, if there are several files, and takes the journal away."""
+        if self._split.is_sharded:
+            weight_map = {name: place.file.name for name, place in sorted(self._places.items())}
+            write_json(self.folder / INDEX_FILE, {"metadata": self._split.metadata, "weight_map": weight_map})
+        self._journal.unlink()
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    array: NDArray[np.uint8] = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The journal's records; a line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

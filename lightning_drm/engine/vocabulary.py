@@ -1,0 +1,62 @@
+"""Models of one family whose vocabularies differ: which row of a task's embedding is which row of the base's."""
+
+import filecmp
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+VocabularyPolicy = Literal["strict", "base", "intersection"]
+"""Refuse; keep the base's tokens, one that a task lacks counting as unchanged; merge only tokens that all have."""
+
+
+def token_rows(base: Path | None, task: Path | None) -> dict[int, int] | None:
+    """Which row of the task's embedding stands for which row of the base's.
+
+    Args:
+        base: The base's folder.
+        task: The task's folder.
+
+    Returns:
+        Row by row of the base, for the tokens that both have; ``None`` if the two tokenizers agree, or one is missing.
+    """
+    ours, theirs = _tokenizer_file(base), _tokenizer_file(task)
+    if base is None or task is None or ours is None or theirs is None:
+        return None
+    if ours.name == theirs.name and filecmp.cmp(ours, theirs, shallow=False):
+        return None
+    base_ids = AutoTokenizer.from_pretrained(base, trust_remote_code=False).get_vocab()
+    task_ids = AutoTokenizer.from_pretrained(task, trust_remote_code=False).get_vocab()
+    if base_ids == task_ids:
+        return None
+    return {row: task_ids[token] for token, row in base_ids.items() if token in task_ids}
+
+
+def row_map(rows: dict[int, int] | None, num_base: int, num_task: int) -> Tensor | None:
+    """Row of the task for each row of the base, -1 where it has none; ``None`` if they are the same.
+
+    Args:
+        rows: From `token_rows`; without it, rows of one number are the same token.
+        num_base: Rows of the base's parameter.
+        num_task: Rows of the task's.
+    """
+    known = rows if rows is not None else {row: row for row in range(min(num_base, num_task))}
+    mapped = torch.full((num_base,), -1)
+    for base_row, task_row in known.items():
+        if base_row < num_base and task_row < num_task:
+            mapped[base_row] = task_row
+    if rows is not None:  # rows beyond both vocabularies are padding, alike in both
+        used_base, used_task = max(rows, default=-1) + 1, max(rows.values(), default=-1) + 1
+        if used_base == used_task and num_base == num_task:
+            mapped[used_base:] = torch.arange(used_base, num_base)
+    same = num_base == num_task and bool((mapped == torch.arange(num_base)).all())
+    return None if same else mapped
+
+
+def _tokenizer_file(folder: Path | None) -> Path | None:
+    if folder is None:
+        return None
+    names = ("tokenizer.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
