@@ -31,6 +31,7 @@ class PlannedTask:
         transposed: Names whose factors are for the transposed weight.
         head: Own names of its head's parameters.
         missing: The base's names that the task should have but has not.
+        unfit: The base's names of parameters that do not fit to it.
         rows: By name, the task's row for each row of the base, where vocabularies differ.
         problems: What keeps it from being merged.
         notes: What a user should know.
@@ -42,6 +43,7 @@ class PlannedTask:
     transposed: set[str] = field(default_factory=set)
     head: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    unfit: set[str] = field(default_factory=set)
     rows: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -80,18 +82,19 @@ class Matcher:
             found: Its files.
         """
         planned = PlannedTask(task, found)
-        align = Alignment.between(found.entries, self.names | self.ties.keys())
+        align = Alignment.between(found.entries, self.names | self.ties.keys() | self.architecture.files.keys())
         if not align.num_matches:
             planned.problems.append(
                 f"{task}: none of its {len(found.entries)} parameters is in the base, "
                 f"which has {', '.join(sorted(self.names)[:2])}, …; it has {', '.join(list(found.entries)[:2])}, …."
             )
             return planned
-        backbone = Architecture.of_folder(found.folder).named_like(set(found.entries)).backbone
+        own = Architecture.of_folder(found.folder).named_like(set(found.entries))
+        backbone = own.backbone
         rows = self._token_rows(planned)
         unknown = []
         for raw, entry in found.entries.items():
-            name = align(raw) if align.covers(raw) else None
+            name = self._base_name(align(raw)) if align.covers(raw) else None
             if self._is_head(raw, name, backbone, align, entry, found):
                 planned.head.append(raw)
             elif name in self.ties:
@@ -100,11 +103,21 @@ class Matcher:
                 unknown.append(raw)
             elif self._fits(planned, name, entry, rows):
                 planned.names[name] = raw
+            else:
+                planned.unfit.add(name)
         region = align.add + backbone.removeprefix(align.strip) if backbone.startswith(align.strip) else align.add
-        self._note_missing(planned, unknown, region)
+        self._note_missing(planned, own, align, region)
+        self._note_unknown(planned, unknown, align, region)
         self._check_base(planned)
         self._note_precision(planned)
         return planned
+
+    def _base_name(self, name: str) -> str:
+        """The base file's name of an aligned name, which may be the live model's."""
+        if name in self.names or name in self.ties:
+            return name
+        live = self.architecture.live_name(name)
+        return live if live in self.names else self.architecture.files.get(live, name)
 
     def is_shared(self, name: str) -> bool:
         """Whether a base's parameter is outside its own head."""
@@ -129,7 +142,7 @@ class Matcher:
             planned.problems.append(
                 f"{planned.name}: changes {name} alone, which the base ties to {source}; merge with an untied base."
             )
-        elif not any(align(other) == source for other in planned.input.entries):
+        elif not any(self._base_name(align(other)) == source for other in planned.input.entries):
             planned.names[source] = raw
 
     def _fits(self, planned: PlannedTask, name: str, entry: Entry, rows: dict[int, int] | None) -> bool:
@@ -171,29 +184,40 @@ class Matcher:
             planned.notes.append(f"{planned.name}: its tokenizer {what}; rows are matched by token.")
         return rows
 
-    def _note_missing(self, planned: PlannedTask, unknown: list[str], region: str) -> None:
-        task = planned.name
-        if planned.input.whole:
-            planned.missing = [
-                name
-                for name in sorted(self.names)
-                if name not in planned.names and name.startswith(region) and self.is_shared(name)
-                and not any(f" {name} " in problem for problem in planned.problems)
-            ]  # fmt: skip
-        for names, what in (
-            (planned.missing, "lacks {} parameters of the base"),
-            (unknown, "has {} parameters that the base has not"),
-        ):
-            if not names:
-                continue
-            text = f"{task}: {what.format(len(names))}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
-            if self.policy == "strict":
-                planned.problems.append(f"{text}; choose --policy intersection or base_fill, or name --heads.")
-            elif names is unknown:
-                planned.notes.append(f"{text}; they are kept with its head.")
-                planned.head += [raw for raw in unknown if planned.input.entries[raw].form == "value"]
+    def _note_missing(self, planned: PlannedTask, own: Architecture, align: Alignment, region: str) -> None:
+        """Parameters of the base that the task lacks. A submodule that its class never had is not missing."""
+        if not planned.input.whole:
+            return
+        there = {_submodule(name, region) for name in planned.names}
+        has = {self._base_name(align(name)) for name in own.kinds}
+        for name in sorted(self.names - planned.names.keys() - planned.unfit):
+            never_had = own.known and name not in has and _submodule(name, region) not in there
+            if name.startswith(region) and self.is_shared(name) and not never_had:
+                planned.missing.append(name)
+        self._complain(planned, planned.missing, "lacks {} of the base's parameters", "")
+
+    def _note_unknown(self, planned: PlannedTask, unknown: list[str], align: Alignment, region: str) -> None:
+        """Parameters that the base lacks. A submodule that the base's class never had goes with the head."""
+        known = {_submodule(name, region) for name in self.names}
+        extra = []
+        for raw in unknown:
+            name = self._base_name(align(raw))
+            is_value = planned.input.entries[raw].form == "value"
+            if self.architecture.known and is_value and _submodule(name, region) not in known:
+                planned.head.append(raw)
             else:
-                planned.notes.append(f"{text}.")
+                extra.append(raw)
+        self._complain(planned, extra, "has {} parameters that the base has not", " They are left out.")
+
+    def _complain(self, planned: PlannedTask, names: list[str], what: str, consequence: str) -> None:
+        if not names:
+            return
+        listed = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+        text = f"{planned.name}: {what.format(len(names))}: {listed}"
+        if self.policy == "strict":
+            planned.problems.append(f"{text}; choose --policy intersection or base_fill, or name --heads.")
+        else:
+            planned.notes.append(f"{text}.{consequence}")
 
     def _check_base(self, planned: PlannedTask) -> None:
         hashes, spent = planned.input.base_hashes, 0
@@ -239,3 +263,8 @@ class Matcher:
                 f"{planned.name}: is stored in {kinds}, coarser than the base, so rounding of its weights is part of "
                 "its deltas."
             )
+
+
+def _submodule(name: str, region: str) -> str:
+    """The part of a name that tells a model's submodules apart: ``pooler`` in ``bert.pooler.dense.weight``."""
+    return name.removeprefix(region).partition(".")[0]

@@ -53,6 +53,7 @@ class AdapterInput(TaskInput):
         super().__init__(path, self._tensors.files, path)
         self.base_name = self.config.get("base_model_name_or_path") or None
         self._factors: dict[str, tuple[str, str]] = {}
+        self._values: dict[str, str] = {}
         self._read_headers()
 
     def _read_headers(self) -> None:
@@ -68,9 +69,11 @@ class AdapterInput(TaskInput):
                 self._add(name.removesuffix(".lora_embedding_A"), raw, raw.replace("_embedding_A", "_embedding_B"))
             elif name.endswith((".lora_B.weight", ".lora_embedding_B")):
                 continue
-            elif ".lora_" in name or ".base_layer." in name:
+            elif ".lora_" in name:
                 unknown.append(name)
             else:  # a bias that was trained, or a module of modules_to_save: its whole value
+                name = name.replace(".base_layer.", ".")
+                self._values[name] = raw
                 self.entries[name] = Entry(headers[raw].shape, headers[raw].dtype)
         if unknown:
             raise ValueError(f"{self.path}: holds {', '.join(unknown[:5])}, which is not plain LoRA.")
@@ -104,9 +107,8 @@ class AdapterInput(TaskInput):
 
     @override
     def read(self, name: str) -> Delta:
-        if name not in self._factors:
-            raw = name if name in self._tensors.headers else _PREFIX + name
-            return self._tensors.read(raw)
+        if name in self._values:
+            return self._tensors.read(self._values[name])
         raw_a, raw_b = self._factors[name]
         a, b = self._tensors.read(raw_a).float(), self._tensors.read(raw_b).float()
         scaling = self.scaling(name, a.shape[0])

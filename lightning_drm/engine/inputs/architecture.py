@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from lightning_drm.deltas import Kind, backbone_parameters
@@ -29,6 +31,8 @@ class Architecture:
         transposed: Linear weights stored ``(in, out)``.
         vocabulary: Parameters with one row for each token.
         backbone: Prefix of what tasks share; empty if that is everything.
+        live_name: The live model's name of a tensor under its name in a file, which transformers sometimes changes.
+        files: The file's names by the live model's, where they differ; only after `named_like`.
     """
 
     name: str = "a model without a known architecture"
@@ -37,6 +41,8 @@ class Architecture:
     transposed: frozenset[str] = frozenset()
     vocabulary: frozenset[str] = frozenset()
     backbone: str = ""
+    live_name: Callable[[str], str] = str
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def known(self) -> bool:
@@ -82,20 +88,28 @@ class Architecture:
             frozenset(transposed),
             frozenset(vocabulary & kinds.keys()) if has_tokens else frozenset(),
             _backbone_prefix(model),
+            _renaming(model),
         )
 
     def named_like(self, names: set[str]) -> "Architecture":
         """The same facts under the names that a file uses, where those have another prefix."""
         if not self.known:
             return self
-        align = Alignment.between(self.kinds, names)
+        files = {live: name for name in names if (live := self.live_name(name)) != name}
+        align = Alignment.between(self.kinds, names | files.keys())
+
+        def rename(name: str) -> str:
+            return files.get(align(name), align(name))
+
         return Architecture(
             self.name,
-            {align(name): kind for name, kind in self.kinds.items()},
-            {align(tied): align(source) for tied, source in self.ties.items()},
-            frozenset(map(align, self.transposed)),
-            frozenset(map(align, self.vocabulary)),
+            {rename(name): kind for name, kind in self.kinds.items()},
+            {rename(tied): rename(source) for tied, source in self.ties.items()},
+            frozenset(map(rename, self.transposed)),
+            frozenset(map(rename, self.vocabulary)),
             self.backbone.removeprefix(align.strip) and align.add + self.backbone.removeprefix(align.strip),
+            self.live_name,
+            files,
         )
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
@@ -139,3 +153,17 @@ def _backbone_prefix(model: PreTrainedModel) -> str:
         sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
         prefix = max(sizes, key=lambda name: sizes[name])
     return f"{prefix}."
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """How transformers renames a file's tensors when it loads them; those that it also converts keep their name."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    state = model.state_dict()
+
+    def live_name(name: str) -> str:
+        live, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        return live if converted is None and live in state else name
+
+    return live_name
