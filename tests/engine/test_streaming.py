@@ -1,0 +1,193 @@
+"""Shards written tensor by tensor: what a kill leaves, and what the next run makes of it."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_drm import DRM, TIES
+from lightning_drm.engine import Recipe, merge_files
+from lightning_drm.engine.inputs import TensorHeader
+from lightning_drm.engine.read_ahead import read_ahead
+from lightning_drm.engine.shards import ShardWriter
+
+sys.path.insert(0, str(Path(__file__).parent))
+import models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("streaming")
+    config = LlamaConfig(**{**models.TEXT, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3})
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(path / "base")
+    for seed, task in enumerate("ab", 1):
+        torch.manual_seed(seed)
+        tuned = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter, start in zip(tuned.parameters(), base.parameters(), strict=True):
+                parameter.copy_(start + 0.01 * torch.randn_like(start))
+        tuned.save_pretrained(path / task)
+    return path
+
+
+def merge(folder, output):
+    paths = {task: str(folder / task) for task in "ab"}
+    return merge_files(str(folder / "base"), paths, output, Recipe(DRM(density=0.3)), max_shard_size="300KB")
+
+
+def contents(output):
+    return {file.name: file.read_bytes() for file in sorted(output.rglob("*")) if file.is_file()}
+
+
+def in_child(folder):
+    """Merges in a forked process, which needs no imports, so that a kill hits the merge."""
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    child = multiprocessing.get_context("fork").Process(target=merge, args=(folder, folder / "out"))
+    child.start()
+    return child
+
+
+def test_killed_at_random_moments(folder):
+    merge(folder, folder / "undisturbed")
+    expected = contents(folder / "undisturbed")
+    assert sum(name.endswith(".safetensors") for name in expected) > 2
+    begin = time.perf_counter()
+    child = in_child(folder)
+    child.join()
+    duration = time.perf_counter() - begin
+    assert contents(folder / "out") == expected
+    draws = random.Random(0)
+    num_resumed = []
+    for _ in range(10):
+        shutil.rmtree(folder / "out")
+        child = in_child(folder)
+        time.sleep(duration * draws.uniform(0.1, 1.0))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        if (folder / "out").exists():  # it was quicker this time
+            assert contents(folder / "out") == expected
+            continue
+        num_resumed.append(merge(folder, folder / "out").num_resumed)
+        assert contents(folder / "out") == expected
+        assert not (folder / ".out.partial").exists()
+    assert any(num_resumed)
+
+
+@pytest.mark.parametrize("after", [0, 7])
+@pytest.mark.parametrize("method", [DRM(density=0.3), TIES(0.3)])
+def test_taken_up_after_some_tensors(after, method, folder, tmp_path, monkeypatch):
+    """Stops at a known point, so that what is taken up can be counted."""
+    paths = {task: str(folder / task) for task in "ab"}
+    base = str(folder / "base")
+    merge_files(base, paths, tmp_path / "whole", Recipe(method), max_shard_size="300KB")
+    write, written = ShardWriter.write, []
+
+    def stop(self, name, *arguments):
+        if len(written) == after:
+            raise KeyboardInterrupt
+        written.append(name)
+        write(self, name, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="300KB")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    result = merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="300KB")
+    assert result.num_resumed == after
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def interrupted(folder, output, monkeypatch, after=9):
+    write, count = ShardWriter.write, iter(range(1000))
+
+    def stop(self, *arguments):
+        if next(count) == after:
+            raise KeyboardInterrupt
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge(folder, output)
+
+
+def test_bytes_that_were_damaged_are_written_again(folder, tmp_path, monkeypatch):
+    merge(folder, tmp_path / "whole")
+    interrupted(folder, tmp_path / "out", monkeypatch)
+    partial = tmp_path / ".out.partial"
+    shard = sorted(partial.glob("*.safetensors"))[0]
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 3] ^= 1
+    shard.write_bytes(damaged)
+    with (partial / ".journal.jsonl").open("a") as journal:
+        journal.write('{"name": "model.norm.we')  # as a kill would cut it
+    result = merge(folder, tmp_path / "out")
+    assert result.num_resumed == 8
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_another_merge_is_not_taken_up(folder, tmp_path, monkeypatch):
+    interrupted(folder, tmp_path / "out", monkeypatch)
+    paths = {task: str(folder / task) for task in "ab"}
+    result = merge_files(str(folder / "base"), paths, tmp_path / "out", Recipe(DRM(density=0.4)))
+    assert result.num_resumed == 0
+
+
+def test_overwrite_replaces(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("x")
+    paths = {task: str(folder / task) for task in "ab"}
+    merge_files(str(folder / "base"), paths, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "old").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_shards_of_all_types(tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        "double": torch.randn(3, 2).double(),
+        "half": torch.randn(5).half(),
+        "brain": torch.randn(2, 2).bfloat16(),
+        "flag": torch.tensor(True),
+        "count": torch.tensor(7),
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "empty": torch.zeros(0, 4),
+    }
+    headers = {name: TensorHeader(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    writer = ShardWriter(tmp_path / "out", headers, "5GB", "x")
+    assert sorted(writer.order) == sorted(tensors)
+    for name in writer.order:
+        writer.write(name, tensors[name])
+    writer.finish()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(
+        torch.equal(written[name], value) and written[name].dtype == value.dtype for name, value in tensors.items()
+    )
+
+
+def test_read_ahead_keeps_order_and_errors():
+    def numbers():
+        yield 1
+        yield 2
+        raise ValueError("third")
+
+    seen = []
+    with pytest.raises(ValueError, match="third"):
+        seen.extend(read_ahead(numbers()))
+    assert list(read_ahead([])) == []
+    taken = read_ahead(iter(range(10)))
+    assert [next(taken), next(taken)] == [0, 1]
