@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 def merge(folder, output):
     paths = {task: str(folder / task) for task in "ab"}
-    return merge_files(str(folder / "base"), paths, output, Recipe(DRM(density=0.3)), max_shard_size="300KB")
+    return merge_files(str(folder / "base"), paths, output, Recipe(DRM(density=0.3)), max_shard_size="150KB")
 
 
 def contents(output):
@@ -90,7 +90,7 @@ def test_taken_up_after_some_tensors(after, method, folder, tmp_path, monkeypatc
     """Stops at a known point, so that what is taken up can be counted."""
     paths = {task: str(folder / task) for task in "ab"}
     base = str(folder / "base")
-    merge_files(base, paths, tmp_path / "whole", Recipe(method), max_shard_size="300KB")
+    merge_files(base, paths, tmp_path / "whole", Recipe(method), max_shard_size="150KB")
     write, written = ShardWriter.write, []
 
     def stop(self, name, *arguments):
@@ -101,10 +101,10 @@ def test_taken_up_after_some_tensors(after, method, folder, tmp_path, monkeypatc
 
     monkeypatch.setattr(ShardWriter, "write", stop)
     with pytest.raises(KeyboardInterrupt):
-        merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="300KB")
+        merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    result = merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="300KB")
+    result = merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
     assert result.num_resumed == after
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
