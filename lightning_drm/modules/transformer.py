@@ -23,7 +23,7 @@ from transformers import (
 )
 from typing_extensions import override
 
-from lightning_drm.deltas import head_state
+from lightning_drm.deltas import backbone_parameters, head_state
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.protocol import IGNORE_INDEX
 from lightning_drm.pretrained import resolve_pretrained
@@ -191,5 +191,6 @@ class TransformerTask(LightningModule):
         Args:
             folder: The folder to read from.
         """
-        saved = type(self.backbone).from_pretrained(folder, dtype=self.load_dtype)
-        self.backbone.load_state_dict(saved.state_dict())
+        saved = backbone_parameters(type(self.backbone).from_pretrained(folder, dtype=self.load_dtype), ())
+        for name, parameter in backbone_parameters(self.backbone, ()).items():  # below adapters, where there are any
+            parameter.tensor.data.copy_(saved[name].tensor)
