@@ -1,45 +1,15 @@
 """Benchmarks compare with a plain implementation in the same run, and print ratios; no time is a pass or a fail.
 
-    pytest tests/benchmarks --benchmark-only -s
+    pytest tests/benchmarks --benchmark-only
 
-Both are timed alternately, so that a busy machine slows both; the best of the rounds counts. Peak memory is what the
-process holds at most beyond what it held before, measured in a process of its own.
+Both are timed in turns, so that a busy machine slows both; the best of the rounds counts. Peak memory is what a process
+of its own holds at most beyond its inputs.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-
 import pytest
-import torch
-from torch import Tensor
-
-Run = Callable[[], object]
-
-
-def make_deltas(shape: tuple[int, ...], num_tasks: int, seed: int = 0) -> list[Tensor]:
-    """Deltas with a part in common, spectra that decay, and sizes that differ, as finetuned weights have."""
-    g = torch.Generator().manual_seed(seed)
-    common = torch.randn(shape, generator=g)
-    deltas = []
-    for task in range(num_tasks):
-        delta = 1e-3 * (1 + task / num_tasks) * (0.5 * common + torch.randn(shape, generator=g))
-        if len(shape) == 2:
-            delta *= torch.linspace(1, 0.1, shape[1])
-        deltas.append(delta)
-    return deltas
-
-
-def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Best wall-clock seconds of each, taken in turns."""
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+from benchmarks.timing import Run, interleaved
 
 
 class Comparison:
@@ -69,7 +39,3 @@ class Comparison:
 @pytest.fixture
 def compare(benchmark, capsys) -> Comparison:
     return Comparison(benchmark, capsys)
-
-
-def total_seconds(times: Sequence[dict[str, float]], name: str) -> float:
-    return sum(entry[name] for entry in times)

@@ -1,15 +1,10 @@
 """Every method, on every kind of input, against the plain float64 loops in tests/reference.py."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import reference
 import torch
 
 from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import reference
 
 SHAPES = [(12, 20), (20, 12), (16, 16), (60, 7), (7, 60), (1, 9), (9, 1), (1, 1)]
 PAIRS = {
