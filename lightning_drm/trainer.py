@@ -54,7 +54,7 @@ class MergeTrainer(Trainer):
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
         *,
-        only: list[str] | None = None,
+        only: str | list[str] | None = None,
         retrain: bool = False,
         base_batches: int = 100,
         **kwargs: Any,
@@ -67,7 +67,7 @@ class MergeTrainer(Trainer):
             train_dataloaders: As in Lightning, for a single task.
             val_dataloaders: As in Lightning, for a single task.
             datamodule: The tasks.
-            only: Finetune these tasks and stop, without merging (one job of a cluster's array, say).
+            only: Finetune this task, or these, and stop without merging (one job of a cluster's array, say).
             retrain: Finetune tasks again that the run folder already has.
             base_batches: Training batches that the head on the untouched base may see; 0 leaves the base out.
             kwargs: Further arguments of Lightning's ``fit``, for a single task.
@@ -87,15 +87,15 @@ class MergeTrainer(Trainer):
         for task in tasks:
             if task in done:
                 accuracy = folder.read_metrics(task)["individual"]
-                self._console.print(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
+                self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
             else:
                 self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
         if only is None:
             self._merge_and_report(merge, folder, model, datamodule)
         elif missing := folder.missing(merge.tasks):
-            self._console.print(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
+            self._say(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
         else:
-            self._console.print(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
+            self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
 
     def merge(self, model: LightningModule, datamodule: MultiTaskDataModule) -> None:
         """Merges the finetuned tasks again, with any method, and tests. Trains nothing.
@@ -175,7 +175,7 @@ class MergeTrainer(Trainer):
         trainer.fit(module, datamodule=data)
         seconds = time.perf_counter() - start
         accuracy = self._measure(MultiTaskModule({task: module}), data, f"{task} · test")[task]
-        self._console.print(f"{task}: accuracy {100 * accuracy:.1f} %, finetuned in {seconds:.0f} s")
+        self._say(f"{task}: accuracy {100 * accuracy:.1f} %, finetuned in {seconds:.0f} s")
         del module, trainer
         gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
         base = self._probe_base(template, data, task, merge, base_batches)
@@ -219,8 +219,11 @@ class MergeTrainer(Trainer):
             logger.log_metrics(metrics)
             logger.save()
         self._console.print(terminal_table(comparison))
-        self._console.print(f"Report: {folder.path}/report.md, report.png, report.json. Merged model: {folder.merged}")
+        self._say(f"Report: {folder.path}/report.md, report.png, report.json. Merged model: {folder.merged}")
         return metrics
+
+    def _say(self, sentence: str) -> None:
+        self._console.print(sentence, soft_wrap=True)
 
     def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, float]:
         return measure(module, data, self._arguments, self._progress_bar(label))
@@ -289,11 +292,11 @@ def _folder_of(merge: DRMMergeCallback) -> RunFolder:
     return merge.run_folder
 
 
-def _chosen(tasks: list[str], only: list[str] | None) -> list[str]:
-    unknown = sorted(set(only or []) - set(tasks))
-    if unknown:
+def _chosen(tasks: list[str], only: str | list[str] | None) -> list[str]:
+    wanted = tasks if only is None else [only] if isinstance(only, str) else only
+    if unknown := sorted(set(wanted) - set(tasks)):
         raise ValueError(f"No task {', '.join(map(repr, unknown))} to finetune; tasks: {', '.join(tasks)}.")
-    return [task for task in tasks if only is None or task in only]
+    return [task for task in tasks if task in wanted]
 
 
 def _require_done(folder: RunFolder, tasks: list[str]) -> None:
