@@ -89,9 +89,8 @@ def main() -> dict[str, dict[str, float]]:
         trainer(max_epochs=5, callbacks=[merge]).fit(module, data)
         metrics = trainer().test(MultiTaskModule({name: module}), data, verbose=False)
         accuracy["individual"][name] = metrics[0][f"accuracy/{name}"]
-    for name, metrics in zip(
-        tasks, trainer().test(merge.merged_module, [d.test_dataloader() for d in tasks.values()], verbose=False)
-    ):
+    results = trainer().test(merge.merged_module, [d.test_dataloader() for d in tasks.values()], verbose=False)
+    for name, metrics in zip(tasks, results, strict=True):
         accuracy["merged"][name] = metrics[f"accuracy/{name}"]
     for row, values in accuracy.items():
         print(f"{row:>10}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in values.items()))

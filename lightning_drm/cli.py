@@ -80,7 +80,7 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*loftq_config.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    disable_progress_bar()  # transformers' own, which take longer to read than the small steps they show
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, which take longer to read than the small steps they show
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     try:
         MergeCLI(args)
