@@ -64,6 +64,7 @@ class IsoCTS(RotationalMethod):
 
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
         num_own = round((size - int(size * self.common_fraction)) / len(deltas))
+        num_own = min(num_own, size // len(deltas))  # rounding up must not leave less than nothing for the common part
         U, S, Vh = thin_svd(weighted_sum(deltas, coefficients), size - num_own * len(deltas))
         own = []
         for delta, coefficient in zip(deltas, coefficients, strict=True):

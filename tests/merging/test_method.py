@@ -1,5 +1,8 @@
 """What every method offers besides merging: names, equality, reuse, calibration, keyed draws."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Thread
+
 import pytest
 import torch
 
@@ -104,8 +107,6 @@ class TestTIESCalibration:
 
     def test_ranks_that_see_a_share_each_agree(self):
         """Two ranks in lockstep: each reduce waits for the other's histogram, one rank has nothing at all at first."""
-        from threading import Barrier, Thread
-
         barrier, seen, found = Barrier(3), {}, {}
 
         def rank(number, share):
@@ -191,3 +192,13 @@ class TestDARETIES:
     def test_number_of_keys_is_checked(self):
         with pytest.raises(ValueError, match="keys for 2 tasks, got 3"):
             DARETIES().keyed(["a", "b"]).merge(deltas(3))
+
+
+def test_threads_may_merge_at_the_same_time():
+    """Nothing is kept between calls, so layers can be spread over threads."""
+    layers = [deltas(30 + size, 50, seed=size) for size in range(8)]
+    for method in (DRM(), TIES(), DARETIES(), TSVM()):
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(method.merge, layers))
+        for layer, merged in zip(layers, together, strict=True):
+            torch.testing.assert_close(merged, method.merge(layer))
