@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_drm.callback import DRMMergeCallback
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.engine import write_text
-from lightning_drm.trainer import MergeTrainer
+from lightning_drm.trainer import MergeTrainer, is_writer
 
 # Arguments of Lightning's fit and test that have no meaning for several tasks at once.
 _LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}
@@ -63,7 +63,7 @@ class MergeCLI(LightningCLI):
         config = self.config["fit"]
         text = self._parser("fit").dump(config, skip_none=False)
         folder = self._get(self.config_init, "drm").run_folder
-        if folder is not None and self.trainer.is_global_zero:
+        if folder is not None and is_writer():
             write_text(folder.config, text)
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from safetensors.torch import load_file
 from typing_extensions import override
@@ -44,7 +45,7 @@ class MergeTrainer(Trainer):
         self._given_callbacks = list(given) if isinstance(given, Sequence) else [given]
         self._arguments = {**kwargs, "callbacks": self._given_callbacks}  # Lightning adds to the list it got
         super().__init__(**kwargs)
-        self._console = Console(quiet=not self.is_global_zero, highlight=False)
+        self._console = Console(quiet=not is_writer(), highlight=False)
 
     @override
     def fit(  # type: ignore[override]  # some of Lightning's arguments come as keywords, and three are this class's own
@@ -179,8 +180,9 @@ class MergeTrainer(Trainer):
         del module, trainer
         gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
         base = self._probe_base(template, data, task, merge, base_batches)
-        if self.is_global_zero:
+        if is_writer():
             folder.write_metrics(task, {"individual": accuracy, "base": base, "finetune_seconds": round(seconds, 1)})
+        self.strategy.barrier(f"lightning_drm: {task} done")
 
     def _probe_base(
         self, template: LightningModule, data: LightningDataModule, task: str, merge: DRMMergeCallback, max_batches: int
@@ -193,7 +195,7 @@ class MergeTrainer(Trainer):
         state = linear_probe(module, head, data.train_dataloader(), max_batches)
         if state is None:
             return None
-        if self.is_global_zero:
+        if is_writer():
             write_tensors(_folder_of(merge).base_head(task), state)
         return self._measure(MultiTaskModule.assemble(module, head, {}, {task: state}), data, f"{task} · base")[task]
 
@@ -202,7 +204,7 @@ class MergeTrainer(Trainer):
     ) -> None:
         if not merge.is_merged:
             module = self._fresh_module(template, datamodule.tasks[merge.tasks[0]])
-            merge.fuse(module, device=self.strategy.root_device, write=self.is_global_zero)
+            merge.fuse(module, device=self.strategy.root_device, write=is_writer())
             self.strategy.barrier("lightning_drm: merged model written")
         metrics = {task: folder.read_metrics(task) for task in merge.tasks}
         base = {task: metrics[task]["base"] for task in merge.tasks}
@@ -212,7 +214,7 @@ class MergeTrainer(Trainer):
 
     def _report(self, comparison: Comparison, folder: RunFolder) -> dict[str, float]:
         metrics = logged_metrics(comparison)
-        if self.is_global_zero:
+        if is_writer():
             write_report(comparison, folder.path)
         for logger in self.loggers:
             logger.log_hyperparams(dict(comparison.method))
@@ -271,7 +273,7 @@ class MergeTrainer(Trainer):
         return dict(finetune_settings(model, datamodule.tasks[task], self._arguments, self._seed))
 
     def _progress_bar(self, label: str) -> list[Callback]:
-        shown = self._arguments.get("enable_progress_bar") is not False and self.is_global_zero
+        shown = self._arguments.get("enable_progress_bar") is not False and is_writer()
         own = any(isinstance(callback, ProgressBar) for callback in self._given_callbacks)
         return [TaskProgressBar(label)] if shown and not own else []
 
@@ -284,6 +286,11 @@ class MergeTrainer(Trainer):
             raise ValueError(f"The callback's tasks {merge.tasks} are not the data module's {datamodule.task_names}.")
         refuse_strategy(self.strategy)
         return merge, _folder_of(merge)
+
+
+def is_writer() -> bool:
+    """Whether this process writes and prints: Trainers that run know their rank, the one that starts them does not."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def _folder_of(merge: DRMMergeCallback) -> RunFolder:

@@ -124,6 +124,8 @@ def test_merge_tries_another_method_without_training(run: Path, config: Path):
     assert report(run)["method"] == {
         "class_path": "lightning_drm.TIES",
         "init_args": {"density": 0.3, "scope": "global", "scale": 1.0},
+        "coefficients": {"colour": 1.0, "pet": 1.0},
+        "convolutions": "average",
     }
     assert report(run)["accuracy"]["individual"] == individual
     assert (run / "tasks/pet/deltas.safetensors").stat().st_mtime_ns == deltas
