@@ -80,6 +80,7 @@ def read_merged(
 
     Raises:
         FileNotFoundError: If there is no merged model, or one of the heads is missing.
+        ValueError: If the merged model's tensors do not fit the module.
     """
     missing = [task for task in tasks if not (folder / "heads" / f"{task}.safetensors").is_file()]
     if missing:
@@ -88,6 +89,10 @@ def read_merged(
         module.load_backbone(folder)
     else:
         tensors = load_file(folder / MODEL_FILE)
-        for name, parameter in backbone_parameters(module, head).items():
+        parameters = backbone_parameters(module, head)
+        misfits = [n for n, p in parameters.items() if n not in tensors or tensors[n].shape != p.tensor.shape]
+        if misfits:
+            raise ValueError(f"{folder} was made from another model: {', '.join(misfits)} missing or of another shape.")
+        for name, parameter in parameters.items():
             parameter.tensor.data.copy_(tensors[name])
     return {task: load_file(folder / "heads" / f"{task}.safetensors") for task in tasks}
