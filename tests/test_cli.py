@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from tiny import save_texts, save_tiny_bert
 from transformers import AutoModel, AutoTokenizer
 
@@ -160,13 +161,18 @@ def test_only_trains_one_task_and_then_merge_completes(config: Path, tmp_path: P
     assert report(tmp_path / "run") == report(config.parent / "run"), "each task is seeded on its own"
 
 
-def test_lora_and_full_configurations_both_learn(config: Path, tmp_path: Path):
+def test_lora_goes_the_same_way(config: Path, tmp_path: Path):
     lora = tmp_path / "lora.yaml"
     adapters = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value", "dense"]}
     lora.write_text(yaml.safe_dump({"model": {"init_args": {"lora": adapters}}}))
-    folder = str(tmp_path / "run")
-    main(["fit", "--config", str(config), "--config", str(lora), "--drm.dirpath", folder])
-    assert report(tmp_path / "run")["accuracy"]["individual"]["average"] > 0.9
+    command = ["--config", str(config), "--config", str(lora), "--drm.dirpath", str(tmp_path / "run")]
+    main(["fit", *command])
+    before = report(tmp_path / "run")
+    assert before["accuracy"]["individual"]["average"] > 0.9
+    with safe_open(tmp_path / "run/tasks/pet/deltas.safetensors", "pt") as file:
+        assert all(name.endswith(("::up", "::down")) for name in file.keys())  # noqa: SIM118
+    main(["test", *command])
+    assert report(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_drm.deltas import backbone_parameters, write_tensors
+from lightning_drm.deltas import backbone_parameters, remove_adapters, write_tensors
 
 MODEL_FILE = "model.safetensors"
 
@@ -71,7 +71,7 @@ def read_merged(
 
     Args:
         folder: What `write_merged` wrote.
-        module: A task's module; its backbone is overwritten.
+        module: A task's module; its adapters are taken out and its backbone is overwritten.
         head: Names of its head.
         tasks: The tasks whose heads are wanted.
 
@@ -85,6 +85,7 @@ def read_merged(
     missing = [task for task in tasks if not (folder / "heads" / f"{task}.safetensors").is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no merged model of task {', '.join(missing)}: merge first.")
+    remove_adapters(module)
     if isinstance(module, SavesBackbone):
         module.load_backbone(folder)
     else:
