@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -176,14 +177,19 @@ class TransformerTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def save_backbone(self, folder: Path) -> None:
-        """Writes the backbone and its processor for ``from_pretrained``.
+        """Writes the backbone for ``from_pretrained``, and its processor if the pretrained model came with one.
 
         Args:
             folder: The folder to write to.
         """
         self.backbone.save_pretrained(folder)
         processor = AutoTokenizer if self.modality == "text" else AutoImageProcessor
-        processor.from_pretrained(resolve_pretrained(self.backbone_name)).save_pretrained(folder)
+        try:
+            processor.from_pretrained(resolve_pretrained(self.backbone_name)).save_pretrained(folder)
+        except (OSError, ValueError) as error:  # users may prepare inputs by other means: the weights come first
+            rank_zero_warn(
+                f"The merged model is written without a processor, as {self.backbone_name} has none: {error}"
+            )
 
     def load_backbone(self, folder: Path) -> None:
         """Reads back what `save_backbone` wrote.

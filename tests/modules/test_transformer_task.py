@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -309,3 +310,30 @@ def test_precision(pretrained: Folder, dtype: str) -> None:
         expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         assert {parameter.dtype for parameter in task.parameters()} == {expected}
         assert step_loss(task, make_batch("bert")).isfinite()
+
+
+@pytest.mark.parametrize("architecture", ["vit", "llama"])
+def test_backbone_is_saved_without_a_processor_too(pretrained: Folder, architecture: str, tmp_path: Path) -> None:
+    """A merge that took hours must not be lost for want of a tokenizer."""
+    task = build(pretrained, architecture)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.mul_(1.5)
+    with pytest.warns(UserWarning, match="written without a processor"):
+        task.save_backbone(tmp_path)
+    fresh = build(pretrained, architecture)
+    fresh.load_backbone(tmp_path)
+    for name, parameter in backbone_parameters(fresh, fresh.head_names).items():
+        assert torch.equal(parameter.tensor, backbone_parameters(task, task.head_names)[name].tensor), name
+
+
+def test_backbone_is_read_below_adapters(pretrained: Folder, tmp_path: Path) -> None:
+    plain = build(pretrained, "clip")
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(1.5)
+    plain.backbone.save_pretrained(tmp_path)
+    task = build(pretrained, "clip", lora=lora_of("clip"))
+    task.load_backbone(tmp_path)
+    for name, parameter in backbone_parameters(task, task.head_names).items():
+        assert torch.equal(parameter.tensor, backbone_parameters(plain, plain.head_names)[name].tensor), name
