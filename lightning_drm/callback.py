@@ -104,9 +104,14 @@ class DRMMergeCallback(Callback):
 
     @property
     def method_description(self) -> dict[str, object]:
-        """The merging method as configuration: its class path and arguments."""
+        """The recipe as configuration: the method's class path and arguments, and what else decides the merge."""
         method = self.recipe.method
-        return {"class_path": f"lightning_drm.{type(method).__name__}", "init_args": method.hyperparameters()}
+        return {
+            "class_path": f"lightning_drm.{type(method).__name__}",
+            "init_args": method.hyperparameters(),
+            "coefficients": dict(zip(self.tasks, self.recipe.coefficients_of(self.tasks), strict=True)),
+            "convolutions": self.recipe.convolutions,
+        }
 
     @property
     def merged_module(self) -> MultiTaskModule:

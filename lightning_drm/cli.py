@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 
+import huggingface_hub
 from lightning import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
@@ -14,7 +15,7 @@ from lightning_drm.callback import DRMMergeCallback
 from lightning_drm.cli_files import is_file_merge, run
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.engine import write_text
-from lightning_drm.trainer import MergeTrainer
+from lightning_drm.trainer import MergeTrainer, is_writer
 
 # Arguments of Lightning's fit and test that have no meaning for several tasks at once.
 _LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}
@@ -64,7 +65,7 @@ class MergeCLI(LightningCLI):
         config = self.config["fit"]
         text = self._parser("fit").dump(config, skip_none=False)
         folder = self._get(self.config_init, "drm").run_folder
-        if folder is not None and self.trainer.is_global_zero:
+        if folder is not None and is_writer():
             write_text(folder.config, text)
 
 
@@ -81,7 +82,8 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*loftq_config.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    disable_progress_bar()  # transformers' own, which take longer to read than the small steps they show
+    huggingface_hub.utils.disable_progress_bars()
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, which take longer to read than the small steps they show
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     words = sys.argv[1:] if args is None else args
     try:

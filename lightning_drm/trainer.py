@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from safetensors.torch import load_file
 from typing_extensions import override
@@ -44,7 +45,7 @@ class MergeTrainer(Trainer):
         self._given_callbacks = list(given) if isinstance(given, Sequence) else [given]
         self._arguments = {**kwargs, "callbacks": self._given_callbacks}  # Lightning adds to the list it got
         super().__init__(**kwargs)
-        self._console = Console(quiet=not self.is_global_zero, highlight=False)
+        self._console = Console(quiet=not is_writer(), highlight=False)
 
     @override
     def fit(  # type: ignore[override]  # some of Lightning's arguments come as keywords, and three are this class's own
@@ -54,7 +55,7 @@ class MergeTrainer(Trainer):
         val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
         *,
-        only: list[str] | None = None,
+        only: str | list[str] | None = None,
         retrain: bool = False,
         base_batches: int = 100,
         **kwargs: Any,
@@ -67,7 +68,7 @@ class MergeTrainer(Trainer):
             train_dataloaders: As in Lightning, for a single task.
             val_dataloaders: As in Lightning, for a single task.
             datamodule: The tasks.
-            only: Finetune these tasks and stop, without merging (one job of a cluster's array, say).
+            only: Finetune this task, or these, and stop without merging (one job of a cluster's array, say).
             retrain: Finetune tasks again that the run folder already has.
             base_batches: Training batches that the head on the untouched base may see; 0 leaves the base out.
             kwargs: Further arguments of Lightning's ``fit``, for a single task.
@@ -87,15 +88,15 @@ class MergeTrainer(Trainer):
         for task in tasks:
             if task in done:
                 accuracy = folder.read_metrics(task)["individual"]
-                self._console.print(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
+                self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
             else:
                 self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
         if only is None:
             self._merge_and_report(merge, folder, model, datamodule)
         elif missing := folder.missing(merge.tasks):
-            self._console.print(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
+            self._say(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
         else:
-            self._console.print(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
+            self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
 
     def merge(self, model: LightningModule, datamodule: MultiTaskDataModule) -> None:
         """Merges the finetuned tasks again, with any method, and tests. Trains nothing.
@@ -175,12 +176,13 @@ class MergeTrainer(Trainer):
         trainer.fit(module, datamodule=data)
         seconds = time.perf_counter() - start
         accuracy = self._measure(MultiTaskModule({task: module}), data, f"{task} · test")[task]
-        self._console.print(f"{task}: accuracy {100 * accuracy:.1f} %, finetuned in {seconds:.0f} s")
+        self._say(f"{task}: accuracy {100 * accuracy:.1f} %, finetuned in {seconds:.0f} s")
         del module, trainer
         gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
         base = self._probe_base(template, data, task, merge, base_batches)
-        if self.is_global_zero:
+        if is_writer():
             folder.write_metrics(task, {"individual": accuracy, "base": base, "finetune_seconds": round(seconds, 1)})
+        self.strategy.barrier(f"lightning_drm: {task} done")
 
     def _probe_base(
         self, template: LightningModule, data: LightningDataModule, task: str, merge: DRMMergeCallback, max_batches: int
@@ -193,7 +195,7 @@ class MergeTrainer(Trainer):
         state = linear_probe(module, head, data.train_dataloader(), max_batches)
         if state is None:
             return None
-        if self.is_global_zero:
+        if is_writer():
             write_tensors(_folder_of(merge).base_head(task), state)
         return self._measure(MultiTaskModule.assemble(module, head, {}, {task: state}), data, f"{task} · base")[task]
 
@@ -202,7 +204,7 @@ class MergeTrainer(Trainer):
     ) -> None:
         if not merge.is_merged:
             module = self._fresh_module(template, datamodule.tasks[merge.tasks[0]])
-            merge.fuse(module, device=self.strategy.root_device, write=self.is_global_zero)
+            merge.fuse(module, device=self.strategy.root_device, write=is_writer())
             self.strategy.barrier("lightning_drm: merged model written")
         metrics = {task: folder.read_metrics(task) for task in merge.tasks}
         base = {task: metrics[task]["base"] for task in merge.tasks}
@@ -212,15 +214,18 @@ class MergeTrainer(Trainer):
 
     def _report(self, comparison: Comparison, folder: RunFolder) -> dict[str, float]:
         metrics = logged_metrics(comparison)
-        if self.is_global_zero:
+        if is_writer():
             write_report(comparison, folder.path)
         for logger in self.loggers:
             logger.log_hyperparams(dict(comparison.method))
             logger.log_metrics(metrics)
             logger.save()
         self._console.print(terminal_table(comparison))
-        self._console.print(f"Report: {folder.path}/report.md, report.png, report.json. Merged model: {folder.merged}")
+        self._say(f"Report: {folder.path}/report.md, report.png, report.json. Merged model: {folder.merged}")
         return metrics
+
+    def _say(self, sentence: str) -> None:
+        self._console.print(sentence, soft_wrap=True)
 
     def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, float]:
         return measure(module, data, self._arguments, self._progress_bar(label))
@@ -268,7 +273,7 @@ class MergeTrainer(Trainer):
         return dict(finetune_settings(model, datamodule.tasks[task], self._arguments, self._seed))
 
     def _progress_bar(self, label: str) -> list[Callback]:
-        shown = self._arguments.get("enable_progress_bar") is not False and self.is_global_zero
+        shown = self._arguments.get("enable_progress_bar") is not False and is_writer()
         own = any(isinstance(callback, ProgressBar) for callback in self._given_callbacks)
         return [TaskProgressBar(label)] if shown and not own else []
 
@@ -283,17 +288,22 @@ class MergeTrainer(Trainer):
         return merge, _folder_of(merge)
 
 
+def is_writer() -> bool:
+    """Whether this process writes and prints: Trainers that run know their rank, the one that starts them does not."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def _folder_of(merge: DRMMergeCallback) -> RunFolder:
     if merge.run_folder is None:
         raise ValueError("MergeTrainer keeps finished tasks in a run folder: give DRMMergeCallback a dirpath.")
     return merge.run_folder
 
 
-def _chosen(tasks: list[str], only: list[str] | None) -> list[str]:
-    unknown = sorted(set(only or []) - set(tasks))
-    if unknown:
+def _chosen(tasks: list[str], only: str | list[str] | None) -> list[str]:
+    wanted = tasks if only is None else [only] if isinstance(only, str) else only
+    if unknown := sorted(set(wanted) - set(tasks)):
         raise ValueError(f"No task {', '.join(map(repr, unknown))} to finetune; tasks: {', '.join(tasks)}.")
-    return [task for task in tasks if only is None or task in only]
+    return [task for task in tasks if task in wanted]
 
 
 def _require_done(folder: RunFolder, tasks: list[str]) -> None:

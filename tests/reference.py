@@ -146,7 +146,7 @@ def iso_cts(
     """Isotropic merging in common and task-specific subspaces (arXiv 2502.04959, Algorithm 2)."""
     deltas = [c * delta for c, delta in zip(_coefficients(deltas, coefficients), _float64(deltas), strict=True)]
     full = min(deltas[0].shape)
-    rest = round((full - int(full * common_fraction)) / len(deltas)) * len(deltas)
+    rest = min(round((full - int(full * common_fraction)) / len(deltas)), full // len(deltas)) * len(deltas)
     common = full - rest
     U, S, Vh = _svd(sum(deltas), common)
     lefts, values, rights = [], [], []

@@ -1,7 +1,7 @@
 """What a delta is, taking it from a live module, and keeping it in memory or in safetensors."""
 
 from lightning_drm.deltas.collect import Base
-from lightning_drm.deltas.fingerprint import fingerprint, hash_tensor
+from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
 from lightning_drm.deltas.lora import remove_adapters
 from lightning_drm.deltas.parameters import Kind, backbone_parameters, head_state
 from lightning_drm.deltas.store import (
@@ -22,6 +22,7 @@ __all__ = [
     "StoredDeltas",
     "TaskVector",
     "backbone_parameters",
+    "describe_difference",
     "fingerprint",
     "hash_tensor",
     "head_state",

@@ -40,9 +40,11 @@ class Base:
             task: The task's name, for messages.
 
         Raises:
-            ValueError: If the base differs from the one of an earlier task, naming parameters.
+            ValueError: If the base differs from the one of an earlier task, naming parameters, or the module could not
+                be collected after training: its head is not there or has adapters, or an adapter is not supported.
         """
         refuse_unsupported_adapters(module)
+        head_state(module, head)
         parameters = backbone_parameters(module, head)
         self.require({name: hash_tensor(p.tensor) for name, p in parameters.items()}, task)
         for name, parameter in parameters.items():
@@ -91,7 +93,7 @@ class Base:
             base = self._tensors.get(name)
             if parameter.adapter is not None:
                 deltas[name] = adapted_weight_delta(parameter.adapter, name)
-            elif base is not None:
+            elif base is not None and not _is_unchanged_buffer(parameter.tensor, base):
                 deltas[name] = _subtract(parameter.tensor.detach(), base)
             was_frozen = parameter.adapter is not None or base is None
             if was_frozen and hash_tensor(parameter.tensor) != self.hashes[name]:
@@ -127,6 +129,11 @@ def _may_train(parameter: Parameter) -> bool:
     """Buffers change without gradients; a weight under an adapter is frozen by peft."""
     is_buffer = not isinstance(parameter.tensor, nn.Parameter)
     return parameter.adapter is None and (is_buffer or parameter.tensor.requires_grad)
+
+
+def _is_unchanged_buffer(tensor: Tensor, base: Tensor) -> bool:
+    """Whether it is a constant, such as an attention mask; those may hold infinity, which has no difference."""
+    return not isinstance(tensor, nn.Parameter) and torch.equal(tensor, base.to(tensor.device))
 
 
 def _subtract(finetuned: Tensor, base: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Variants whose effective weight is not ``W + s · B A`` (DoRA, …), or whose in
 
 from typing import cast
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,10 +45,9 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
     elif isinstance(layer, lora_layers.Embedding):
         down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         transposed = True  # the product is (dim, vocabulary), the weight its transpose
-    elif isinstance(layer, lora_layers._ConvNd):
-        return layer.get_delta_weight(adapter).detach().float()
     else:
-        raise ValueError(f"{name}: {type(layer).__name__} layers have no exact LoRA delta; merge full weights instead.")
+        assert isinstance(layer, lora_layers._ConvNd)
+        return layer.get_delta_weight(adapter).detach().float()
     up = up.detach().float() * float(layer.scaling[adapter])
     down = down.detach().float().clone()
     return LowRank(down.T.contiguous(), up.T.contiguous()) if transposed else LowRank(up, down)
@@ -62,12 +61,19 @@ def _single_adapter(layer: LoraLayer, name: str) -> str:
     active = list(layer.active_adapters)
     if len(active) != 1:
         raise ValueError(f"{name}: expected one active LoRA adapter, got {len(active)}: {', '.join(active) or 'none'}.")
+    if layer.disable_adapters:
+        raise ValueError(f"{name}: the LoRA adapter is disabled, so its delta is not part of the model; enable it.")
     if layer.merged:
         raise ValueError(f"{name}: the LoRA adapter is already merged into its weight; unmerge it before fitting.")
     return cast(str, active[0])
 
 
 def _refuse_inexact(layer: LoraLayer, adapter: str, name: str) -> None:
+    if not isinstance(layer, lora_layers.Linear | lora_layers.Embedding | lora_layers._ConvNd):
+        raise ValueError(
+            f"{name}: LoRA around a {type(layer.get_base_layer()).__name__} ({type(layer).__name__}) is not supported, "
+            "only around linear, embedding and convolution weights that are not quantised; leave it out of the targets."
+        )
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
         raise ValueError(
@@ -91,7 +97,8 @@ def refuse_unsupported_adapters(module: nn.Module) -> None:
     problems = []
     for name, child in module.named_modules():
         if isinstance(child, BaseTunerLayer) and not isinstance(child, LoraLayer):
-            problems.append(f"{name}: {type(child).__name__} adapters are not supported, only LoRA is.")
+            tuner = type(child).__module__.split(".")[2]  # peft.tuners.<tuner>.layer
+            problems.append(f"{name}: {tuner} adapters are not supported, only LoRA is.")
         elif isinstance(child, AuxiliaryTrainingWrapper) and not isinstance(child, ModulesToSaveWrapper):
             problems.append(f"{name}: {type(child).__name__} (trainable_token_indices) is not supported.")
         elif isinstance(child, LoraLayer):
@@ -99,17 +106,20 @@ def refuse_unsupported_adapters(module: nn.Module) -> None:
                 _refuse_inexact(child, _single_adapter(child, name), name)
             except ValueError as error:
                 problems.append(str(error))
-        for config in _adapter_configs(child).values():
+        for adapter, config in _adapter_configs(child).items():
+            if config.peft_type != PeftType.LORA:
+                tuner = PeftType(config.peft_type).value
+                problems.append(f"adapter {adapter!r}: {tuner} is not supported, only LoRA is.")
             init = getattr(config, "init_lora_weights", True)
             if init not in _INITS_KEEPING_THE_BASE:
                 problems.append(
-                    f"{name or 'model'}: init_lora_weights={init!r} changes the base weights; use true or gaussian."
+                    f"adapter {adapter!r}: init_lora_weights={init!r} changes the base weights; use true or gaussian."
                 )
     if problems:
         raise ValueError("Adapters that cannot be merged exactly:\n  " + "\n  ".join(dict.fromkeys(problems)))
 
 
-def _adapter_configs(module: nn.Module) -> dict[str, object]:
+def _adapter_configs(module: nn.Module) -> dict[str, PeftConfig]:
     configs = getattr(module, "peft_config", None)
     return configs if isinstance(configs, dict) else {}
 

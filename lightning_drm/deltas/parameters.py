@@ -103,6 +103,8 @@ def _kind(module: nn.Module, name: str, tensor: Tensor) -> Kind:
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd) and name == "weight":
         return "convolution"
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return "other"  # also where it normalises over two dimensions
     if tensor.ndim == 2 and (name.endswith("weight") or isinstance(module, nn.Linear | Conv1D)):
         return "matrix"
     return "other"

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -106,9 +106,12 @@ class StoredDeltas(Mapping[str, Delta]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._open() as file:
-            self.metadata: dict[str, str] = file.metadata() or {}
-            keys = list(file.keys())
+        try:
+            with self._open() as file:
+                self.metadata: dict[str, str] = file.metadata() or {}
+                keys = list(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{path} does not hold deltas: it is damaged or no safetensors file ({error}).") from error
         if self.metadata.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} does not hold deltas: expected format {_FORMAT!r}, got {self.metadata.get('format')!r}."

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_drm.deltas import Kind, TaskVector
+from lightning_drm.deltas import Kind, TaskVector, describe_difference
 from lightning_drm.engine.read_ahead import read_ahead
 from lightning_drm.engine.recipe import Recipe, Treatment, split_sizes
 from lightning_drm.merging import Delta, LowRank, Method
@@ -191,7 +191,10 @@ def _agreed_kinds(vectors: Sequence[TaskVector]) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {}
     for vector in vectors:
         if vector.base_hashes != vectors[0].base_hashes:
-            raise ValueError(f"Tasks {vectors[0].task!r} and {vector.task!r} were finetuned from different bases.")
+            difference = describe_difference(vectors[0].base_hashes, vector.base_hashes)
+            raise ValueError(
+                f"Tasks {vectors[0].task!r} and {vector.task!r} were finetuned from different bases: {difference}."
+            )
         for name in vector.deltas:
             if kinds.setdefault(name, vector.kinds[name]) != vector.kinds[name]:
                 raise ValueError(

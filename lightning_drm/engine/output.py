@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_drm.deltas import backbone_parameters, write_tensors
+from lightning_drm.deltas import backbone_parameters, remove_adapters, write_tensors
 
 MODEL_FILE = "model.safetensors"
 
@@ -44,6 +44,7 @@ def write_merged(
         card: The model card, in Markdown.
     """
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -54,12 +55,13 @@ def write_merged(
             write_tensors(partial / MODEL_FILE, tensors, {"format": "pt"})
         for task, head_tensors in heads.items():
             write_tensors(partial / "heads" / f"{task}.safetensors", head_tensors, {"task": task})
-        (partial / "README.md").write_text(card)
+        (partial / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(replaced)  # deleting takes time, in which half a model would stand under its name
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_merged(
@@ -69,7 +71,7 @@ def read_merged(
 
     Args:
         folder: What `write_merged` wrote.
-        module: A task's module; its backbone is overwritten.
+        module: A task's module; its adapters are taken out and its backbone is overwritten.
         head: Names of its head.
         tasks: The tasks whose heads are wanted.
 
@@ -78,14 +80,20 @@ def read_merged(
 
     Raises:
         FileNotFoundError: If there is no merged model, or one of the heads is missing.
+        ValueError: If the merged model's tensors do not fit the module.
     """
     missing = [task for task in tasks if not (folder / "heads" / f"{task}.safetensors").is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no merged model of task {', '.join(missing)}: merge first.")
+    remove_adapters(module)
     if isinstance(module, SavesBackbone):
         module.load_backbone(folder)
     else:
         tensors = load_file(folder / MODEL_FILE)
-        for name, parameter in backbone_parameters(module, head).items():
+        parameters = backbone_parameters(module, head)
+        misfits = [n for n, p in parameters.items() if n not in tensors or tensors[n].shape != p.tensor.shape]
+        if misfits:
+            raise ValueError(f"{folder} was made from another model: {', '.join(misfits)} missing or of another shape.")
+        for name, parameter in parameters.items():
             parameter.tensor.data.copy_(tensors[name])
     return {task: load_file(folder / "heads" / f"{task}.safetensors") for task in tasks}

@@ -73,7 +73,7 @@ class RunFolder:
 
     def read_metrics(self, task: str) -> dict[str, Any]:
         """A done task's accuracies."""
-        metrics: dict[str, Any] = json.loads((self.task(task) / "metrics.json").read_text())
+        metrics: dict[str, Any] = json.loads((self.task(task) / "metrics.json").read_text(encoding="utf-8"))
         return metrics
 
 
@@ -87,7 +87,7 @@ def write_text(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(content)
+        temporary.write_text(content, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_drm.engine import write_json, write_text
@@ -46,14 +47,15 @@ def terminal_table(comparison: Comparison) -> Table:
         table.add_column(column, justify="right")
     for index, cells in enumerate(_cells(comparison)):
         is_last_task = index == len(comparison.tasks) - 1
-        table.add_row(*cells, end_section=is_last_task, style="bold" if cells[0] == "average" else None)
+        table.add_row(*map(escape, cells), end_section=is_last_task, style="bold" if cells[0] == "average" else None)
     return table
 
 
 def markdown(comparison: Comparison) -> str:
     """``report.md``: the same table, with the method's parameters."""
     lines = [f"| task | {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * len(_COLUMNS)}"]
-    lines += [f"| {' | '.join(cells)} |" for cells in _cells(comparison)]
+    rows = [[cell.replace("|", r"\|") for cell in cells] for cells in _cells(comparison)]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows]
     parameters = ", ".join(f"`{name}={value}`" for name, value in _parameters(comparison).items())
     return (
         f"# {len(comparison.tasks)} tasks merged with {_method_name(comparison)}\n\n"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.election import SLICE, elect_and_average
+from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import finite, refuse, share
 from lightning_drm.merging.method import Method
 
@@ -57,7 +57,7 @@ class DARETIES(Method):
         flat = [delta.flatten() for delta in deltas]
         draws = [Draws(self.seed, key, self.density) for key in keys]
         merged = torch.empty_like(flat[0])
-        size = max(2, SLICE // len(deltas) // 2 * 2)
+        size = slice_size(len(deltas), merged.device)
         for start in range(0, merged.numel(), size):
             stack = torch.stack([delta[start : start + size] for delta in flat])
             kept = np.stack([draw.kept(stack.shape[1]) for draw in draws])

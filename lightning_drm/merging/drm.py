@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.election import SLICE, elect_and_average
+from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import check_coefficients, check_deltas, choice, finite, refuse, share
 from lightning_drm.merging.joint_basis import Direction, JointBasis
 from lightning_drm.merging.low_rank import Delta, LowRank
@@ -45,7 +45,8 @@ class DRM(Method):
         density: Share of the entries of all basis blocks to keep, in (0, 1].
         rank_tol: Drop joint directions whose singular value is at most this share of the largest, in [0, 1). Directions
             that are rounding noise are dropped in any case.
-        rank_drop: Then drop this share of the remaining directions, the weakest, in [0, 1) (appendix H.1).
+        rank_drop: Then drop this share of the remaining directions, the weakest, in [0, 1) (appendix H.1); what
+            is kept, (1 − rank_drop) r, is rounded, and never nothing.
         renormalize: Scale each task's part of each basis row to unit length before pruning.
         prune: One threshold for all tasks ("joint"), or one for each ("individual", Table 8).
         elect_sign: Drop entries whose sign disagrees with the majority's.
@@ -151,8 +152,8 @@ class DRM(Method):
     def _fuse(self, basis: JointBasis, coefficients: Sequence[float]) -> LowRank:
         """Prune, elect and average: slice by slice, so that no temporary is larger than one task's rows."""
         # Pruning sees unit rows or, without renormalisation, each row at its share of the joint singular value.
-        joint = torch.linalg.vector_norm(basis.sigma, dim=0).expand_as(basis.sigma)
-        shares, lengths = (None, basis.sigma) if self.renormalize else ((basis.sigma / joint)[..., None], joint)
+        joint = torch.linalg.vector_norm(basis.sigma, dim=0).clamp(min=torch.finfo(basis.sigma.dtype).tiny)
+        shares, lengths = (None, basis.sigma) if self.renormalize else ((basis.sigma / joint)[..., None], joint[None])
         limits = self._limits(basis.rows, shares)
         merged = basis.rows.new_empty(basis.rows.shape[1:])
         for part in _slices(basis.rows):
@@ -181,5 +182,5 @@ class DRM(Method):
 def _slices(rows: Tensor) -> Iterator[slice]:
     """Ranges of basis rows whose entries, over all tasks, fit into the cache."""
     num_tasks, rank, width = rows.shape
-    size = max(1, SLICE // max(1, num_tasks * width))
+    size = max(1, slice_size(num_tasks, rows.device) // max(1, width))
     return (slice(start, start + size) for start in range(0, rank, size))

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-SLICE = 1 << 17  # entries, over all tasks, to hand over at once: half a megabyte in float32
+
+def slice_size(num_tasks: int, device: torch.device) -> int:
+    """How many positions of N tasks to hand over at once, an even number: a cacheful, or an accelerator's fill."""
+    entries = 1 << 17 if device.type == "cpu" else 1 << 24
+    return max(2, entries // num_tasks // 2 * 2)
 
 
 def elect_and_average(

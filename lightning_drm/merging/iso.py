@@ -64,11 +64,11 @@ class IsoCTS(RotationalMethod):
 
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
         num_own = round((size - int(size * self.common_fraction)) / len(deltas))
+        num_own = min(num_own, size // len(deltas))  # rounding up must not leave less than nothing for the common part
         U, S, Vh = thin_svd(weighted_sum(deltas, coefficients), size - num_own * len(deltas))
-        common = U.to(deltas[0].dtype)
         own = []
         for delta, coefficient in zip(deltas, coefficients, strict=True):
-            rest = torch.addmm(delta, common, common.T @ delta, alpha=-1)
+            rest = torch.addmm(delta, U, U.T @ delta, alpha=-1)
             floor = abs(coefficient) * rounding_error(delta)
             own.append(thin_svd(rest.mul_(coefficient), num_own, floor=floor))
         left = torch.cat([*(u for u, _, _ in own), U], dim=1)

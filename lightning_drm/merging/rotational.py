@@ -18,7 +18,7 @@ class RotationalMethod(Method):
     """
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
-        return self._merge_rotated(deltas, coefficients, min(deltas[0].shape)).to(deltas[0].dtype)
+        return self._merge_rotated(deltas, coefficients, min(deltas[0].shape))
 
     def _merge_low_rank(self, deltas: list[LowRank], coefficients: list[float]) -> LowRank:
         Q, W, cores = core_coordinates(deltas)
@@ -35,5 +35,5 @@ class RotationalMethod(Method):
             size: min(m, n) of the deltas that these are or stand for: numbers of directions are shares of it.
 
         Returns:
-            The merged matrix, in float64.
+            The merged matrix, in the same precision.
         """

@@ -119,8 +119,8 @@ def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float 
         floor: Singular values up to this are noise too: the rounding error of what `matrix` was computed from.
 
     Returns:
-        U (m, r), S (r,) and Vᵀ (r, n) in float64, with r at most the numerical rank: no null vectors, which no
-        decomposition determines.
+        U (m, r), S (r,) and Vᵀ (r, n) in the matrix's precision, with r at most the numerical rank: no null vectors,
+        which no decomposition determines.
     """
     if matrix.shape[0] > matrix.shape[1]:
         V, S, Uh = thin_svd(matrix.T, num_directions, floor=floor)
@@ -136,7 +136,8 @@ def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float 
         return U[:, :rank], S[:rank], Vh[:rank]
     rank = int((noise < S[wanted]).sum())
     U, S = U[:, :rank].contiguous(), S[:rank]  # a view would keep all eigenvectors alive
-    return U, S, (U / S).T @ matrix.double()
+    Vh = (U / S).T @ matrix.double()  # in float32, weak directions would lose their orthogonality
+    return U.to(matrix.dtype), S.to(matrix.dtype), Vh.to(matrix.dtype)
 
 
 def orthogonalize(basis: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def orthogonalize(basis: Tensor) -> Tensor:
         basis: Matrix of shape (m, n). If it is rank deficient, its null directions stay zero.
 
     Returns:
-        A matrix of shape (m, n), float64.
+        A matrix of shape (m, n), in the same precision.
     """
     U, _, Vh = thin_svd(basis)
     return U @ Vh

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.election import SLICE, elect_and_average
+from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import check_deltas, choice, finite, refuse, share
 from lightning_drm.merging.low_rank import Delta, densify
 from lightning_drm.merging.method import Method
@@ -72,8 +72,8 @@ class TIES(Method):
         """Find each task's threshold over its whole task vector, in the memory of one parameter and a histogram.
 
         Args:
-            stream: Called once for each pass (two for data up to float32); yields the N tasks' deltas of one
-                parameter after another.
+            stream: Called once for each pass (two for data up to float32), and for its first item where `num_tasks` is
+                not given; yields the N tasks' deltas of one parameter after another.
             reduce: Sums a tensor over ranks, where each rank streams only its share of the parameters.
             num_tasks: Number of tasks; only needed by a rank whose share may be empty.
 
@@ -95,12 +95,14 @@ class TIES(Method):
             return self._with(thresholds=thresholds(dense, self.density, num_tasks=count, reduce=reduce))
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
-        if self.thresholds is not None and len(self.thresholds) != len(deltas):
-            raise ValueError(f"TIES was calibrated on {len(self.thresholds)} tasks, got {len(deltas)} deltas")
-        limits = self.thresholds or thresholds(lambda: [deltas], self.density, num_tasks=len(deltas))
+        limits = self.thresholds
+        if limits is None:
+            limits = thresholds(lambda: [deltas], self.density, num_tasks=len(deltas))
+        if len(limits) != len(deltas):
+            raise ValueError(f"TIES was calibrated on {len(limits)} tasks, got {len(deltas)} deltas")
         flat = [delta.flatten() for delta in deltas]
         merged = torch.empty_like(flat[0])
-        size = max(1, SLICE // len(deltas))
+        size = slice_size(len(deltas), merged.device)
         for start in range(0, merged.numel(), size):
             part = slice(start, start + size)
             merged[part] = elect_and_average(prune_each([delta[part] for delta in flat], limits), coefficients)

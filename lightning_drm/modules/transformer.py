@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from transformers import (
 )
 from typing_extensions import override
 
-from lightning_drm.deltas import head_state
+from lightning_drm.deltas import backbone_parameters, head_state
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.protocol import IGNORE_INDEX
 from lightning_drm.pretrained import resolve_pretrained
@@ -176,14 +177,19 @@ class TransformerTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def save_backbone(self, folder: Path) -> None:
-        """Writes the backbone and its processor for ``from_pretrained``.
+        """Writes the backbone for ``from_pretrained``, and its processor if the pretrained model came with one.
 
         Args:
             folder: The folder to write to.
         """
         self.backbone.save_pretrained(folder)
         processor = AutoTokenizer if self.modality == "text" else AutoImageProcessor
-        processor.from_pretrained(resolve_pretrained(self.backbone_name)).save_pretrained(folder)
+        try:
+            processor.from_pretrained(resolve_pretrained(self.backbone_name)).save_pretrained(folder)
+        except (OSError, ValueError) as error:  # users may prepare inputs by other means: the weights come first
+            rank_zero_warn(
+                f"The merged model is written without a processor, as {self.backbone_name} has none: {error}"
+            )
 
     def load_backbone(self, folder: Path) -> None:
         """Reads back what `save_backbone` wrote.
@@ -191,5 +197,6 @@ class TransformerTask(LightningModule):
         Args:
             folder: The folder to read from.
         """
-        saved = type(self.backbone).from_pretrained(folder, dtype=self.load_dtype)
-        self.backbone.load_state_dict(saved.state_dict())
+        saved = backbone_parameters(type(self.backbone).from_pretrained(folder, dtype=self.load_dtype), ())
+        for name, parameter in backbone_parameters(self.backbone, ()).items():  # below adapters, where there are any
+            parameter.tensor.data.copy_(saved[name].tensor)

@@ -29,12 +29,22 @@ def method(name: str, case: dict) -> Method:
     }[name]
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("case", CASES)
+# Of rank-deficient deltas (case_4) there is no golden output of the spectral methods: the published code fills them up
+# with arbitrary null vectors.
+OUTPUTS = [(case, name) for case in CASES for name in METHODS if name in load_file(GOLDEN / f"{case}.safetensors")]
+
+
+def test_outputs_are_complete():
+    assert {(case, name) for case in CASES for name in METHODS} - set(OUTPUTS) == {
+        ("case_4", "iso_c"),
+        ("case_4", "iso_cts"),
+        ("case_4", "tsv_m"),
+    }
+
+
+@pytest.mark.parametrize(("case", "name"), OUTPUTS)
 def test_matches_published_code(case, name):
     golden = load_file(GOLDEN / f"{case}.safetensors")
-    if name not in golden:
-        pytest.skip("the published code fills rank-deficient deltas with arbitrary null vectors")
     settings = CASES[case]
     deltas = [golden[f"delta.{task}"] for task in range(settings["num_tasks"])]
     coefficients = settings["coefficients"] if name in WITH_COEFFICIENTS else None

@@ -1,0 +1,143 @@
+"""What the algebra promises, on inputs that hypothesis makes up: tall, wide, 1 × n, rank deficient, with zero tasks."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, Method, TaskArithmetic
+
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+DIRECTIONS = st.sampled_from(["horizontal", "vertical"])
+METHODS = st.sampled_from(
+    [DRM(), DRM("vertical"), DRM(prune="individual"), TIES(), TaskArithmetic(), Average(), IsoC(), IsoCTS(), TSVM()]
+)
+SPECTRAL = st.sampled_from([DRM(), DRM("vertical"), TaskArithmetic(), Average(), IsoC(), IsoCTS(), TSVM()])
+
+
+@st.composite
+def tasks(draw: st.DrawFn, max_tasks: int = 5) -> list[torch.Tensor]:
+    """Deltas of one shape: generic, of low rank, or zero; float64."""
+    m = draw(st.integers(1, 24))
+    n = draw(st.integers(1, 24))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kinds = draw(st.lists(st.sampled_from(["full", "full", "low", "zero"]), min_size=1, max_size=max_tasks))
+    deltas = []
+    for kind in kinds:
+        rank = {"full": min(m, n), "low": max(1, min(m, n) // 3), "zero": 0}[kind]
+        left = torch.randn(m, rank, generator=g, dtype=torch.float64)
+        right = torch.randn(rank, n, generator=g, dtype=torch.float64)
+        deltas.append(left @ right / (rank or 1) ** 0.5)
+    return deltas
+
+
+def rotation(size: int, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))[0]
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool(torch.linalg.norm(actual - expected) <= 1e-7 * torch.linalg.norm(expected) + 1e-12)
+
+
+@SETTINGS
+@given(deltas=tasks(), method=METHODS, order=st.randoms(use_true_random=False))
+def test_order_of_tasks_changes_nothing(deltas: list[torch.Tensor], method: Method, order) -> None:
+    positions = list(range(len(deltas)))
+    order.shuffle(positions)
+    coefficients = [1.0 + 0.1 * position for position in range(len(deltas))]
+    shuffled = method.merge([deltas[i] for i in positions], [coefficients[i] for i in positions])
+    assert close(shuffled, method.merge(deltas, coefficients))
+
+
+@SETTINGS
+@given(deltas=tasks(), method=METHODS)
+def test_result_is_finite_and_inputs_are_untouched(deltas: list[torch.Tensor], method: Method) -> None:
+    before = [delta.clone() for delta in deltas]
+    merged = method.merge(deltas)
+    assert merged.shape == deltas[0].shape
+    assert merged.isfinite().all()
+    assert all(torch.equal(delta, kept) for delta, kept in zip(deltas, before, strict=True))
+
+
+@SETTINGS
+@given(deltas=tasks(), method=METHODS)
+def test_negated_deltas_give_the_negated_result(deltas: list[torch.Tensor], method: Method) -> None:
+    assert close(method.merge([-delta for delta in deltas]), -method.merge(deltas))
+
+
+@SETTINGS
+@given(deltas=tasks(), method=METHODS, exponent=st.integers(-60, 60))
+def test_scaled_deltas_give_the_scaled_result(deltas: list[torch.Tensor], method: Method, exponent: int) -> None:
+    factor = 2.0**exponent
+    assert close(method.merge([factor * delta for delta in deltas]) / factor, method.merge(deltas))
+
+
+@SETTINGS
+@given(deltas=tasks(), method=METHODS, factor=st.floats(-3, 3))
+def test_shared_coefficient_scales_the_result(deltas: list[torch.Tensor], method: Method, factor: float) -> None:
+    if factor < 0 and isinstance(method, IsoC | IsoCTS | TSVM):
+        factor = -factor
+    assert close(method.merge(deltas, [factor] * len(deltas)), factor * method.merge(deltas))
+
+
+@SETTINGS
+@given(deltas=tasks(), direction=DIRECTIONS, seed=st.integers(0, 2**31))
+def test_drm_commutes_with_rotations_of_the_side_that_is_not_pruned(
+    deltas: list[torch.Tensor], direction: str, seed: int
+) -> None:
+    method = DRM(direction, density=0.4)
+    if direction == "horizontal":
+        Q = rotation(deltas[0].shape[0], seed)
+        assert close(method.merge([Q @ delta for delta in deltas]), Q @ method.merge(deltas))
+    else:
+        Q = rotation(deltas[0].shape[1], seed)
+        assert close(method.merge([delta @ Q for delta in deltas]), method.merge(deltas) @ Q)
+
+
+@SETTINGS
+@given(deltas=tasks(), method=st.sampled_from([IsoC(), IsoCTS(), TSVM()]), seed=st.integers(0, 2**31))
+def test_spectral_methods_commute_with_all_rotations(deltas: list[torch.Tensor], method: Method, seed: int) -> None:
+    Q, W = rotation(deltas[0].shape[0], seed), rotation(deltas[0].shape[1], seed + 1)
+    assert close(method.merge([Q @ delta @ W for delta in deltas]), Q @ method.merge(deltas) @ W)
+
+
+@SETTINGS
+@given(deltas=tasks())
+def test_vertical_is_horizontal_on_the_transposed(deltas: list[torch.Tensor]) -> None:
+    assert close(DRM("vertical").merge(deltas), DRM().merge([delta.T for delta in deltas]).T)
+
+
+@SETTINGS
+@given(
+    deltas=tasks(max_tasks=1),
+    method=st.sampled_from(
+        [DRM(density=1.0, rank_tol=0.0), DRM("vertical", density=1.0, rank_tol=0.0), TIES(1.0), DARETIES(1.0), TSVM()]
+    ),
+)
+def test_one_task_with_everything_kept_is_returned(deltas: list[torch.Tensor], method: Method) -> None:
+    assert close(method.merge(deltas), deltas[0])
+
+
+@SETTINGS
+@given(deltas=tasks(), direction=DIRECTIONS, position=st.integers(0, 5))
+def test_task_without_change_leaves_the_joint_directions(
+    deltas: list[torch.Tensor], direction: str, position: int
+) -> None:
+    """With everything kept and a disjoint average, a task of zeros takes no part at all."""
+    method = DRM(direction, density=1.0)
+    padded = [*deltas[:position], torch.zeros_like(deltas[0]), *deltas[position:]]
+    assert close(method.merge(padded), method.merge(deltas))
+
+
+@SETTINGS
+@given(shape=st.tuples(st.integers(1, 12), st.integers(1, 12)), num_tasks=st.integers(1, 4), method=METHODS)
+def test_zero_deltas_give_zero(shape: tuple[int, int], num_tasks: int, method: Method) -> None:
+    assert not method.merge([torch.zeros(shape)] * num_tasks).any()
+
+
+@SETTINGS
+@given(deltas=tasks(), method=SPECTRAL)
+def test_factors_give_the_dense_result(deltas: list[torch.Tensor], method: Method) -> None:
+    """Any matrix is a product with the identity, whatever its rank."""
+    factors = [LowRank(delta, torch.eye(delta.shape[1], dtype=delta.dtype)) for delta in deltas]
+    assert close(method.merge_low_rank(factors).dense(), method.merge(deltas))

@@ -1,0 +1,88 @@
+"""Small real parts that several tests share: a vector task for plain modules, and a pretrained BERT with text files."""
+
+import csv
+import random
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird"]
+
+
+class VectorTask(L.LightningModule):
+    """A small network on vectors, with a head."""
+
+    head_names = ("head",)
+
+    def __init__(self, num_classes: int = 2, seed: int = 0, lr: float = 0.05) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.backbone = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 5))
+        self.head = nn.Linear(5, num_classes)
+        self.lr = lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Vectors(L.LightningDataModule):
+    """Vectors labelled by a random linear rule that depends on the seed."""
+
+    def __init__(self, seed: int, num_classes: int = 2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(96, 6, generator=generator)
+        y = (x @ torch.randn(6, num_classes, generator=generator)).argmax(1)
+        self.train, self.test = TensorDataset(x[:64], y[:64]), TensorDataset(x[64:], y[64:])
+        self.num_classes = num_classes
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, batch_size=16, shuffle=True)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, batch_size=16)
+
+
+def quiet_trainer(**arguments: object) -> L.Trainer:
+    defaults = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    return L.Trainer(**{**defaults, "enable_progress_bar": False, "enable_model_summary": False, **arguments})
+
+
+def save_tiny_bert(folder: Path) -> str:
+    """A pretrained-model folder: a two-layer BERT with a word tokenizer, as ``from_pretrained`` wants it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_texts(path: Path, kinds: list[str], seed: int, count: int = 120) -> str:
+    """A csv of short texts; the label is the kind (red or green, say) of the one telling word in each."""
+    draw = random.Random(seed)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for _ in range(count):
+            kind = draw.choice(kinds)
+            words = [kind, *draw.choices([word for word in WORDS if word not in kinds], k=3)]
+            draw.shuffle(words)
+            writer.writerow([" ".join(words), kind])
+    return str(path)
