@@ -47,6 +47,21 @@ def is_file_merge(args: Sequence[str]) -> bool:
     return any(name in _OWN for file in _config_files(args) for name in file)
 
 
+def with_method(args: Sequence[str]) -> list[str]:
+    """The arguments, with the default method named where only its parameters are given.
+
+    A default in the parser would serve too, but jsonargparse hands its parameters on to whatever method replaces it:
+    ``--drm.method TaskArithmetic`` would silently get DRM's ``scale``.
+
+    Args:
+        args: Arguments after the subcommand.
+    """
+    named = any(arg.partition("=")[0] in ("--drm.method", "--drm.method.class_path", "--drm") for arg in args)
+    in_file = any("method" in (content.get("drm") or {}) for content in _config_files(args))
+    has_parameters = any(arg.startswith("--drm.method.") for arg in args)
+    return [*(["--drm.method", "DRM"] if has_parameters and not named and not in_file else []), *args]
+
+
 def parser() -> ArgumentParser:
     """The parser of a merge from files."""
     built = ArgumentParser(
@@ -63,7 +78,6 @@ def parser() -> ArgumentParser:
     built.add_argument("--output", type=str, required=True, help="The folder to write.")
     built.add_argument("--coefficients", type=dict[str, float], default={}, help="By task; 1.0 if left out.")
     built.add_class_arguments(Recipe, "drm", skip={"coefficients"})
-    built.set_defaults({"drm.method": {"class_path": "lightning_drm.DRM"}})
     built.add_class_arguments(Rules, None)
     built.add_argument("--overwrite", type=bool, default=False, help="Replace the output if it exists.")
     built.add_argument("--max_shard_size", type=str, default="5GB", help="Largest size of a written file.")
@@ -83,7 +97,7 @@ def run(args: Sequence[str]) -> None:
         ValueError: With every problem that was found.
     """
     built = parser()
-    config = built.parse_args(list(args))
+    config = built.parse_args(with_method(args))
     names = list(Rules.__dataclass_fields__)
     rules = Rules(**{name: config[name] for name in names})
     drm = built.instantiate_classes(config).drm

@@ -42,6 +42,8 @@ def row_map(rows: dict[int, int] | None, num_base: int, num_task: int) -> Tensor
         num_base: Rows of the base's parameter.
         num_task: Rows of the task's.
     """
+    if rows is None and num_base == num_task:
+        return None
     known = rows if rows is not None else {row: row for row in range(min(num_base, num_task))}
     mapped = torch.full((num_base,), -1)
     for base_row, task_row in known.items():

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lightning_drm import DRM, TaskArithmetic
+from lightning_drm import DRM, TIES, IsoC, TaskArithmetic
 from lightning_drm.cli import main
 from lightning_drm.cli_files import is_file_merge
 from lightning_drm.engine import Override, Recipe, merge_files
@@ -77,6 +77,18 @@ def test_yaml_with_an_overlay(bench, tmp_path):
     main(["merge", "--config", str(config), "--config", overlay, "--drm.method.scale", "0.3"])
     recipe = Recipe(TaskArithmetic(0.3), {"rte": 0.5})
     same(load_file(tmp_path / "out" / "model.safetensors"), expected(bench, tmp_path / "own", recipe))
+
+
+@pytest.mark.parametrize("method", [TaskArithmetic(), DRM(), IsoC(), TIES()])
+def test_a_method_has_its_own_defaults(method, bench, tmp_path):
+    """Not those of the method that it replaces as the default."""
+    main([*options(bench, tmp_path / "out"), "--drm.method", type(method).__name__])
+    same(load_file(tmp_path / "out" / "model.safetensors"), expected(bench, tmp_path / "own", Recipe(method)))
+
+
+def test_parameters_of_the_default_method(bench, tmp_path):
+    main([*options(bench, tmp_path / "out"), "--drm.method.density", "0.6"])
+    same(load_file(tmp_path / "out" / "model.safetensors"), expected(bench, tmp_path / "own", Recipe(DRM(density=0.6))))
 
 
 def test_model_card(bench, tmp_path):
