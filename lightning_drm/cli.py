@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from lightning_drm.callback import DRMMergeCallback
-from lightning_drm.cli_files import is_file_merge, run, with_method
+from lightning_drm.cli_files import is_file_merge, run
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.engine import write_text
 from lightning_drm.trainer import MergeTrainer, is_writer
@@ -48,7 +48,7 @@ class MergeCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"drm.dirpath": "runs/drm"})
+        parser.set_defaults({"drm.method": {"class_path": "lightning_drm.DRM"}, "drm.dirpath": "runs/drm"})
         parser.link_arguments("data.tasks", "drm.tasks", compute_fn=list)
 
     @staticmethod
@@ -85,13 +85,12 @@ def main(args: ArgsType = None) -> None:
     huggingface_hub.utils.disable_progress_bars()
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, which take longer to read than the small steps they show
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     words = sys.argv[1:] if args is None else args
     try:
         if isinstance(words, list) and is_file_merge(words):
             run(words[1:])
         else:
-            MergeCLI([*words[:1], *with_method(words[1:])] if isinstance(words, list) else args)
+            MergeCLI(args)
     except (ValueError, FileNotFoundError, ImportError) as error:
         if os.environ.get("LIGHTNING_DRM_TRACEBACK"):
             raise

@@ -59,7 +59,7 @@ class Fusion:
     ) -> None:
         self.vectors = sorted(vectors, key=lambda vector: vector.task)
         self.tasks = [vector.task for vector in self.vectors]
-        recipe.check(self.tasks)
+        recipe.check([vector.task for vector in vectors])
         self.recipe = recipe
         self.device = torch.device(device)
         self.transposed = transposed
@@ -93,9 +93,12 @@ class Fusion:
             method = calibrated.get(name)
             if method is None:
                 yield Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas)
-                continue
-            keyed = method.keyed([f"{task}/{name}" for task in self.tasks])
-            yield Merged(name, _merge_in_shape(keyed, deltas, self.treatments[name], name in self.transposed), deltas)
+            else:
+                keyed = method.keyed([f"{task}/{name}" for task in self.tasks])
+                merged = _merge_in_shape(keyed, deltas, self.treatments[name], name in self.transposed)
+                yield Merged(name, merged, deltas)
+                del merged
+            del deltas  # before the next ones come, or a third parameter's would be in memory
 
     def merge_low_rank(self, names: Iterable[str], rank: int | None = None) -> Iterator[tuple[str, LowRank, float]]:
         """Merges parameters whose deltas are all low-rank, exactly, without a dense matrix.

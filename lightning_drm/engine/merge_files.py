@@ -179,6 +179,7 @@ def _write_model(
         _require_finite(merged.name, written, exact)
         record = measure(exact, written, base, fusion.tasks, merged.parts)
         writer.write(merged.name, written, record)
+        del merged, base, exact, written  # before the next parameter comes
         num_done += 1
         if progress is not None:
             progress(num_done, total)
