@@ -22,6 +22,7 @@ from lightning_drm.deltas import Base, TaskVector, fingerprint
 from lightning_drm.engine import Fusion, Override, Recipe, RunFolder, model_card, write_merged
 from lightning_drm.merging import DRM, LowRank, Method
 from lightning_drm.modules import MultiTaskModule, head_names_of
+from lightning_drm.names import check_task_name
 
 Store = Literal["auto", "device", "cpu", "disk"]
 
@@ -46,7 +47,8 @@ class DRMMergeCallback(Callback):
         head: Names of the submodules or parameters that are a task's head; the module's own ``head_names`` if left out.
 
     Raises:
-        ValueError: If names repeat, coefficients are given for unknown tasks, or ``store="disk"`` has no ``dirpath``.
+        ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks, or
+            ``store="disk"`` has no ``dirpath``.
 
     Example:
         >>> merge = DRMMergeCallback(["topic", "valence"], method=DRM(density=0.2))
@@ -68,6 +70,8 @@ class DRMMergeCallback(Callback):
         head: Sequence[str] | None = None,
     ) -> None:
         self.tasks = list(tasks)
+        for task in self.tasks:
+            check_task_name(task)
         self.recipe = Recipe(method, dict(coefficients or {}), convolutions, vectors, tuple(overrides))
         self.run_folder = RunFolder(dirpath) if dirpath is not None else None
         self.store = store
@@ -189,7 +193,8 @@ class DRMMergeCallback(Callback):
         head = head_names_of(module, self.head)
         device = device or module.device
         fusion = Fusion(self.recipe, list(self.task_vectors.values()), device)
-        backbone = {name: tensor.to(device) for name, tensor in self._base.tensors(module, head).items()}
+        # Copied: the module may train on, and must not change the merged model by it.
+        backbone = {name: tensor.to(device, copy=True) for name, tensor in self._base.tensors(module, head).items()}
         name = type(self.recipe.method).__name__
         deltas = track(fusion, f"merging with {name}", total=len(fusion), disable=not write)
         for parameter, delta in deltas:

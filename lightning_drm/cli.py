@@ -5,7 +5,6 @@ import os
 import sys
 import warnings
 
-import huggingface_hub
 from lightning import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
@@ -82,8 +81,8 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*loftq_config.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    huggingface_hub.utils.disable_progress_bars()
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own, which take longer to read than the small steps they show
+    # transformers' own bars take longer to read than the small steps they show.
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     words = sys.argv[1:] if args is None else args
     try:

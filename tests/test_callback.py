@@ -191,6 +191,7 @@ def test_restore_takes_up_where_another_process_stopped(tmp_path: Path):
     [
         ({"tasks": []}, "tasks must be different names"),
         ({"tasks": ["a", "a"]}, "tasks must be different names"),
+        ({"tasks": ["../a"]}, "names that can be folder names"),
         ({"tasks": ["a"], "store": "disk"}, "needs a dirpath"),
         ({"tasks": ["a"], "store": "tape"}, "store must be auto, device, cpu or disk, got 'tape'"),
         ({"tasks": ["a"], "coefficients": {"b": 1.0}}, "unknown tasks b; tasks: a"),

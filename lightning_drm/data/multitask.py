@@ -8,7 +8,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-_RESERVED = {"average"}  # the reports' row for all tasks together
+from lightning_drm.names import check_task_name
 
 
 class MultiTaskDataModule(LightningDataModule):
@@ -31,7 +31,7 @@ class MultiTaskDataModule(LightningDataModule):
         if not tasks:
             raise ValueError("Expected at least one task, got none.")
         for name, task in tasks.items():
-            _check_name(name)
+            check_task_name(name)
             if not isinstance(task, LightningDataModule):
                 raise TypeError(f"Expected a LightningDataModule for the task {name!r}, got {type(task).__name__}.")
         self.tasks = dict(tasks)
@@ -109,15 +109,6 @@ class MultiTaskDataModule(LightningDataModule):
             except ValueError as error:
                 raise ValueError(f"Task {name!r}: {error}") from error
         return results
-
-
-def _check_name(name: str) -> None:
-    forbidden = [character for character in name if character in '/\\:*?"<>|' or not character.isprintable()]
-    if not name or name != name.strip() or name[0] == "." or forbidden or name in _RESERVED:
-        raise ValueError(
-            "Expected task names that can be folder names (not empty, no '/' or other special characters, not starting "
-            f"with '.', not 'average'), got {name!r}."
-        )
 
 
 def _describe(task: LightningDataModule) -> dict[str, Any]:

@@ -19,7 +19,7 @@ DELTAS_FILE = "deltas.safetensors"
 HEAD_FILE = "head.safetensors"
 
 _FORMAT = "lightning_drm.deltas/1"
-# "::" cannot occur in a parameter's name, so a low-rank pair never collides with a dense delta.
+# Not ".up": a module may have a parameter of that name.
 _UP, _DOWN = "::up", "::down"
 
 

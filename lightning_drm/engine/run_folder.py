@@ -51,7 +51,8 @@ class RunFolder:
 
     def save_task_vector(self, vector: TaskVector) -> None:
         """Stores a task vector; the task is not done before `write_metrics`."""
-        (self.task(vector.task) / "metrics.json").unlink(missing_ok=True)
+        for outdated in (self.task(vector.task) / "metrics.json", self.base_head(vector.task)):
+            outdated.unlink(missing_ok=True)
         save_task_vector(vector, self.task(vector.task))
 
     def load_task_vector(self, task: str) -> TaskVector:

@@ -88,7 +88,9 @@ def write_plot(comparison: Comparison, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.axvline(len(groups) - 1.5, color="0.8", linewidth=1)
     figure.legend(loc="outside lower center", ncols=len(ROWS), frameon=False)
-    figure.savefig(path, dpi=150)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
 
 
 def logged_metrics(comparison: Comparison) -> dict[str, float]:

@@ -125,7 +125,7 @@ def test_a_task_with_several_loaders_is_refused():
 def test_hyper_parameters_are_plain_values(reviews):
     data = MultiTaskDataModule({"a": Numbers(3), "b": TextTask(str(reviews), BASE)})
     recorded = json.loads(json.dumps(data.hparams))["tasks"]
-    assert recorded["a"] == {"class_path": "test_multitask.Numbers", "init_args": {"first": 3}}
+    assert recorded["a"] == {"class_path": f"{Numbers.__module__}.Numbers", "init_args": {"first": 3}}
     assert recorded["b"]["init_args"]["dataset"] == str(reviews)
 
 

@@ -204,7 +204,12 @@ def test_old_folder_is_replaced_or_kept_whole(tmp_path: Path) -> None:
 
 
 def test_model_card(vectors: list[TaskVector]) -> None:
-    card = model_card(Recipe(DRM(density=0.3), {"zeta": 0.5}), vectors, "org/model")
+    card = model_card(
+        Recipe(DRM(density=0.3), {"zeta": 0.5}),
+        {vector.task: {"deltas": len(vector.deltas)} for vector in vectors},
+        base="org/model",
+        base_fingerprint=fingerprint(vectors[0].base_hashes),
+    )
     _, front, body = card.split("---\n", 2)
     metadata = yaml.safe_load(front)
     assert metadata["base_model"] == "org/model"
@@ -218,6 +223,6 @@ def test_model_card(vectors: list[TaskVector]) -> None:
 
 
 def test_model_card_without_a_named_base(vectors: list[TaskVector]) -> None:
-    card = model_card(Recipe(DRM()), vectors, None)
+    card = model_card(Recipe(DRM()), {vector.task: {} for vector in vectors}, base=None, base_fingerprint="x")
     assert "base_model" not in yaml.safe_load(card.split("---\n", 2)[1])
     assert "not named" in card
