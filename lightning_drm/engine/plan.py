@@ -13,6 +13,7 @@ from lightning_drm.engine.inputs.adapter import AdapterInput
 from lightning_drm.engine.planned_task import Matcher, MismatchPolicy, PlannedTask
 from lightning_drm.engine.recipe import Recipe, Treatment
 from lightning_drm.engine.vocabulary import VocabularyPolicy
+from lightning_drm.names import check_task_name
 
 OutputFormat = Literal["auto", "full", "adapter"]
 OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -128,11 +129,12 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, rules: Rules
 
 def _name_problems(models: Mapping[str, str]) -> list[str]:
     problems = [] if models else ["There is no model to merge; give at least one with --models.NAME PATH."]
-    return problems + [
-        f"The task's name {task!r} cannot be a file's name; leave out slashes and leading dots."
-        for task in models
-        if not task or "/" in task or task.startswith(".")
-    ]
+    for task in models:
+        try:
+            check_task_name(task)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _choose_parameters(plan: Plan, architecture: Architecture, matcher: Matcher, is_recipe_sound: bool) -> None:
