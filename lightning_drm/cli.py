@@ -1,15 +1,19 @@
 """The command line: ``lightning-drm fit | merge | test``, a LightningCLI on one YAML file."""
 
+import inspect
+import json
 import logging
 import os
 import sys
 import warnings
+from itertools import pairwise
 
 from lightning import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
+from lightning_drm import merging
 from lightning_drm.callback import DRMMergeCallback
 from lightning_drm.cli_files import is_file_merge, run
 from lightning_drm.data import MultiTaskDataModule
@@ -68,7 +72,27 @@ class MergeCLI(LightningCLI):
             write_text(folder.config, text)
 
 
-def main(args: ArgsType = None) -> None:
+def with_own_defaults(words: list[str]) -> list[str]:
+    """Gives a method named on the command line its own defaults.
+
+    Left alone, jsonargparse hands it the parameters of the same name of the method that it replaces, so that
+    ``--drm.method TaskArithmetic`` would get DRM's ``scale``.
+
+    Args:
+        words: The command line.
+    """
+    methods = {method.__name__: method for method in vars(merging).values() if isinstance(method, type)}
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--drm.method=") else [word])]
+    for index, (option, name) in enumerate(pairwise(words)):
+        method = methods.get(name.removeprefix("lightning_drm."))
+        if option == "--drm.method" and method is not None:
+            parameters = inspect.signature(method).parameters.values()
+            defaults = {parameter.name: parameter.default for parameter in parameters}
+            words[index + 1] = json.dumps({"class_path": f"lightning_drm.{method.__name__}", "init_args": defaults})
+    return words
+
+
+def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning-drm``.
 
     A mistake in the input ends with one message and exit code 2. Set ``LIGHTNING_DRM_TRACEBACK=1`` to see where.
@@ -84,9 +108,13 @@ def main(args: ArgsType = None) -> None:
     # transformers' own bars take longer to read than the small steps they show.
     disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    if args is None:
+        sys.argv[1:] = with_own_defaults(sys.argv[1:])
+    else:
+        args = with_own_defaults(args)
     words = sys.argv[1:] if args is None else args
     try:
-        if isinstance(words, list) and is_file_merge(words):
+        if is_file_merge(words):
             run(words[1:])
         else:
             MergeCLI(args)

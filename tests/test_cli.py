@@ -134,6 +134,14 @@ def test_merge_tries_another_method_without_training(run: Path, config: Path):
     assert report(run)["method"]["class_path"] == "lightning_drm.DRM"
 
 
+@pytest.mark.parametrize("option", [["--drm.method", "TaskArithmetic"], ["--drm.method=lightning_drm.TaskArithmetic"]])
+def test_a_method_named_on_the_command_line_has_its_own_defaults(option: list[str], capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main(["merge", "--config", str(CONFIGS / "quickstart.yaml"), *option, "--print_config"])
+    method = yaml.safe_load(capsys.readouterr().out)["drm"]["method"]
+    assert method == {"class_path": "lightning_drm.TaskArithmetic", "init_args": {"scale": 0.4}}
+
+
 def test_test_measures_the_same_again(run: Path, config: Path):
     before = report(run)
     (run / "report.json").unlink()
