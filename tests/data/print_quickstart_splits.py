@@ -10,6 +10,7 @@ import datasets
 from lightning_drm.data import QuickstartTask
 from lightning_drm.data.quickstart.task import Source
 
-datasets.config.HF_DATASETS_CACHE = Path(sys.argv[1])
-tasks = {source: QuickstartTask(source) for source in get_args(Source)}
-print(json.dumps({name: {s: rows["text"][:] for s, rows in task.rows.items()} for name, task in tasks.items()}))
+if __name__ == "__main__":
+    datasets.config.HF_DATASETS_CACHE = Path(sys.argv[1])
+    tasks = {source: QuickstartTask(source) for source in get_args(Source)}
+    print(json.dumps({name: {s: rows["text"][:] for s, rows in task.rows.items()} for name, task in tasks.items()}))
