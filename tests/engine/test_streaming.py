@@ -52,12 +52,21 @@ def contents(output):
 
 def in_child(folder):
     """Merges in a forked process, which needs no imports, so that a kill hits the merge."""
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
     child = multiprocessing.get_context("fork").Process(target=merge, args=(folder, folder / "out"))
     child.start()
     return child
 
 
+@pytest.fixture
+def one_thread():
+    """A forked process has none of its parent's threads; and rounding depends on their number, so all use one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_killed_at_random_moments(folder):
     merge(folder, folder / "undisturbed")
     expected = contents(folder / "undisturbed")
