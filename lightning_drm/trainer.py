@@ -57,7 +57,7 @@ class MergeTrainer(Trainer):
         *,
         only: str | list[str] | None = None,
         retrain: bool = False,
-        base_batches: int = 100,
+        base_batches: int = 40,
         **kwargs: Any,
     ) -> None:
         """Finetunes each task from the same base, then merges and tests. Tasks already done are not trained again.
