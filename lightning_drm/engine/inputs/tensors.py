@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
@@ -78,9 +78,7 @@ class SafetensorsFiles(Tensors):
                         self._file_of[name] = path
             except (OSError, RuntimeError) as error:
                 raise ValueError(f"{path} cannot be read: {error}.") from error
-            except Exception as error:
-                if type(error).__name__ != "SafetensorError":
-                    raise
+            except SafetensorError as error:
                 raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
 
     @override
