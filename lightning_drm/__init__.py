@@ -1,28 +1,12 @@
-"""Finetune N tasks with Lightning, merge them into one multitask model with Decom-Renorm-Merge, and test it."""
+"""Finetune N tasks with Lightning, merge them into one multitask model with Decom-Renorm-Merge, and test it.
+
+The public names are those of ``__init__.pyi``. Each is imported when it is first used: a merge of files must not wait
+for Lightning.
+"""
 
 from importlib.metadata import version
 
-from lightning_drm.callback import DRMMergeCallback
-from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
-from lightning_drm.modules import MultiTaskModule, TransformerTask
-from lightning_drm.trainer import MergeTrainer
+import lazy_loader
 
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = version("lightning_drm")
-
-__all__ = [
-    "DARETIES",
-    "DRM",
-    "TIES",
-    "TSVM",
-    "Average",
-    "DRMMergeCallback",
-    "IsoC",
-    "IsoCTS",
-    "LowRank",
-    "MergeTrainer",
-    "MultiTaskDataModule",
-    "MultiTaskModule",
-    "TaskArithmetic",
-    "TransformerTask",
-]

@@ -1,4 +1,8 @@
-"""The command line: ``lightning-drm fit | merge | test``, a LightningCLI on one YAML file."""
+"""The command line, ``lightning-drm``: which of its two forms is meant, and how mistakes are told.
+
+A merge of files needs neither Lightning nor data, so what the other commands need is imported for them only: that takes
+as long as merging a small model.
+"""
 
 import inspect
 import json
@@ -8,68 +12,10 @@ import sys
 import warnings
 from itertools import pairwise
 
-from lightning import LightningModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
-from typing_extensions import override
 
 from lightning_drm import merging
-from lightning_drm.callback import DRMMergeCallback
 from lightning_drm.cli_files import is_file_merge, run
-from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.engine import write_text
-from lightning_drm.trainer import MergeTrainer, is_writer
-
-# Arguments of Lightning's fit and test that have no meaning for several tasks at once.
-_LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}
-
-
-class MergeCLI(LightningCLI):
-    """Reads ``model`` (a task's module), ``data`` (the tasks), ``drm`` (the merge) and ``trainer`` from one YAML file.
-
-    Args:
-        args: Command-line arguments, or a configuration; those of the process if left out.
-    """
-
-    def __init__(self, args: ArgsType = None) -> None:
-        super().__init__(
-            model_class=LightningModule,
-            datamodule_class=MultiTaskDataModule,
-            trainer_class=MergeTrainer,
-            subclass_mode_model=True,
-            save_config_callback=None,  # one configuration per run, not one per fit: see before_fit
-            seed_everything_default=0,
-            auto_configure_optimizers=False,  # optimizers are the task module's, since each task needs its own
-            parser_kwargs={"prog": "lightning-drm"},
-            args=args,
-        )
-
-    @override
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(DRMMergeCallback, "drm")
-        super().add_core_arguments_to_parser(parser)
-
-    @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"drm.method": {"class_path": "lightning_drm.DRM"}, "drm.dirpath": "runs/drm"})
-        parser.link_arguments("data.tasks", "drm.tasks", compute_fn=list)
-
-    @staticmethod
-    @override
-    def subcommands() -> dict[str, set[str]]:
-        return {
-            "fit": {*_LIGHTNINGS_OWN, "train_dataloaders", "val_dataloaders"},
-            "merge": {"model", "datamodule"},
-            "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
-        }
-
-    def before_fit(self) -> None:
-        """Keeps the configuration with the run."""
-        config = self.config["fit"]
-        text = self._parser("fit").dump(config, skip_none=False)
-        folder = self._get(self.config_init, "drm").run_folder
-        if folder is not None and is_writer():
-            write_text(folder.config, text)
 
 
 def with_own_defaults(words: list[str]) -> list[str]:
@@ -117,6 +63,8 @@ def main(args: list[str] | None = None) -> None:
         if is_file_merge(words):
             run(words[1:])
         else:
+            from lightning_drm.cli_trainer import MergeCLI
+
             MergeCLI(args)
     except (ValueError, FileNotFoundError, ImportError) as error:
         if os.environ.get("LIGHTNING_DRM_TRACEBACK"):

@@ -1,0 +1,24 @@
+from .callback import DRMMergeCallback
+from .data import MultiTaskDataModule
+from .merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
+from .modules import MultiTaskModule, TransformerTask
+from .trainer import MergeTrainer
+
+__version__: str
+
+__all__ = [
+    "DARETIES",
+    "DRM",
+    "TIES",
+    "TSVM",
+    "Average",
+    "DRMMergeCallback",
+    "IsoC",
+    "IsoCTS",
+    "LowRank",
+    "MergeTrainer",
+    "MultiTaskDataModule",
+    "MultiTaskModule",
+    "TaskArithmetic",
+    "TransformerTask",
+]
