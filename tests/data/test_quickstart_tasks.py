@@ -51,11 +51,11 @@ def test_classes_sizes_and_batches(source):
         assert min(counts.values()) > 0.7 * len(task.rows[name]) / task.num_classes
     batch = next(iter(task.train_dataloader()))
     assert batch["labels"].shape == (32,)
-    assert batch["input_ids"].shape[1] <= 48
+    assert batch["input_ids"].shape[1] <= 32
 
 
 @pytest.mark.parametrize("source", CLASSES)
-def test_what_48_tokens_hold_tells_the_class(source):
+def test_what_32_tokens_hold_tells_the_class(source):
     """A linear classifier on the mean of the tokens' pretrained vectors does much better than guessing."""
     task = quickstart_task(source)
     with safe_open(Path(resolve_pretrained(BASE)) / "model.safetensors", "np") as file:

