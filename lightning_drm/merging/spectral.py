@@ -44,14 +44,15 @@ def gram(matrices: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(build: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a positive semidefinite matrix, the largest first.
 
     Divide-and-conquer fails on rare inputs, differently on every device, so there is a ladder: the device's solver,
-    the CPU's, and last an SVD, which for such a matrix is the same thing.
+    the CPU's, and last an SVD, which for such a matrix is the same thing. Each solver works in the matrix's own memory,
+    and each starts from a fresh one.
 
     Args:
-        matrix: Matrix of shape (k, k), of which only the lower triangle is read.
+        build: Computes the matrix, of shape (k, k), of which only the lower triangle is read.
 
     Returns:
         Eigenvalues (k,), none below zero, and eigenvectors in the columns of a (k, k) matrix.
@@ -60,18 +61,23 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
         ArithmeticError: If no solver converges, or the input is not finite.
     """
     for solve in _SOLVERS:
+        matrix = build()
+        size, device = len(matrix), matrix.device
         try:
             values, vectors = solve(matrix)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing from torch's stubs
             continue
         if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
-            return values.clamp(min=0).to(matrix.device), vectors.to(matrix.device)
-    raise ArithmeticError(f"no eigensolver converged on a {tuple(matrix.shape)} Gram matrix")
+            return values.clamp(min=0).to(device), vectors.to(device)
+    raise ArithmeticError(f"no eigensolver converged on a {(size, size)} Gram matrix")
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0), vectors.flip(1)
+    # Transposed, the matrix is laid out as the solver wants it. Then the input is the output too, and nothing is
+    # copied: with the solver's workspace, twice the matrix's size, a copy would be the peak of a whole merge.
+    columns, values = matrix.T, matrix.new_empty(len(matrix))
+    torch.linalg.eigh(columns, UPLO="U", out=(values, columns))
+    return values.flip(0), columns.flip(1)
 
 
 def _eigh_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +131,7 @@ def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float 
     if matrix.shape[0] > matrix.shape[1]:
         V, S, Uh = thin_svd(matrix.T, num_directions, floor=floor)
         return Uh.T, S, V.T
-    values, U = eigen(gram([matrix]))
+    values, U = eigen(lambda: gram([matrix]))
     S = values.sqrt()
     largest = float(S[:1].sum())  # of a matrix without rows, 0
     noise = max(floor, rank_tolerance(matrix.shape, matrix.dtype) * largest)
