@@ -88,11 +88,12 @@ class Balance:
 
     Attributes:
         largest: Cost of the largest share over the mean: 1.0 is perfect.
-        single: Cost of the costliest parameter over the mean; where it exceeds 1.0, no sharing out can do better.
+        possible: What no sharing out of whole parameters gets below: of the k R + 1 costliest parameters, one of R ranks
+            has k + 1.
     """
 
     largest: float
-    single: float
+    possible: float
 
 
 def balance(costs: Mapping[str, float], num_ranks: int) -> Balance:
@@ -105,5 +106,7 @@ def balance(costs: Mapping[str, float], num_ranks: int) -> Balance:
     mean = sum(costs.values()) / num_ranks
     if not mean:
         return Balance(1.0, 1.0)
-    shares = share_out(costs, num_ranks)
-    return Balance(max(sum(costs[name] for name in share) for share in shares) / mean, max(costs.values()) / mean)
+    largest = max(sum(costs[name] for name in share) for share in share_out(costs, num_ranks))
+    descending = sorted(costs.values(), reverse=True)
+    crowded = max((k + 1) * cost for k, cost in enumerate(descending[::num_ranks]))
+    return Balance(largest / mean, max(1.0, crowded / mean))

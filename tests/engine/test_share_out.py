@@ -21,17 +21,18 @@ def llama():
 @pytest.mark.parametrize("overrides", [(), (Override("lm_head.weight", rule="average"),)])
 @pytest.mark.parametrize("method", [DRM(), DRM("vertical"), TIES(), DARETIES(), Average(), IsoC(), IsoCTS(), TSVM()])
 def test_llama_is_shared_out_evenly(method, overrides, num_ranks, llama):
-    """Within a tenth of the mean, unless one parameter alone takes more than that."""
+    """Within a tenth of the mean, unless whole parameters leave no better way: by one alone, or by k + 1 on a rank."""
     kinds, shapes = llama
     recipe = Recipe(method, overrides=overrides)
     found = costs({name: recipe.treatment(name, kind, TASKS) for name, kind in kinds.items()}, shapes, len(TASKS))
     shares = share_out(found, num_ranks)
     loads = [sum(found[name] for name in share) for share in shares]
     mean = sum(found.values()) / num_ranks
-    assert max(loads) <= max(1.1 * mean, max(found.values()))
+    descending = sorted(found.values(), reverse=True)
+    crowded = [(k + 1) * descending[k * num_ranks] for k in range(len(descending) // num_ranks)]
+    assert max(loads) <= max(1.1 * mean, descending[0], *crowded)
     assert sorted(name for share in shares for name in share) == sorted(kinds)
     assert balance(found, num_ranks).largest == pytest.approx(max(loads) / mean)
-    assert balance(found, num_ranks).single == pytest.approx(max(found.values()) / mean)
 
 
 def test_shares_do_not_depend_on_the_order():
