@@ -88,8 +88,8 @@ class Balance:
 
     Attributes:
         largest: Cost of the largest share over the mean: 1.0 is perfect.
-        possible: What no sharing out of whole parameters gets below: of the k R + 1 costliest parameters, one of R ranks
-            has k + 1.
+        possible: What no sharing out of whole parameters gets below: of the k R + 1 costliest parameters, one of R
+            ranks has k + 1.
     """
 
     largest: float
