@@ -120,7 +120,7 @@ class DRM(Method):
 
         Args:
             basis: What `prepare` of a method with the same `direction`, `rank_tol` and `rank_drop` returned.
-            coefficients: N finite numbers λ; default 1.0 each.
+            coefficients: As for `merge`.
 
         Returns:
             The merged delta as factors, their inner dimension being the number of joint directions; `.dense()`

@@ -63,7 +63,7 @@ class Method(ABC):
 
         Args:
             deltas: N low-rank deltas of one shape (m, n); their ranks may differ.
-            coefficients: N finite numbers λ; default 1.0 each.
+            coefficients: As for `merge`.
             rank: Truncate the result to this rank. `LowRank.truncate` does the same and reports the error.
 
         Returns:

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Left singular vectors U (m, r), singular values S (r,), right singular vectors Vᵀ (r, n)."""
 
 STRIP = 384  # rows of a Gram matrix computed at once: large enough for full BLAS speed, small enough to skip half
 LENGTH = 4096  # columns converted to float64 at once, which bounds the extra memory
@@ -127,7 +131,7 @@ def needs_svd(dtype: torch.dtype, smallest: float, largest: float) -> bool:
     return dtype == torch.float64 and smallest < GRAM_RESOLUTION * largest
 
 
-def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float = 0.0) -> Triplets:
     """Singular triplets up to the numerical rank, the largest first.
 
     Args:
@@ -153,8 +157,14 @@ def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float 
         return U[:, :rank], S[:rank], Vh[:rank]
     rank = int((noise < S[wanted]).sum())
     U, S = U[:, :rank].contiguous(), S[:rank]  # a view would keep all eigenvectors alive
-    Vh = (U / S).T @ matrix.double()  # in float32, weak directions would lose their orthogonality
+    Vh = (U.T @ matrix.double()).div_(S[:, None])  # in float32, weak directions would lose their orthogonality
     return U.to(matrix.dtype), S.to(matrix.dtype), Vh.to(matrix.dtype)
+
+
+def join(parts: Iterable[Triplets]) -> Triplets:
+    """The triplets of several matrices of one shape side by side: U (m, Σ r), S (Σ r,) and Vᵀ (Σ r, n)."""
+    left, values, right = zip(*parts, strict=True)
+    return torch.cat(left, dim=1), torch.cat(values), torch.cat(right)
 
 
 def orthogonalize(basis: Tensor) -> Tensor:
