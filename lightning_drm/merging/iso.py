@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_drm.merging.inputs import finite, refuse, share
 from lightning_drm.merging.linear import weighted_sum
 from lightning_drm.merging.rotational import RotationalMethod
-from lightning_drm.merging.spectral import orthogonalize, rounding_error, thin_svd
+from lightning_drm.merging.spectral import Triplets, join, orthogonalize, rounding_error, thin_svd
 
 
 class IsoC(RotationalMethod):
@@ -39,6 +39,9 @@ class IsoC(RotationalMethod):
     def __init__(self, scale: float = 1.0) -> None:
         refuse("IsoC", [finite("scale", scale)])
         self.scale = scale
+
+    def _num_svds(self, num_tasks: int) -> int:
+        return 1
 
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
         U, S, Vh = thin_svd(weighted_sum(deltas, coefficients))
@@ -62,7 +65,15 @@ class IsoCTS(RotationalMethod):
         self.common_fraction = common_fraction
         self.scale = scale
 
+    def _num_svds(self, num_tasks: int) -> int:
+        return num_tasks + 3  # the sum, each task's rest, and the two bases that are made orthogonal
+
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
+        left, values, right = join(self._triplets(deltas, coefficients, size))
+        return _mean(values) * self.scale * orthogonalize(left) @ orthogonalize(right)
+
+    def _triplets(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> list[Triplets]:
+        """Each task's own directions, and last the common ones."""
         num_own = round((size - int(size * self.common_fraction)) / len(deltas))
         num_own = min(num_own, size // len(deltas))  # rounding up must not leave less than nothing for the common part
         U, S, Vh = thin_svd(weighted_sum(deltas, coefficients), size - num_own * len(deltas))
@@ -71,10 +82,7 @@ class IsoCTS(RotationalMethod):
             rest = torch.addmm(delta, U, U.T @ delta, alpha=-1)
             floor = abs(coefficient) * rounding_error(delta)
             own.append(thin_svd(rest.mul_(coefficient), num_own, floor=floor))
-        left = torch.cat([*(u for u, _, _ in own), U], dim=1)
-        right = torch.cat([*(vh for _, _, vh in own), Vh])
-        mean = _mean(torch.cat([*(s for _, s, _ in own), S]))
-        return mean * self.scale * orthogonalize(left) @ orthogonalize(right)
+        return [*own, (U, S, Vh)]
 
 
 def _mean(S: Tensor) -> float:

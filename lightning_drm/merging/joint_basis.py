@@ -73,9 +73,10 @@ def _decompose(deltas: Sequence[Tensor], rank_tol: float, rank_drop: float) -> t
         U, S, _ = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
         return _project(U[:, : _num_kept(S, tolerance, rank_drop)], deltas)
     if height <= len(deltas) * width:
-        values, U = eigen(gram(deltas))
-        return _project(U[:, : _num_kept(values.sqrt(), tolerance, rank_drop)], deltas)
-    values, V = eigen(gram(_stacked_rows(deltas)))
+        values, U = eigen(lambda: gram(deltas))
+        U = U[:, : _num_kept(values.sqrt(), tolerance, rank_drop)].to(deltas[0].dtype)  # the float64 one may go now
+        return _project(U, deltas)
+    values, V = eigen(lambda: gram(_stacked_rows(deltas)))
     S = values.sqrt()
     kept = _num_kept(S, tolerance, rank_drop)
     return _expand(S[:kept], V[:, :kept], deltas)
@@ -89,7 +90,6 @@ def _num_kept(S: Tensor, tolerance: float, rank_drop: float) -> int:
 
 def _project(U: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """From U alone: the rows are Uᵀ D_t."""
-    U = U.to(deltas[0].dtype)
     rows = U.new_empty(len(deltas), U.shape[1], deltas[0].shape[1])
     sigma = U.new_empty(rows.shape[:2])
     for task, delta in enumerate(deltas):

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Left singular vectors U (m, r), singular values S (r,), right singular vectors Vᵀ (r, n)."""
 
 STRIP = 384  # rows of a Gram matrix computed at once: large enough for full BLAS speed, small enough to skip half
 LENGTH = 4096  # columns converted to float64 at once, which bounds the extra memory
@@ -44,14 +48,15 @@ def gram(matrices: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(build: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a positive semidefinite matrix, the largest first.
 
     Divide-and-conquer fails on rare inputs, differently on every device, so there is a ladder: the device's solver,
-    the CPU's, and last an SVD, which for such a matrix is the same thing.
+    the CPU's, and last an SVD, which for such a matrix is the same thing. Each solver works in the matrix's own memory,
+    and each starts from a fresh one.
 
     Args:
-        matrix: Matrix of shape (k, k), of which only the lower triangle is read.
+        build: Computes the matrix, of shape (k, k), of which only the lower triangle is read.
 
     Returns:
         Eigenvalues (k,), none below zero, and eigenvectors in the columns of a (k, k) matrix.
@@ -60,18 +65,23 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
         ArithmeticError: If no solver converges, or the input is not finite.
     """
     for solve in _SOLVERS:
+        matrix = build()
+        size, device = len(matrix), matrix.device
         try:
             values, vectors = solve(matrix)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing from torch's stubs
             continue
         if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
-            return values.clamp(min=0).to(matrix.device), vectors.to(matrix.device)
-    raise ArithmeticError(f"no eigensolver converged on a {tuple(matrix.shape)} Gram matrix")
+            return values.clamp(min=0).to(device), vectors.to(device)
+    raise ArithmeticError(f"no eigensolver converged on a {(size, size)} Gram matrix")
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0), vectors.flip(1)
+    # Transposed, the matrix is laid out as the solver wants it. Then the input is the output too, and nothing is
+    # copied: with the solver's workspace, twice the matrix's size, a copy would be the peak of a whole merge.
+    columns, values = matrix.T, matrix.new_empty(len(matrix))
+    torch.linalg.eigh(columns, UPLO="U", out=(values, columns))
+    return values.flip(0), columns.flip(1)
 
 
 def _eigh_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,6 +95,17 @@ def _svd_symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _SOLVERS: tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ...] = (_eigh, _eigh_cpu, _svd_symmetric)
+
+
+def eigen_cost(size: int) -> float:
+    """Operations that `eigen` of a (size, size) matrix is worth on one core; measured, since few of them are BLAS-3."""
+    return 9.0 * size**3
+
+
+def thin_svd_cost(shape: tuple[int, int]) -> float:
+    """Operations of `thin_svd`: half a Gram matrix, its eigenvectors, and the other side's vectors."""
+    short, long = sorted(shape)
+    return 3.0 * short**2 * long + eigen_cost(short)
 
 
 def rank_tolerance(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> float:
@@ -110,7 +131,7 @@ def needs_svd(dtype: torch.dtype, smallest: float, largest: float) -> bool:
     return dtype == torch.float64 and smallest < GRAM_RESOLUTION * largest
 
 
-def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float = 0.0) -> Triplets:
     """Singular triplets up to the numerical rank, the largest first.
 
     Args:
@@ -125,7 +146,7 @@ def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float 
     if matrix.shape[0] > matrix.shape[1]:
         V, S, Uh = thin_svd(matrix.T, num_directions, floor=floor)
         return Uh.T, S, V.T
-    values, U = eigen(gram([matrix]))
+    values, U = eigen(lambda: gram([matrix]))
     S = values.sqrt()
     largest = float(S[:1].sum())  # of a matrix without rows, 0
     noise = max(floor, rank_tolerance(matrix.shape, matrix.dtype) * largest)
@@ -136,8 +157,14 @@ def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float 
         return U[:, :rank], S[:rank], Vh[:rank]
     rank = int((noise < S[wanted]).sum())
     U, S = U[:, :rank].contiguous(), S[:rank]  # a view would keep all eigenvectors alive
-    Vh = (U / S).T @ matrix.double()  # in float32, weak directions would lose their orthogonality
+    Vh = (U.T @ matrix.double()).div_(S[:, None])  # in float32, weak directions would lose their orthogonality
     return U.to(matrix.dtype), S.to(matrix.dtype), Vh.to(matrix.dtype)
+
+
+def join(parts: Iterable[Triplets]) -> Triplets:
+    """The triplets of several matrices of one shape side by side: U (m, Σ r), S (Σ r,) and Vᵀ (Σ r, n)."""
+    left, values, right = zip(*parts, strict=True)
+    return torch.cat(left, dim=1), torch.cat(values), torch.cat(right)
 
 
 def orthogonalize(basis: Tensor) -> Tensor:

@@ -71,11 +71,8 @@ class TIES(Method):
     ) -> Self:
         """Find each task's threshold over its whole task vector, in the memory of one parameter and a histogram.
 
-        Args:
-            stream: Called once for each pass (two for data up to float32), and for its first item where `num_tasks` is
-                not given; yields the N tasks' deltas of one parameter after another.
-            reduce: Sums a tensor over ranks, where each rank streams only its share of the parameters.
-            num_tasks: Number of tasks; only needed by a rank whose share may be empty.
+        The arguments are those of `Method.calibrate`. The stream is called once for each pass (two for data up to
+        float32), and for its first item where `num_tasks` is not given.
 
         Returns:
             A copy with the thresholds fixed; for scope "tensor", this object.

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_drm.merging.inputs import finite, refuse
 from lightning_drm.merging.rotational import RotationalMethod
-from lightning_drm.merging.spectral import orthogonalize, thin_svd
+from lightning_drm.merging.spectral import join, orthogonalize, thin_svd
 
 
 class TSVM(RotationalMethod):
@@ -36,9 +35,10 @@ class TSVM(RotationalMethod):
         refuse("TSVM", [finite("scale", scale)])
         self.scale = scale
 
+    def _num_svds(self, num_tasks: int) -> int:
+        return num_tasks + 2  # each task's, and those of the two bases that are made orthogonal
+
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
-        parts = [thin_svd(delta, size // len(deltas)) for delta in deltas]
-        left = orthogonalize(torch.cat([U for U, _, _ in parts], dim=1))
-        right = orthogonalize(torch.cat([Vh for _, _, Vh in parts]))
-        values = torch.cat([value * S for value, (_, S, _) in zip(coefficients, parts, strict=True)])
-        return left * (self.scale * values) @ right
+        parts = (thin_svd(delta, size // len(deltas)) for delta in deltas)
+        left, values, right = join((U, value * S, Vh) for value, (U, S, Vh) in zip(coefficients, parts, strict=True))
+        return orthogonalize(left) * (self.scale * values) @ orthogonalize(right)
