@@ -190,7 +190,7 @@ def _write_model(
         raise ValueError(f"{partial} was changed by someone else while it was written: {', '.join(changed[:3])}.")
     writer.finish()
     if plan.base.folder is not None:
-        copy_companions(plan.base.folder, partial, plan.rules.dtype)
+        copy_companions(plan.base.folder, partial, plan.rules.dtype, dequantised=plan.base.is_dequantised)
     _require_headers(plan, partial)
     notes = (*plan.notes, *(f"{task}: all its deltas are zero." for task, share in shares.items() if math.isnan(share)))
     num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
