@@ -6,8 +6,8 @@ bin's next digit in the next pass. The first digit is 17 bits wide (exponent and
 all that a float32 has left. A sample tells nearly always where to look for the first digit, so float32 data need a
 light pass and a full one, or three if it misled; float64 data need two more.
 
-The state is one histogram for each task, of 3 · 2¹⁷ counters at most, whatever the length of its stream. Counts add up, so ranks
-that each see a part of the stream find the same threshold by summing their histograms.
+The state is one histogram for each task, of 3 · 2¹⁷ counters at most, whatever the length of its stream. Counts add up,
+so ranks that each see a part of the stream find the same threshold by summing their histograms.
 """
 
 from __future__ import annotations

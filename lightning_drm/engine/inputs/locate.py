@@ -11,9 +11,16 @@ from safetensors.torch import load_file
 
 from lightning_drm.deltas import DELTAS_FILE, HEAD_FILE, StoredDeltas
 from lightning_drm.engine.inputs.adapter import CONFIG_FILE, AdapterInput
+from lightning_drm.engine.inputs.lora_checkpoint import LoraCheckpoint
 from lightning_drm.engine.inputs.quantised import Dequantised, dequantised, quantised_names
 from lightning_drm.engine.inputs.source import StoredInput, TaskInput, WeightsInput
-from lightning_drm.engine.inputs.tensors import PickleFiles, SafetensorsFiles, Tensors, indexed_files
+from lightning_drm.engine.inputs.tensors import (
+    PickleFiles,
+    SafetensorsFiles,
+    Tensors,
+    indexed_files,
+    load_hyperparameters,
+)
 from lightning_drm.pretrained import resolve_pretrained
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -74,7 +81,7 @@ def open_input(name: str, task: str, dequantize: bool = False) -> TaskInput:
     """
     path = _locate(name)
     if path.is_file():
-        return _checkpoint(path)
+        return _checkpoint(path, dequantize)
     if (path / CONFIG_FILE).is_file():
         return AdapterInput(path)
     stored = next((p for p in (path, path / "tasks" / task) if (p / DELTAS_FILE).is_file()), None)
@@ -118,14 +125,11 @@ def _file_tensors(path: Path) -> Tensors:
     raise ValueError(f"{path} has an unknown ending; expected {_EXPECTED}.")
 
 
-def _checkpoint(path: Path) -> TaskInput:
+def _checkpoint(path: Path, dequantize: bool) -> TaskInput:
     tensors = _file_tensors(path)
-    if any(".lora_A." in name or ".base_layer." in name for name in tensors.headers):
-        raise ValueError(
-            f"{path} holds LoRA layers, whose scaling a checkpoint does not keep; "
-            "save the adapter with peft's save_pretrained, or merge from the run folder."
-        )
-    return WeightsInput(path, tensors)
+    if any(".lora_" in name or ".base_layer." in name for name in tensors.headers):
+        return LoraCheckpoint(path, tensors, load_hyperparameters(path) if path.suffix in _PICKLES else None)
+    return WeightsInput(path, _floats(path, tensors, str(path), dequantize))
 
 
 def _config(path: Path) -> dict[str, Any]:
