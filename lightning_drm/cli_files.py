@@ -96,6 +96,7 @@ def run(args: Sequence[str]) -> None:
     Raises:
         ValueError: With every problem that was found.
     """
+    _refuse_dotted_tasks(args)
     built = parser()
     config = built.parse_args(with_method(args))
     names = list(Rules.__dataclass_fields__)
@@ -123,6 +124,17 @@ def run(args: Sequence[str]) -> None:
             progress=lambda done, total: bar.update(row, completed=done, total=total),
         )
     _print_result(console, result)
+
+
+def _refuse_dotted_tasks(args: Sequence[str]) -> None:
+    """An option's dots are steps into the configuration, so a task's dot would be lost."""
+    for arg in args:
+        option, _, task = arg.removeprefix("--").partition("=")[0].partition(".")
+        if arg.startswith("--") and option in ("models", "coefficients") and "." in task:
+            raise ValueError(
+                f"--{option}.{task}: on the command line a task's name cannot have a dot; write it in YAML, as in "
+                f"--{option} '{{{task}: {'PATH' if option == 'models' else '1.0'}}}', or in a --config file."
+            )
 
 
 def _print_plan(console: Console, plan: Plan) -> None:

@@ -1,6 +1,6 @@
 """A merged PEFT adapter: exactly the merged deltas, as factors that peft loads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from peft import LoraConfig, TaskType
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_drm.deltas import write_tensors
 from lightning_drm.engine.inputs.adapter import AdapterInput
+from lightning_drm.engine.inputs.tensors import SafetensorsFiles
 from lightning_drm.engine.plan import Plan
 from lightning_drm.merging import LowRank
 
@@ -31,21 +32,48 @@ def write_adapter(folder: Path, plan: Plan, merged: Iterable[tuple[str, LowRank,
     errors: dict[str, float] = {}
     names = _own_names(plan)
     for name, factors, error in merged:
-        module = names[name].removesuffix(".weight")
-        ranks[module] = factors.rank
+        ranks[names[name].removesuffix(".weight")] = factors.rank
         if error:
             errors[name] = error
-        if plan.kinds[name] == "embedding":
-            tensors[f"base_model.model.{module}.lora_embedding_A"] = factors.up.T
-            tensors[f"base_model.model.{module}.lora_embedding_B"] = factors.down.T
-            continue
-        linear = factors.T if name in plan.transposed else factors
-        tensors[f"base_model.model.{module}.lora_A.weight"] = linear.down
-        tensors[f"base_model.model.{module}.lora_B.weight"] = linear.up
+        a, b = _file_names(plan, names, name)
+        linear = factors.T if _is_transposed(plan, name) else factors
+        tensors[a], tensors[b] = linear.down, linear.up
     config = _config(plan, ranks)
     write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
     return errors
+
+
+def read_adapter(folder: Path, plan: Plan) -> Iterator[tuple[str, LowRank]]:
+    """Name and factors of each parameter, as `write_adapter` wrote them.
+
+    Args:
+        folder: Where they are.
+        plan: The same plan.
+
+    Raises:
+        ValueError: If the file does not hold what was planned.
+    """
+    written, names = SafetensorsFiles([folder / ADAPTER_FILE]), _own_names(plan)
+    if len(written.headers) != 2 * len(plan.kinds):
+        raise ValueError(f"{folder} has {len(written.headers)} factors instead of {2 * len(plan.kinds)}.")
+    for name in plan.kinds:
+        a, b = _file_names(plan, names, name)
+        factors = LowRank(written.read(b), written.read(a))
+        yield name, factors.T if _is_transposed(plan, name) else factors
+
+
+def _file_names(plan: Plan, names: dict[str, str], name: str) -> tuple[str, str]:
+    """The names of both factors, the inner one first."""
+    module = f"base_model.model.{names[name].removesuffix('.weight')}"
+    if plan.kinds[name] == "embedding":
+        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def _is_transposed(plan: Plan, name: str) -> bool:
+    """Whether the file's factors make the transposed weight: embeddings, and Conv1D."""
+    return plan.kinds[name] == "embedding" or name in plan.transposed
 
 
 def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:
