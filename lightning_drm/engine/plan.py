@@ -219,9 +219,9 @@ def written_bytes(plan: Plan) -> int:
 
 
 def memory_bytes(plan: Plan) -> int:
-    """About how much memory a merge needs at most: two stacks of the largest parameter, and the method's copies."""
+    """About how much memory a merge needs: two stacks of the largest parameter, and the method's copies of one."""
     largest = max((prod(shape) for shape in plan.shapes.values()), default=0)
-    return 4 * largest * 2 * (2 * len(plan.tasks) + 2)
+    return 4 * largest * (3 * len(plan.tasks) + 4)
 
 
 def table(plan: Plan) -> list[tuple[str, str, int, int, str]]:
