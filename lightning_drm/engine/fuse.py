@@ -1,14 +1,13 @@
 """Laying a recipe over task vectors: one parameter of all tasks at a time, its merged delta out.
 
 Deltas are read when their turn comes and dropped after, so at no time are more than two parameters' deltas on the
-device: on a CPU, two that are merged side by side, elsewhere the one that is merged and the next, which a thread reads
-ahead. Tasks are taken in the order of their names, whatever order they came in, so that rounding, too, is the same.
+device: the one that is merged, and the next, which a thread reads ahead. Tasks are taken in the order of their names,
+whatever order they came in, so that rounding, too, is the same.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from torch import Tensor
 from lightning_drm.deltas import Kind, TaskVector, describe_difference
 from lightning_drm.engine.read_ahead import read_ahead
 from lightning_drm.engine.recipe import Recipe, Treatment, split_sizes
-from lightning_drm.engine.share_out import costs
-from lightning_drm.engine.side_by_side import Cores, side_by_side
 from lightning_drm.merging import Delta, LowRank, Method
 
 
@@ -66,7 +63,6 @@ class Fusion:
         self.recipe = recipe
         self.device = torch.device(device)
         self.transposed = transposed
-        self._reading = Lock()  # two parameters are merged at once, but read one after the other
         self.kinds = _agreed_kinds(self.vectors)
         self.treatments = {name: recipe.treatment(name, kind, self.tasks) for name, kind in self.kinds.items()}
         if recipe.overrides and shapes is None:
@@ -91,31 +87,18 @@ class Fusion:
         Yields:
             Each parameter's merged delta, on the device. A parameter that keeps the base's value has a delta of 0.
         """
-        names, calibrated = list(names), self._calibrated
-        if self.device.type == "cpu" and torch.get_num_threads() > 1:
-            yield from side_by_side(lambda name, cores: self._read_and_merge(name, calibrated[name], cores), names)
-            return
-        # An accelerator works off one queue, which one thread fills as well as two.
+        names = list(names)
+        calibrated = self._calibrated
         for name, deltas in zip(names, read_ahead(map(self._deltas, names)), strict=True):
-            yield self._merge(name, calibrated[name], deltas)
+            method = calibrated.get(name)
+            if method is None:
+                yield Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas)
+            else:
+                keyed = method.keyed([f"{task}/{name}" for task in self.tasks])
+                merged = _merge_in_shape(keyed, deltas, self.treatments[name], name in self.transposed)
+                yield Merged(name, merged, deltas)
+                del merged
             del deltas  # before the next ones come, or a third parameter's would be in memory
-
-    def _read_and_merge(self, name: str, method: Method | None, cores: Cores) -> Merged:
-        with self._reading:
-            deltas = self._deltas(name)
-        with cores.for_work_of(self._cost(name, deltas)):
-            return self._merge(name, method, deltas)
-
-    def _merge(self, name: str, method: Method | None, deltas: Sequence[Delta]) -> Merged:
-        if method is None:
-            return Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas)
-        keyed = method.keyed([f"{task}/{name}" for task in self.tasks])
-        return Merged(name, _merge_in_shape(keyed, deltas, self.treatments[name], name in self.transposed), deltas)
-
-    def _cost(self, name: str, deltas: Sequence[Delta]) -> float:
-        factors = [delta for delta in deltas if isinstance(delta, LowRank)]
-        ranks = {name: sum(delta.rank for delta in factors)} if len(factors) == len(deltas) else {}
-        return costs({name: self.treatments[name]}, {name: tuple(deltas[0].shape)}, len(deltas), ranks)[name]
 
     def merge_low_rank(self, names: Iterable[str], rank: int | None = None) -> Iterator[tuple[str, LowRank, float]]:
         """Merges parameters whose deltas are all low-rank, exactly, without a dense matrix.

@@ -1,7 +1,5 @@
 """DRM on the layers of a ViT-B/32 and of an 8-billion-parameter Llama's attention, against the SVD and the floor."""
 
-from collections import deque
-
 import pytest
 import reference
 import torch
@@ -10,9 +8,7 @@ from benchmarks.floor import Floor
 from benchmarks.memory import extra_share
 from benchmarks.timing import interleaved, make_deltas
 
-from lightning_drm.deltas import TaskVector
-from lightning_drm.engine import Fusion, Recipe
-from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, IsoC, LowRank
+from lightning_drm.merging import DRM, TSVM, IsoC, LowRank
 
 BLOCK = {(768, 768): 4, (768, 3072): 1, (3072, 768): 1}  # one ViT-B/32 block: shape -> how many
 NUM_TASKS = 8
@@ -34,46 +30,24 @@ def test_vit_layer(compare, shape, direction):
 
 @pytest.mark.parametrize("direction", ["horizontal", "vertical"])
 def test_vit_block(benchmark, capsys, direction):
-    """What a whole model costs: the sum over one block's layers, and the block as a fusion works it off."""
-    method, total = DRM(direction), dict.fromkeys(["one by one", "SVD", "floor"], 0.0)
-    block = {shape: make_deltas(shape, NUM_TASKS) for shape in BLOCK}
+    """The sum over one block: what a whole model costs."""
+    method, total = DRM(direction), {"ours": 0.0, "SVD": 0.0, "floor": 0.0}
     for shape, count in BLOCK.items():
+        deltas = make_deltas(shape, NUM_TASKS)
         runs = {
-            "one by one": lambda deltas=block[shape]: method.merge(deltas),
-            "SVD": lambda deltas=block[shape]: published.drm(deltas, direction),
-            "floor": Floor(block[shape], direction),
+            "ours": lambda deltas=deltas: method.merge(deltas),
+            "SVD": lambda deltas=deltas: published.drm(deltas, direction),
+            "floor": Floor(deltas, direction),
         }
         for name, seconds in interleaved(runs, rounds=2).items():
             total[name] += count * seconds
-    fusion = fusion_of({f"{shape} {i}": block[shape] for shape, count in BLOCK.items() for i in range(count)}, method)
-    total |= interleaved({"side by side": lambda: deque(fusion, maxlen=0)}, rounds=3)
-    benchmark.pedantic(lambda: method.merge(block[768, 768]), rounds=1)
+    benchmark.pedantic(lambda: method.merge(make_deltas((768, 768), NUM_TASKS)), rounds=1)
     benchmark.extra_info.update(total)
     with capsys.disabled():
-        for way in ("one by one", "side by side"):
-            seconds = total[way]
-            print(
-                f"\n  ViT-B/32 block {direction}, {way}: {seconds:.2f} s; SVD {total['SVD'] / seconds:.2f} ×, "
-                f"above the floor {seconds / total['floor']:.2f} ×"
-            )
-
-
-@pytest.mark.parametrize("method", [DRM(), DRM("vertical"), IsoC(), TSVM(), TIES(scope="tensor"), DARETIES()], ids=repr)
-def test_side_by_side(compare, method):
-    """Twelve equal layers as a fusion works them off, against one after the other with all threads."""
-    deltas = make_deltas((768, 768), NUM_TASKS)
-    fusion = fusion_of({str(i): deltas for i in range(12)}, method)
-    one_by_one = {"one by one": lambda: deque((method.merge(deltas) for _ in range(12)), maxlen=0)}
-    compare(f"12 layers of 768 × 768 by {method}", lambda: deque(fusion, maxlen=0), one_by_one)
-
-
-def fusion_of(parameters, method):
-    kinds = dict.fromkeys(parameters, "matrix")
-    tasks = [
-        TaskVector(str(task), {name: deltas[task] for name, deltas in parameters.items()}, kinds, {}, {})
-        for task in range(NUM_TASKS)
-    ]
-    return Fusion(Recipe(method), tasks)
+        print(
+            f"\n  ViT-B/32 block {direction}: ours {total['ours']:.2f} s, SVD {total['SVD'] / total['ours']:.2f} ×, "
+            f"above the floor {total['ours'] / total['floor']:.2f} ×"
+        )
 
 
 @pytest.mark.parametrize("direction", ["horizontal", "vertical"])
