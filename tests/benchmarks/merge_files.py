@@ -138,9 +138,8 @@ def main() -> None:
         print(f"plain loop: {floor:.1f} s, {moved / floor:.2f} GB/s, peak {peak:.2f} GB")
         for method in given.methods:
             seconds, peak = measure(folder, method, given.tasks)
-            print(
-                f"{method}: {seconds:.1f} s = {seconds / floor:.2f} × the loop, {moved / seconds:.2f} GB/s, peak {peak:.2f} GB"
-            )
+            rate = f"{seconds / floor:.2f} × the loop, {moved / seconds:.2f} GB/s"
+            print(f"{method}: {seconds:.1f} s = {rate}, peak {peak:.2f} GB")
 
 
 if __name__ == "__main__":
