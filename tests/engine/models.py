@@ -43,7 +43,8 @@ ARCHITECTURES = {
     "bert": (BertModel, BertForSequenceClassification, BertConfig(**TEXT), ["query", "output.dense"]),
     "deberta": (DebertaV2Model, DebertaV2ForSequenceClassification, DebertaV2Config(**TEXT), ["query_proj"]),
     "clip": (CLIPVisionModel, None, CLIPVisionConfig(**VISION, **PIXELS), ["q_proj", "fc1"]),
-    "vit": (ViTModel, ViTForImageClassification, ViTConfig(**VISION, **PIXELS), ["q_proj"]),
+    # Its layers were renamed in transformers 5.
+    "vit": (ViTModel, ViTForImageClassification, ViTConfig(**VISION, **PIXELS), ["q_proj", "query"]),
 }
 
 

@@ -35,17 +35,18 @@ def test_policies(policy, tmp_path):
     base.save_pretrained(tmp_path / "base")
     for seed, task in enumerate("ab", 1):
         models.finetune("clip", base, seed).save_pretrained(tmp_path / task)
-    lost, extra = "encoder.layers.0.mlp.fc1.weight", "encoder.layers.5.mlp.fc1.weight"
+    start = base.state_dict()
+    lost = next(name for name in start if name.endswith("encoder.layers.0.mlp.fc1.weight"))  # with a prefix, once
+    extra, other = (lost.replace("layers.0", f"layers.{i}") for i in (5, 1))
     edit(tmp_path / "a", lambda tensors: tensors.update({extra: tensors.pop(lost)}))
     paths = {task: str(tmp_path / task) for task in "ab"}
     result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", SUM, Rules(policy))
-    merged, start = load_file(tmp_path / "out" / "model.safetensors"), base.state_dict()
+    merged = load_file(tmp_path / "out" / "model.safetensors")
     b = load_file(tmp_path / "b" / "model.safetensors")
     if policy == "intersection":
         assert torch.equal(merged[lost], start[lost])
     else:
         torch.testing.assert_close(merged[lost], b[lost])
-    other = "encoder.layers.1.mlp.fc1.weight"
     a = load_file(tmp_path / "a" / "model.safetensors")
     torch.testing.assert_close(merged[other], a[other] + b[other] - start[other])
     assert extra not in merged

@@ -164,7 +164,10 @@ def make(folder, **files):
 
 PLACES = {  # what is given as a model, and the message
     "nothing": (lambda path: str(path / "gone"), "There is no file or folder"),
-    "hub": (lambda path: "nobody/nothing", "nobody/nothing is no file or folder here, and the hub does not give it"),
+    "hub": (
+        lambda path: "nobody/nothing",
+        "nobody/nothing is no file or folder here, and the hub (cannot be asked: there is no|has no such model)",
+    ),
     "empty": (lambda path: make(path / "e"), "holds nothing to merge; expected a transformers folder"),
     "ending": (lambda path: make(path / "e", x__gguf="x") + "/x.gguf", "has an unknown ending; expected"),
     "torn": (lambda path: make(path / "e", model__safetensors="xxxxxxxxxxxxx"), "is not a whole safetensors file"),

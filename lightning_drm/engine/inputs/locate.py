@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from lightning_drm.deltas import DELTAS_FILE, HEAD_FILE, StoredDeltas
@@ -103,7 +103,14 @@ def _locate(name: str) -> Path:
         raise ValueError(f"There is no file or folder {name}.")
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{name} is no file or folder here, and the hub has no such model, or not for you.") from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{name} is no file or folder here, and the hub cannot be asked: there is no connection, or HF_HUB_OFFLINE "
+            "is set."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"{name} is no file or folder here, and the hub does not give it: {_first(error)}") from error
 
 
