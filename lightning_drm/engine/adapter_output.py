@@ -1,7 +1,7 @@
 """A merged PEFT adapter: exactly the merged deltas, as factors that peft loads."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft import LoraConfig, TaskType
@@ -12,27 +12,29 @@ from lightning_drm.engine.fuse import Fusion
 from lightning_drm.engine.inputs.adapter import AdapterInput
 from lightning_drm.engine.plan import Plan
 from lightning_drm.merging import Delta, LowRank
+from lightning_drm.ranks import Ranks
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PARTS = ".parts"  # the factors that each process merged
 _WITH_OWN_HEAD = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 
 
-def write_adapter(folder: Path, plan: Plan, fusion: Fusion) -> dict[str, float]:
+def write_adapter(folder: Path, plan: Plan, fusion: Fusion, share: Sequence[str], ranks: Ranks) -> dict[str, float]:
     """Merges and writes the adapter: each process its share, and the first one the file, since adapters are small.
 
     Args:
         folder: Where to.
         plan: A plan with an adapter as output.
         fusion: What merges it.
+        share: The parameters that this process merges.
+        ranks: All processes.
 
     Returns:
         The relative error by name, where the rank was limited.
     """
-    ranks = fusion.ranks
     own: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
-    for name, factors, error in fusion.merge_low_rank(fusion.own, plan.rules.rank):
+    for name, factors, error in fusion.merge_low_rank(share, plan.rules.rank):
         own[name] = factors
         if error:
             errors[name] = error

@@ -2,8 +2,7 @@
 
 Deltas are read when their turn comes and dropped after, so at no time are more than two parameters' deltas on the
 device: the one that is merged, and the next, which a thread reads ahead. Tasks are taken in the order of their names,
-whatever order they came in, so that rounding, too, is the same. Where several ranks work together each merges the
-parameters that `own` names; the only thing that they have to tell each other is what a method's calibration counts.
+whatever order they came in, so that rounding, too, is the same.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -16,9 +15,8 @@ from torch import Tensor
 from lightning_drm.deltas import Kind, TaskVector, describe_difference
 from lightning_drm.engine.read_ahead import read_ahead
 from lightning_drm.engine.recipe import Recipe, Treatment, split_sizes
-from lightning_drm.engine.share_out import costs, share_out
 from lightning_drm.merging import Delta, LowRank, Method
-from lightning_drm.ranks import Ranks
+from lightning_drm.merging.selection import Reduce, identity
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class Fusion:
         device: Where to compute; deltas that are elsewhere are brought there one parameter at a time.
         transposed: Names of matrices stored ``(in, out)``, which are split along their columns.
         shapes: Shape of each parameter by name, where they are known without asking for deltas.
-        costs: Estimated cost of each parameter, likewise.
-        ranks: The processes that share the work, all of which make the same fusion; this one alone if left out.
+        share: Names of the parameters that this rank merges, where several ranks share them; all if left out.
+        reduce: Sums a tensor over these ranks.
 
     Raises:
         ValueError: If task vectors come from different bases, disagree on a parameter's shape or kind, or the recipe
@@ -61,8 +59,8 @@ class Fusion:
         *,
         transposed: Set[str] = frozenset(),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
-        costs: Mapping[str, float] | None = None,
-        ranks: Ranks | None = None,
+        share: Set[str] | None = None,
+        reduce: Reduce = identity,
     ) -> None:
         self.vectors = sorted(vectors, key=lambda vector: vector.task)
         self.tasks = [vector.task for vector in self.vectors]
@@ -70,10 +68,10 @@ class Fusion:
         self.recipe = recipe
         self.device = torch.device(device)
         self.transposed = transposed
-        self.ranks = ranks or Ranks()
+        self.share = share
+        self.reduce = reduce
         self.kinds = _agreed_kinds(self.vectors)
         self.treatments = {name: recipe.treatment(name, kind, self.tasks) for name, kind in self.kinds.items()}
-        self._costs = costs
         if recipe.overrides and shapes is None:
             shapes = {name: tuple(self._first(name).shape) for name in self.kinds}
         if recipe.overrides and shapes is not None and (problems := recipe.problems(self.kinds, shapes)):
@@ -87,31 +85,8 @@ class Fusion:
         """Name and merged delta of each parameter, in the parameter's own shape, on the device."""
         return ((merged.name, merged.delta) for merged in self.merge(self.kinds))
 
-    @cached_property
-    def shares(self) -> list[list[str]]:
-        """For each rank the parameters that it merges."""
-        if self.ranks.size == 1:
-            return [list(self.kinds)]
-        return share_out(self._estimated() if self._costs is None else self._costs, self.ranks.size)
-
-    @property
-    def own(self) -> list[str]:
-        """This rank's share."""
-        return self.shares[self.ranks.rank]
-
-    def _estimated(self) -> dict[str, float]:
-        """What each parameter costs, from the deltas themselves: one at a time, since they may be on disk."""
-        shapes, ranks = {}, {}
-        for name in self.kinds:
-            present = [vector.deltas[name] for vector in self.vectors if name in vector.deltas]
-            shapes[name] = tuple(present[0].shape)
-            factors = [delta for delta in present if isinstance(delta, LowRank)]
-            if len(factors) == len(present):
-                ranks[name] = sum(delta.rank for delta in factors)
-        return costs(self.treatments, shapes, len(self.tasks), ranks)
-
     def merge(self, names: Iterable[str]) -> Iterator[Merged]:
-        """Merges some parameters. All ranks call it, each with names of its own, even if there are none.
+        """Merges some parameters.
 
         Args:
             names: Which, in the order they are wanted; they may be read ahead of that.
@@ -160,18 +135,17 @@ class Fusion:
 
     @cached_property
     def _calibrated(self) -> dict[str, Method | None]:
-        """Each parameter's method; those that need to see a whole task vector first have, each rank its part."""
-        own = set(self.own)
+        """Each parameter's method; those that need to see a whole task vector first have seen it, on all ranks."""
         groups: dict[Method, list[str]] = {}
         for name, treatment in self.treatments.items():
             if treatment.rule == "method" and treatment.method is not None:
                 groups.setdefault(treatment.method, []).append(name)
         methods = {name: treatment.method for name, treatment in self.treatments.items()}
         for method, names in groups.items():
-            seen = [name for name in names if name in own]
+            own = [name for name in names if self.share is None or name in self.share]
             ready = method.calibrate(
-                lambda seen=seen: read_ahead(map(self._deltas, seen)),  # type: ignore[misc]
-                reduce=self.ranks.sum,
+                lambda own=own: read_ahead(map(self._deltas, own)),  # type: ignore[misc]
+                reduce=self.reduce,
                 num_tasks=len(self.tasks),
             )
             methods.update(dict.fromkeys(names, ready))

@@ -11,7 +11,7 @@ they belong; the first of them does what is done once. Nothing but counts and jo
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from lightning_drm.engine.recipe import Recipe
 from lightning_drm.engine.shards import JOURNAL_FILE, ShardWriter
 from lightning_drm.engine.share_out import share_out
 from lightning_drm.pretrained import resolve_pretrained
-from lightning_drm.ranks import Ranks
+from lightning_drm.ranks import ALONE, Ranks
 
 Progress = Callable[[int, int], None]
 
@@ -102,7 +102,7 @@ def merge_files(
         ValueError: With every problem that the headers show, before anything is written; or if deltas are not finite,
             or a task has left no trace in the result; or if another process is merging into the same folder.
     """
-    recipe, rules, output, ranks = recipe or Recipe(), rules or Rules(), Path(output), ranks or Ranks()
+    recipe, rules, output, ranks = recipe or Recipe(), rules or Rules(), Path(output), ranks or ALONE
     plan = make_plan(base, models, recipe, rules)
     refuse([*plan.problems, *output_problems(plan, output, overwrite)])
     partial = output.with_name(f".{output.name}.partial")
@@ -132,6 +132,7 @@ def _write(
     """Writes everything, under a hidden name."""
     recipe = plan.recipe
     costs = plan_costs(plan)
+    share = share_out({name: costs[name] for name in plan.kinds}, ranks.size)[ranks.rank]
     values = BaseValues(plan.base.tensors)
     vectors = [
         TaskVector(task.name, FileDeltas(task, values), {name: plan.kinds[name] for name in task.names}, {}, {})
@@ -143,18 +144,18 @@ def _write(
         device,
         transposed=plan.transposed,
         shapes=plan.shapes,
-        costs={name: costs[name] for name in plan.kinds},
-        ranks=ranks,
+        share=set(share),
+        reduce=ranks.sum,
     )
     if ranks.is_first:
         _clear_leftovers(partial)
     fingerprints = _fingerprints(plan)
     if plan.output_format == "adapter":
-        result = _write_adapter(plan, fusion, partial, output)
+        result = _write_adapter(plan, fusion, share, partial, output, ranks)
     else:
         identity = fingerprint({**fingerprints, "recipe": f"{recipe!r} {plan.rules!r} {max_shard_size}"})
         writer = ShardWriter(partial, plan.headers, max_shard_size, identity, ranks)
-        result = _write_model(plan, fusion, values, writer, costs, output, progress)
+        result = _write_model(plan, fusion, values, writer, costs, output, progress, ranks)
     if not ranks.is_first:
         return result
     changed = [task or "the base" for task, found in _fingerprints(plan).items() if found != fingerprints[task]]
@@ -211,9 +212,9 @@ def _write_model(
     costs: Mapping[str, float],
     output: Path,
     progress: Progress | None,
+    ranks: Ranks,
 ) -> MergeResult:
-    ranks, partial = fusion.ranks, writer.folder
-    num_resumed = len(writer.done)
+    partial, num_resumed = writer.folder, len(writer.done)
     shares = share_out({name: costs[name] for name in writer.order if name not in writer.done}, ranks.size)
     left, num_done = shares[ranks.rank], 0
     for name in (name for name in left if name not in plan.kinds):
@@ -243,13 +244,14 @@ def _write_model(
     return MergeResult(output, "full", num_merged, num_kept, num_resumed, kept, rounding, notes=tuple(notes))
 
 
-def _write_adapter(plan: Plan, fusion: Fusion, partial: Path, output: Path) -> MergeResult:
-    ranks = fusion.ranks
+def _write_adapter(
+    plan: Plan, fusion: Fusion, share: Sequence[str], partial: Path, output: Path, ranks: Ranks
+) -> MergeResult:
     if ranks.is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     ranks.wait()
-    errors = write_adapter(partial, plan, fusion)
+    errors = write_adapter(partial, plan, fusion, share, ranks)
     if ranks.is_first:
         written = SafetensorsFiles([partial / ADAPTER_FILE])
         if len(written.headers) != 2 * len(plan.kinds):

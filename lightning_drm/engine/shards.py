@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_drm.engine.inputs import TensorHeader
 from lightning_drm.engine.run_folder import write_json, write_text
-from lightning_drm.ranks import Ranks
+from lightning_drm.ranks import ALONE, Ranks
 
 JOURNAL_FILE = ".journal.jsonl"
 INDEX_FILE = "model.safetensors.index.json"
@@ -66,7 +66,7 @@ class ShardWriter:
         identity: str,
         ranks: Ranks | None = None,
     ) -> None:
-        self._ranks = ranks or Ranks()
+        self._ranks = ranks or ALONE
         self.folder = folder
         self.headers = headers
         meta = {name: torch.empty(h.shape, dtype=h.dtype, device="meta") for name, h in headers.items()}
