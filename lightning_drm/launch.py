@@ -8,6 +8,7 @@ end: one of them says why, once.
 from __future__ import annotations
 
 import _thread
+import atexit
 import json
 import os
 import socket
@@ -121,6 +122,7 @@ class _Watch(threading.Thread):
         self._store = PrefixStore("watch", connection)
         self._store.set(f"who {rank}", f"process {os.getpid()} on {socket.gethostname()}")
         self._who = {other: self._store.get(f"who {other}").decode() for other in {0, self._next}}
+        self._keeps_store = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
         self._stopped = threading.Event()
         self._known = threading.Event()
         self._ending = False
@@ -138,6 +140,8 @@ class _Watch(threading.Thread):
             error: What happened here: an error, an interruption by `run`, or a connection that another one's end broke.
         """
         self._ending = True
+        if self._keeps_store:
+            atexit.register(time.sleep, 2 * PULSE)  # until all others have heard that it is over
         if isinstance(error, RuntimeError | KeyboardInterrupt):
             self._known.wait(SILENCE + 2 * PULSE if _is_broken_connection(error) else 0)
         if not self._known.is_set() and self._claim(f"rank {self._rank}"):
