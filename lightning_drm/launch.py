@@ -30,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from lightning_drm.ranks import ALONE, Ranks
 
 PULSE = 2.0  # seconds between two beats
-SILENCE = 30.0  # seconds without a beat after which a process counts as dead
+SILENCE = 20.0  # seconds without a beat after which a process counts as dead
 GRACE = 10.0  # seconds that a process gets to end by itself, which a long computation does not let it
 
 _ASSEMBLY = timedelta(minutes=10)  # for all processes to start

@@ -1,5 +1,6 @@
 """A merged PEFT adapter: exactly the merged deltas, as factors that peft loads."""
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector, write_tensors
 from lightning_drm.engine.fuse import Fusion
-from lightning_drm.engine.inputs.adapter import AdapterInput
+from lightning_drm.engine.inputs.adapter import CONFIG_FILE, AdapterInput
 from lightning_drm.engine.plan import Plan
+from lightning_drm.engine.run_folder import write_json
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.ranks import Ranks
 
@@ -70,6 +72,10 @@ def _write(folder: Path, plan: Plan, merged: Mapping[str, Delta]) -> None:
     config = _config(plan, ranks)
     write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
+    # peft writes them in the order of a set, which differs from process to process.
+    written = json.loads((folder / CONFIG_FILE).read_text())
+    written["target_modules"] = sorted(written["target_modules"])
+    write_json(folder / CONFIG_FILE, written)
 
 
 def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:

@@ -84,11 +84,11 @@ class ShardWriter:
             for old in folder.glob(_journal_of("*")):
                 old.unlink()
         self._ranks.wait()
-        self._journal = folder / JOURNAL_FILE
-        self.done: dict[str, dict[str, Any]] = {record["name"]: record for record in _whole_lines(self._journal)[1:]}
-        if not self._ranks.is_first:
-            self._journal = folder / _journal_of(self._ranks.rank)
-            self._journal.write_text(first)
+        # Nobody writes into the common journal any more: all must read the same, or they would share out differently.
+        kept_lines = _whole_lines(folder / JOURNAL_FILE)[1:]
+        self.done: dict[str, dict[str, Any]] = {record["name"]: record for record in kept_lines}
+        self._journal = folder / _journal_of(self._ranks.rank)
+        self._journal.write_text(first)
         self._written: list[str] = []
 
     @property

@@ -1,7 +1,7 @@
 """Merges from files on several real processes: the same bytes as one process writes, and what a kill leaves."""
 
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import subprocess
@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic
+from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic, cli_files
 from lightning_drm.engine import Override, Recipe, Rules, merge_files
+from lightning_drm.ranks import Ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models
@@ -111,14 +112,9 @@ def expected(folder):
     return contents(folder / "expected")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
-def test_command_line(launcher, folder, expected, tmp_path):
-    merge = ["-m", "lightning_drm", *options(folder, tmp_path / "out")]
-    started = [*TORCHRUN, "--nproc_per_node", "2", *merge] if launcher == "torchrun" else [sys.executable, *merge]
-    extra = [] if launcher == "torchrun" else ["--devices", "2"]
-    done = subprocess.run(
-        [*started, *extra], env=environment(), capture_output=True, text=True, timeout=120, check=True
-    )
+def test_lightnings_launcher(folder, expected, tmp_path):
+    command = [sys.executable, "-m", "lightning_drm", *options(folder, tmp_path / "out"), "--devices", "2"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=True)
     assert contents(tmp_path / "out") == expected
     assert done.stdout.count("Wrote") == 1, "only the first process prints"
 
@@ -128,81 +124,61 @@ def test_an_error_of_one_process_is_said_once_and_ends_all(folder, tmp_path):
     broken = load_file(folder / "a" / "model.safetensors")
     broken["model.layers.3.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(broken, tmp_path / "a.safetensors", {"format": "pt"})
-    words = [
-        str(tmp_path / "a.safetensors") if word == str(folder / "a") else word
-        for word in options(folder, tmp_path / "out")
-    ]
+    words = options(folder, tmp_path / "out")
+    words[words.index(str(folder / "a"))] = str(tmp_path / "a.safetensors")
     processes = start_by_hand(words, 2, tmp_path)
     assert [process.wait(60) for process in processes] == [2, 2]
-    said = [
-        line
-        for rank in range(2)
-        for line in (tmp_path / f"{rank}.err").read_text().splitlines()
-        if line.startswith("lightning-drm: ")
-    ]
+    lines = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(2)).splitlines()
+    said = [line for line in lines if line.startswith("lightning-drm: ")]
     assert len(said) == 1
     assert "NaN" in said[0]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_the_shares(folder, tmp_path):
-    command = [
-        *TORCHRUN,
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "lightning_drm",
-        *options(folder, tmp_path / "out"),
-        "--dry_run",
-    ]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=True)
-    assert "Of 2 shares of the work the largest is 1.0" in done.stdout
+def test_a_dry_run_tells_the_shares(folder, tmp_path, capsys):
+    cli_files._run([*options(folder, tmp_path / "out")[1:], "--dry_run"], Ranks(0, 2))
+    assert "Of 2 shares of the work the largest is 1.0" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
+
+
+def test_another_number_of_devices_than_processes_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="devices is 3, but 2 processes were started"):
+        cli_files._run([*options(folder, tmp_path / "out")[1:], "--devices", "3"], Ranks(0, 2))
 
 
 def start_by_hand(words, size, tmp_path):
     """With nothing but the variables that PyTorch asks for, so that nobody ends the others when one is killed."""
     with multiprocessing.connection.Listener(("127.0.0.1", 0)) as free:
         port = free.address[1]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = []
     for rank in range(size):
-        variables = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
         with (tmp_path / f"{rank}.err").open("w") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "lightning_drm", *words],
-                env=environment(**{name: str(value) for name, value in variables.items()}),
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-            )
-        processes.append(process)
+            command = [sys.executable, "-m", "lightning_drm", *words]
+            own = environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+            processes.append(subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=errors))
     return processes
 
 
 def in_the_middle(output, rank):
     """Waits until a process has written some of its parameters."""
-    journal = output.with_name(f".{output.name}.partial") / (".journal.jsonl" + (f".{rank}" if rank else ""))
+    journal = output.with_name(f".{output.name}.partial") / f".journal.jsonl.{rank}"
     deadline = time.monotonic() + 60
     while not journal.is_file() or journal.read_text().count("\n") < 4:
         assert time.monotonic() < deadline, "it has not started to write"
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_is_named_by_the_others(victim, folder, expected, tmp_path):
-    processes = start_by_hand(options(folder, tmp_path / "out"), 3, tmp_path)
+@pytest.mark.parametrize(("victim", "size"), [(0, 2), (1, 3)])
+def test_a_killed_process_is_named_by_the_others(victim, size, folder, expected, tmp_path):
+    processes = start_by_hand(options(folder, tmp_path / "out"), size, tmp_path)
     in_the_middle(tmp_path / "out", victim)
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     others = [process for process in processes if process is not processes[victim]]
-    assert [process.wait(60) for process in others] == [2, 2]
+    assert [process.wait(60) for process in others] == [2] * (size - 1)
     assert time.monotonic() - killed < 60
-    said = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(3))
+    said = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(size))
     assert f"lightning-drm: Rank {victim} (process {processes[victim].pid} on " in said
     assert "Traceback" not in said
     result = merge_files(
@@ -217,15 +193,13 @@ def test_torchrun_ends_all_when_one_is_killed(folder, expected, tmp_path):
     command = [*TORCHRUN, "--nproc_per_node", "2", "-m", "lightning_drm", *options(folder, tmp_path / "out")]
     started = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     in_the_middle(tmp_path / "out", 1)
-    workers = subprocess.run(
-        ["pgrep", "-P", str(started.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    children = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
     _, errors = started.communicate(timeout=60)
     assert started.returncode
     assert "Signal 9 (SIGKILL)" in errors
     again = subprocess.run(command, env=environment(), timeout=120, capture_output=True, text=True, check=True)
-    assert "Took up an interrupted merge" in again.stdout
+    assert again.stdout.count("Took up an interrupted merge") == 1
     assert contents(tmp_path / "out") == expected
     assert not list(tmp_path.glob(".*"))
 
@@ -235,7 +209,7 @@ def test_two_merges_into_one_folder(folder, expected, tmp_path):
     first = multiprocessing.get_context("fork").Process(target=merge_files, kwargs=merge)
     first.start()
     in_the_middle(tmp_path / "out", 0)
-    with pytest.raises(ValueError, match="Another process is merging into .*out: wait until it has ended"):
+    with pytest.raises(ValueError, match=r"Another process is merging into .*out: wait until"):
         merge_files(**merge, overwrite=True)
     first.join()
     assert first.exitcode == 0
