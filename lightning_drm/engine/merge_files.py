@@ -107,10 +107,10 @@ def merge_files(
     refuse([*plan.problems, *output_problems(plan, output, overwrite)])
     partial = output.with_name(f".{output.name}.partial")
     with only_one(output, f"merging into {output}") if ranks.is_first else nullcontext():
+        if ranks.is_first:  # again: another merge may have ended before this one got the lock
+            refuse(output_problems(plan, output, overwrite))
         result = _write(plan, partial, output, max_shard_size, device, progress, ranks)
         if ranks.is_first:
-            # Another merge may have been done since the problems were looked for.
-            refuse(output_problems(plan, output, overwrite))
             _show(partial, output)
         ranks.wait()
     if push_to_hub is not None and ranks.is_first:
@@ -130,7 +130,7 @@ def _write(
     ranks: Ranks,
 ) -> MergeResult:
     """Writes everything, under a hidden name."""
-    recipe = plan.recipe
+    recipe, base = plan.recipe, plan.base.name
     costs = plan_costs(plan)
     share = share_out({name: costs[name] for name in plan.kinds}, ranks.size)[ranks.rank]
     values = BaseValues(plan.base.tensors)
@@ -173,7 +173,7 @@ def _write(
             }
             for task in plan.tasks
         },
-        base=base if not Path(resolve_pretrained(base := plan.base.name)).exists() else Path(base).name,
+        base=base if not Path(resolve_pretrained(base)).exists() else Path(base).name,
         base_fingerprint=fingerprints[""],
         library="peft" if plan.output_format == "adapter" else "transformers",
         licence=licence_of(plan.base.folder),
