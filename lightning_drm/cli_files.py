@@ -119,6 +119,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def _run(args: Sequence[str], ranks: Ranks) -> None:
+    _refuse_dotted_tasks(args)
     built = parser()
     built.exit_on_error = ranks.size == 1  # among several, one says what is wrong
     try:
@@ -160,6 +161,17 @@ def _own_device(device: str, ranks: Ranks) -> str:
     if ranks.size == 1 or device == "cpu" or ":" in device:
         return device
     return f"{device}:{int(os.environ.get('LOCAL_RANK', ranks.rank)) % max(1, torch.accelerator.device_count())}"
+
+
+def _refuse_dotted_tasks(args: Sequence[str]) -> None:
+    """An option's dots are steps into the configuration, so a task's dot would be lost."""
+    for arg in args:
+        option, _, task = arg.removeprefix("--").partition("=")[0].partition(".")
+        if arg.startswith("--") and option in ("models", "coefficients") and "." in task:
+            raise ValueError(
+                f"--{option}.{task}: on the command line a task's name cannot have a dot; write it in YAML, as in "
+                f"--{option} '{{{task}: {'PATH' if option == 'models' else '1.0'}}}', or in a --config file."
+            )
 
 
 def _print_plan(console: Console, plan: Plan, ranks: Ranks) -> None:

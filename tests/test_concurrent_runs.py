@@ -59,7 +59,7 @@ def test_a_merge_waits_for_no_fit(config: Path, capsys: pytest.CaptureFixture, t
 
 def hold(lock: Path) -> subprocess.Popen:
     """A process that holds a lock until it ends."""
-    code = "import sys, time, filelock; filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); time.sleep(600)"
+    code = "import sys, time, filelock as f; lock = f.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
