@@ -9,6 +9,7 @@ import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -82,18 +83,20 @@ class MergeTrainer(Trainer):
         merge, folder = self._merge_callback(datamodule)
         tasks = _chosen(merge.tasks, only)
         settings = {task: self._settings(model, datamodule, task) for task in tasks}
-        done = [] if retrain else _still_valid(folder, settings)
-        if only is None:
-            merge.restore(done)
-        for task in tasks:
-            if task in done:
-                accuracy = folder.read_metrics(task)["individual"]
-                self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
-            else:
-                self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
-        if only is None:
-            self._merge_and_report(merge, folder, model, datamodule)
-        elif missing := folder.missing(merge.tasks):
+        with _locked(folder, tasks):
+            done = [] if retrain else _still_valid(folder, settings)
+            if only is None:
+                merge.restore(done)
+            for task in tasks:
+                if task in done:
+                    accuracy = folder.read_metrics(task)["individual"]
+                    self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
+                else:
+                    self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
+            if only is None:
+                self._merge_and_report(merge, folder, model, datamodule)
+                return
+        if missing := folder.missing(merge.tasks):
             self._say(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
         else:
             self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
@@ -110,8 +113,9 @@ class MergeTrainer(Trainer):
         """
         merge, folder = self._merge_callback(datamodule)
         _require_done(folder, merge.tasks)
-        merge.restore()
-        self._merge_and_report(merge, folder, model, datamodule)
+        with _locked(folder, merge.tasks):
+            merge.restore()
+            self._merge_and_report(merge, folder, model, datamodule)
 
     @override
     def test(  # type: ignore[override]  # some of Lightning's arguments come as keywords
@@ -140,6 +144,12 @@ class MergeTrainer(Trainer):
             return super().test(model, dataloaders, datamodule=datamodule, **kwargs)
         merge, folder = self._merge_callback(datamodule)
         _require_done(folder, merge.tasks)
+        with _locked(folder, merge.tasks):
+            return [self._measure_again(merge, folder, model, datamodule)]
+
+    def _measure_again(
+        self, merge: DRMMergeCallback, folder: RunFolder, model: LightningModule, datamodule: MultiTaskDataModule
+    ) -> dict[str, float]:
         merge.restore()
         base: Accuracies = {}
         individual: Accuracies = {}
@@ -149,7 +159,7 @@ class MergeTrainer(Trainer):
         head = head_names_of(module, merge.head)
         heads = read_merged(folder.merged, module, head, merge.tasks)
         merged = self._measure(MultiTaskModule.assemble(module, head, {}, heads), datamodule, "merged · test")
-        return [self._report(Comparison(merge.tasks, base, individual, merged, merge.method_description), folder)]
+        return self._report(Comparison(merge.tasks, base, individual, merged, merge.method_description), folder)
 
     def _finetune(
         self,
@@ -291,6 +301,11 @@ class MergeTrainer(Trainer):
 def is_writer() -> bool:
     """Whether this process writes and prints: Trainers that run know their rank, the one that starts them does not."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _locked(folder: RunFolder, tasks: Sequence[str]) -> AbstractContextManager[None]:
+    """Keeps other runs from these tasks; the process that writes does it for all of this one's."""
+    return folder.locked(tasks) if is_writer() else nullcontext()
 
 
 def _folder_of(merge: DRMMergeCallback) -> RunFolder:
