@@ -17,13 +17,15 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import check_coefficients, check_deltas, choice, finite, refuse, share
 from lightning_drm.merging.joint_basis import Direction, JointBasis
 from lightning_drm.merging.low_rank import Delta, LowRank
-from lightning_drm.merging.method import Method
+from lightning_drm.merging.method import COST_PER_VALUE, Method
 from lightning_drm.merging.selection import prune_each, thresholds
+from lightning_drm.merging.spectral import eigen_cost
 
 PruneScope = Literal["joint", "individual"]
 
@@ -142,6 +144,16 @@ class DRM(Method):
         )
         with torch.no_grad():
             return self._fuse(basis, check_coefficients("DRM", coefficients, len(basis.rows)))
+
+    @override
+    def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:
+        height, width = reversed(shape) if self.direction == "vertical" else shape
+        rows = height if rank is None else min(height, rank)
+        short, long = sorted((rows, num_tasks * width))
+        decompose = eigen_cost(short) + short**2 * long  # half a Gram matrix
+        project = short * rows * num_tasks * width  # in single precision, as the product at the end
+        product = short * height * width
+        return decompose + project + product + COST_PER_VALUE * num_tasks * rows * width
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         return self._fuse(JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop), coefficients).dense()

@@ -40,6 +40,9 @@ class IsoC(RotationalMethod):
         refuse("IsoC", [finite("scale", scale)])
         self.scale = scale
 
+    def _num_svds(self, num_tasks: int) -> int:
+        return 1
+
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
         U, S, Vh = thin_svd(weighted_sum(deltas, coefficients))
         return _mean(S) * self.scale * U @ Vh
@@ -61,6 +64,9 @@ class IsoCTS(RotationalMethod):
         refuse("IsoCTS", [share("common_fraction", common_fraction, zero=True, one=True), finite("scale", scale)])
         self.common_fraction = common_fraction
         self.scale = scale
+
+    def _num_svds(self, num_tasks: int) -> int:
+        return num_tasks + 3  # the sum, each task's rest, and the two bases that are made orthogonal
 
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
         num_own = round((size - int(size * self.common_fraction)) / len(deltas))

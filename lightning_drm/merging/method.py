@@ -6,6 +6,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import ClassVar, Self
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from lightning_drm.merging.inputs import check_coefficients, check_deltas
 from lightning_drm.merging.low_rank import Delta, LowRank, densify
 from lightning_drm.merging.selection import Reduce, identity
+
+COST_PER_VALUE = 500.0
+"""What reading, moving and comparing one value of one task costs, in the unit of `Method.cost`: about 10 ns."""
 
 
 class Method(ABC):
@@ -118,6 +122,22 @@ class Method(ABC):
             A method whose draws for task i depend on its seed and `keys[i]` only.
         """
         return self
+
+    def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:
+        """Estimate the work of merging one parameter, to share parameters out over processes.
+
+        Args:
+            shape: Its shape; (m, n) for matrix methods.
+            num_tasks: Number of tasks N.
+            rank: Sum of the tasks' ranks where all deltas are low-rank.
+
+        Returns:
+            About how many double-precision operations of a CPU it is worth; what is not arithmetic is converted at the
+            rates of one core.
+        """
+        if rank is None:
+            return COST_PER_VALUE * num_tasks * prod(shape)
+        return COST_PER_VALUE * rank * sum(shape) + rank * prod(shape)
 
     def hyperparameters(self) -> dict[str, float | int | str | bool]:
         """The constructor's arguments by name."""

@@ -6,9 +6,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_drm.merging.low_rank import LowRank, core_coordinates
 from lightning_drm.merging.method import Method
+from lightning_drm.merging.spectral import thin_svd_cost
 
 
 class RotationalMethod(Method):
@@ -16,6 +18,18 @@ class RotationalMethod(Method):
 
     So low-rank deltas are merged exactly as their small cores K_t (Σ rank × Σ rank).
     """
+
+    @override
+    def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:
+        rows, columns = shape if rank is None else (min(rank, side) for side in shape)
+        product = rows * columns * min(rows, columns)
+        return (
+            super().cost(shape, num_tasks, rank) + self._num_svds(num_tasks) * thin_svd_cost((rows, columns)) + product
+        )
+
+    @abstractmethod
+    def _num_svds(self, num_tasks: int) -> int:
+        """About how many matrices of the deltas' shape are decomposed."""
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         return self._merge_rotated(deltas, coefficients, min(deltas[0].shape))

@@ -87,6 +87,17 @@ def _svd_symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
 _SOLVERS: tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ...] = (_eigh, _eigh_cpu, _svd_symmetric)
 
 
+def eigen_cost(size: int) -> float:
+    """Operations that `eigen` of a (size, size) matrix is worth on one core; measured, since few of them are BLAS-3."""
+    return 9.0 * size**3
+
+
+def thin_svd_cost(shape: tuple[int, int]) -> float:
+    """Operations of `thin_svd`: half a Gram matrix, its eigenvectors, and the other side's vectors."""
+    short, long = sorted(shape)
+    return 3.0 * short**2 * long + eigen_cost(short)
+
+
 def rank_tolerance(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> float:
     """Share of the largest singular value below which a direction of such a matrix is rounding noise.
 

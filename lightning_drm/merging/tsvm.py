@@ -36,6 +36,9 @@ class TSVM(RotationalMethod):
         refuse("TSVM", [finite("scale", scale)])
         self.scale = scale
 
+    def _num_svds(self, num_tasks: int) -> int:
+        return num_tasks + 2  # each task's, and those of the two bases that are made orthogonal
+
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
         parts = [thin_svd(delta, size // len(deltas)) for delta in deltas]
         left = orthogonalize(torch.cat([U for U, _, _ in parts], dim=1))
