@@ -46,7 +46,7 @@ class Ranks:
     def of_process_group(cls) -> Ranks:
         """All ranks of the default process group, or this process alone if there is none."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return cls()
+            return ALONE
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_PATIENCE))
 
     @property
@@ -75,9 +75,12 @@ class Ranks:
     def copy_from(self, tensor: Tensor, source: int) -> Tensor:
         """Fills a tensor with what rank `source` has in its place, in place.
 
-        Uses the training's process group, so the tensor is on the device that the ranks compute on, and the ranks must
-        have met before.
+        A tensor on an accelerator goes over the training's process group, so the ranks must have met before.
         """
         if self.meeting is not None:
-            dist.broadcast(tensor, source)
+            dist.broadcast(tensor, source, group=self.meeting if tensor.device.type == "cpu" else None)
         return tensor
+
+
+ALONE = Ranks()
+"""A process that works by itself."""

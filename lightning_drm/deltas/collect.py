@@ -23,7 +23,7 @@ from lightning_drm.deltas.parameters import Parameter, backbone_parameters, head
 from lightning_drm.deltas.sharded import from_piece, piece, whole
 from lightning_drm.deltas.task_vector import TaskVector
 from lightning_drm.merging import Delta, LowRank
-from lightning_drm.ranks import Ranks
+from lightning_drm.ranks import ALONE, Ranks
 
 Keep = Callable[[str, Delta], Delta]
 
@@ -39,7 +39,7 @@ class Base:
         self._pieces: dict[str, Tensor] = {}  # all of a tensor, where it is not sharded
         self._set_by: str | None = None
 
-    def remember(self, module: nn.Module, head: Sequence[str], task: str, ranks: Ranks = Ranks()) -> None:
+    def remember(self, module: nn.Module, head: Sequence[str], task: str, ranks: Ranks = ALONE) -> None:
         """Notes the base before a task's first training step, or checks that it is the one already noted.
 
         Args:
@@ -98,7 +98,7 @@ class Base:
         task: str,
         settings: Mapping[str, object] | None = None,
         *,
-        ranks: Ranks = Ranks(),
+        ranks: Ranks = ALONE,
         keep: Keep | None = None,
     ) -> TaskVector:
         """Takes what training added to the base.
@@ -177,8 +177,8 @@ def _require_agreement(fingerprints: Sequence[str], task: str) -> None:
     others = [str(rank) for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
     if others:
         raise ValueError(
-            f"Task {task!r} starts from another base on rank {', '.join(others)} than on rank 0: every process must load "
-            "the same pretrained weights; call seed_everything if they are drawn at random."
+            f"Task {task!r} starts from another base on rank {', '.join(others)} than on rank 0: every process must "
+            "load the same pretrained weights; call seed_everything if they are drawn at random."
         )
 
 

@@ -54,6 +54,15 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
     return LowRank(down.T.contiguous(), up.T.contiguous()) if transposed else LowRank(up, down)
 
 
+def adapter_rank(layer: LoraLayer) -> int | None:
+    """The rank of what `adapted_weight_delta` gives; ``None`` where that is dense.
+
+    Args:
+        layer: A peft LoRA layer with one active adapter.
+    """
+    return None if isinstance(layer, lora_layers._ConvNd) else int(layer.r[layer.active_adapters[0]])
+
+
 def _weight(layer: nn.Module) -> Tensor:
     return whole(cast(Tensor, layer.weight))
 

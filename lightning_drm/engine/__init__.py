@@ -7,18 +7,24 @@ from lightning_drm.engine.output import read_merged, write_merged
 from lightning_drm.engine.plan import Plan, Rules, make_plan, memory_bytes, read_bytes, refuse, table, written_bytes
 from lightning_drm.engine.recipe import Override, Recipe
 from lightning_drm.engine.run_folder import RunFolder, write_json, write_text
+from lightning_drm.engine.together import Owners, merge_together
+from lightning_drm.engine.waiting import Store, WaitingRoom
 
 __all__ = [
     "Fusion",
     "MergeResult",
     "Override",
+    "Owners",
     "Plan",
     "Recipe",
     "Rules",
     "RunFolder",
+    "Store",
+    "WaitingRoom",
     "make_plan",
     "memory_bytes",
     "merge_files",
+    "merge_together",
     "model_card",
     "output_problems",
     "read_bytes",

@@ -16,6 +16,7 @@ from lightning_drm.deltas import Kind, TaskVector, describe_difference
 from lightning_drm.engine.read_ahead import read_ahead
 from lightning_drm.engine.recipe import Recipe, Treatment, split_sizes
 from lightning_drm.merging import Delta, LowRank, Method
+from lightning_drm.merging.selection import Reduce, identity
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Fusion:
         device: Where to compute; deltas that are elsewhere are brought there one parameter at a time.
         transposed: Names of matrices stored ``(in, out)``, which are split along their columns.
         shapes: Shape of each parameter by name, where they are known without asking for deltas.
+        share: Names of the parameters that this rank merges, where several ranks share them; all if left out.
+        reduce: Sums a tensor over these ranks.
 
     Raises:
         ValueError: If task vectors come from different bases, disagree on a parameter's shape or kind, or the recipe
@@ -56,6 +59,8 @@ class Fusion:
         *,
         transposed: Set[str] = frozenset(),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        share: Set[str] | None = None,
+        reduce: Reduce = identity,
     ) -> None:
         self.vectors = sorted(vectors, key=lambda vector: vector.task)
         self.tasks = [vector.task for vector in self.vectors]
@@ -63,6 +68,8 @@ class Fusion:
         self.recipe = recipe
         self.device = torch.device(device)
         self.transposed = transposed
+        self.share = share
+        self.reduce = reduce
         self.kinds = _agreed_kinds(self.vectors)
         self.treatments = {name: recipe.treatment(name, kind, self.tasks) for name, kind in self.kinds.items()}
         if recipe.overrides and shapes is None:
@@ -128,14 +135,19 @@ class Fusion:
 
     @cached_property
     def _calibrated(self) -> dict[str, Method | None]:
-        """Each parameter's method; those that need to see a whole task vector first have seen it."""
+        """Each parameter's method; those that need to see a whole task vector first have seen it, on all ranks."""
         groups: dict[Method, list[str]] = {}
         for name, treatment in self.treatments.items():
             if treatment.rule == "method" and treatment.method is not None:
                 groups.setdefault(treatment.method, []).append(name)
         methods = {name: treatment.method for name, treatment in self.treatments.items()}
         for method, names in groups.items():
-            ready = method.calibrate(lambda names=names: read_ahead(map(self._deltas, names)))  # type: ignore[misc]
+            own = [name for name in names if self.share is None or name in self.share]
+            ready = method.calibrate(
+                lambda own=own: read_ahead(map(self._deltas, own)),  # type: ignore[misc]
+                reduce=self.reduce,
+                num_tasks=len(self.tasks),
+            )
             methods.update(dict.fromkeys(names, ready))
         return methods
 
