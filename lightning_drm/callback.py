@@ -197,15 +197,19 @@ class DRMMergeCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._fitting = None
 
-    def join(self, world_size: int) -> None:
+    def join(self, world_size: int) -> Ranks:
         """Lets all ranks of the default process group collect and merge together from now on; called by every fit.
 
         Args:
             world_size: How many processes take part in it; 1 leaves this one alone.
+
+        Returns:
+            The ranks.
         """
         if self._ranks.size != world_size:
             self._ranks = Ranks.of_process_group() if world_size > 1 else ALONE
             self._owners = Owners(self.recipe, self.tasks)
+        return self._ranks
 
     def restore(self, tasks: Sequence[str] | None = None) -> None:
         """Takes up task vectors that the run folder already has.
