@@ -298,7 +298,7 @@ class DRMMergeCallback(Callback):
         )
         backbone: dict[str, Tensor] = {}
         written: dict[str, Tensor] = {}
-        with Progress(transient=True, disable=not self._ranks.is_first) as bar:
+        with Progress(disable=not self._ranks.is_first) as bar:
             row = bar.add_task(f"merging with {type(self.recipe.method).__name__}", total=None)
 
             def progress(done: int, total: int) -> None:

@@ -28,7 +28,7 @@ from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.deltas import head_state, write_tensors
 from lightning_drm.engine import RunFolder, read_merged
 from lightning_drm.evaluation import Comparison, linear_probe, logged_metrics, measure, terminal_table, write_report
-from lightning_drm.modules import MultiTaskModule, data_parallel, duplicate, head_names_of, shard_blocks
+from lightning_drm.modules import MultiTaskModule, data_parallel, duplicate, head_names_of
 from lightning_drm.progress import TaskProgressBar
 from lightning_drm.ranks import ALONE, Ranks
 from lightning_drm.settings import changed_settings, finetune_settings
@@ -93,10 +93,25 @@ class MergeTrainer(Trainer):
         tasks = _chosen(merge.tasks, only)
         settings = {task: self._settings(model, datamodule, task) for task in tasks}
         done = [] if retrain else _still_valid(folder, settings)
-        todo = [task for task in tasks if task not in done]
-        self._on_all_ranks(
-            merge, lambda: self._fit_tasks(merge, folder, model, datamodule, tasks, todo, settings, only, base_batches)
-        )
+
+        def finetune_and_merge() -> None:
+            todo = self.strategy.broadcast([task for task in tasks if task not in done])
+            if only is None:
+                merge.restore([task for task in tasks if task not in todo])
+            for task in tasks:
+                if task in todo:
+                    self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
+                else:
+                    accuracy = folder.read_metrics(task)["individual"]
+                    self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
+            if only is None:
+                self._merge_and_report(merge, folder, model, datamodule)
+            elif missing := folder.missing(merge.tasks):
+                self._say(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
+            else:
+                self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
+
+        self._on_all_ranks(merge, finetune_and_merge)
 
     def merge(self, model: LightningModule, datamodule: MultiTaskDataModule) -> None:
         """Merges the finetuned tasks again, with any method, and tests. Trains nothing.
@@ -164,35 +179,6 @@ class MergeTrainer(Trainer):
             launcher.kill(SIGTERM)
             raise
 
-    def _fit_tasks(
-        self,
-        merge: DRMMergeCallback,
-        folder: RunFolder,
-        template: LightningModule,
-        datamodule: MultiTaskDataModule,
-        tasks: list[str],
-        todo: list[str],
-        settings: Mapping[str, Mapping[str, object]],
-        only: str | list[str] | None,
-        base_batches: int,
-    ) -> None:
-        todo = self.strategy.broadcast(todo)
-        done = [task for task in tasks if task not in todo]
-        if only is None:
-            merge.restore(done)
-        for task in tasks:
-            if task in todo:
-                self._finetune(template, datamodule.tasks[task], task, merge, settings[task], base_batches)
-            else:
-                accuracy = folder.read_metrics(task)["individual"]
-                self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
-        if only is None:
-            self._merge_and_report(merge, folder, template, datamodule)
-        elif missing := folder.missing(merge.tasks):
-            self._say(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
-        else:
-            self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
-
     def _test_tasks(
         self, merge: DRMMergeCallback, folder: RunFolder, template: LightningModule, datamodule: MultiTaskDataModule
     ) -> Mapping[str, float]:
@@ -251,7 +237,7 @@ class MergeTrainer(Trainer):
         head = head_names_of(module, merge.head)
         base = MultiTaskModule.assemble(module, head, {}, {task: head_state(module, head)})
         if isinstance(self.strategy, ModelParallelStrategy):
-            shard_blocks(base, data_parallel(self.strategy.device_mesh))
+            base.shard(data_parallel(self.strategy.device_mesh))
         base.to(self.strategy.root_device)
         state = linear_probe(base.task_module(task), head, data.train_dataloader(), max_batches)
         if state is None:

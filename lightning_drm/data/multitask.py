@@ -8,7 +8,6 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
-from lightning_drm.data.padding import exactness_problem, num_replicas
 from lightning_drm.names import check_task_name
 
 
@@ -97,8 +96,6 @@ class MultiTaskDataModule(LightningDataModule):
                 raise TypeError(
                     f"Task {name!r}: expected one loader from its {hook}, got a collection of {len(loader)}."
                 )
-            if num_replicas(self.trainer) > 1 and (problem := exactness_problem(loader)):
-                raise ValueError(f"Task {name!r}: under several processes its {hook} is not exact, as it {problem}.")
         return loaders
 
     def _each(self, hook: str, *args: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Evaluation sets that several processes can share without counting a sample twice.
+"""Data sets that several processes share: training in one order, evaluation without counting a sample twice.
 
 A `DistributedSampler` gives every process the same number of samples, which it reaches by repeating some: accuracies
 come out wrong. Our own sets are therefore filled up to a multiple of the number of processes with samples whose label
@@ -15,8 +15,9 @@ from typing import Any, cast
 import torch
 from datasets import Dataset as Table
 from lightning import Trainer
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
 
 IGNORE_INDEX = -100
 """The label that losses and metrics leave out (PyTorch's and transformers' convention)."""
@@ -38,6 +39,23 @@ class PaddedDataset(Dataset[Sample]):
         if index < len(self.table):
             return dict(self.table[index])
         return {**self.table[0], "labels": IGNORE_INDEX}
+
+
+def taking_turns(order: Sampler[int], trainer: Trainer | None) -> Sampler[int]:
+    """A training order that the trainer's processes go through in turns, while it trains.
+
+    Process r of W gets the samples r, r + W, …, so batches of size b/W on W processes are together the batches of size
+    b on one. Left alone, Lightning would shuffle in another way for each number of processes.
+
+    Args:
+        order: The order, which every process draws alike.
+        trainer: The trainer, if there is one.
+    """
+    if trainer is None or not trainer.training:
+        return order
+    # Also for one process: the wrapper draws a whole epoch at once, which leaves generators in another state.
+    turns = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+    return DistributedSamplerWrapper(order, shuffle=False, **turns)
 
 
 def num_replicas(trainer: Trainer | None) -> int:

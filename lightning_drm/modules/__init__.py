@@ -4,7 +4,7 @@ from lightning_drm.modules.duplicate import duplicate, without_weights
 from lightning_drm.modules.multitask import MultiTaskModule
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.protocol import IGNORE_INDEX, classify, head_names_of
-from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_blocks
+from lightning_drm.modules.sharding import data_parallel, is_sharded
 from lightning_drm.modules.transformer import TransformerTask
 
 __all__ = [
@@ -17,6 +17,5 @@ __all__ = [
     "duplicate",
     "head_names_of",
     "is_sharded",
-    "shard_blocks",
     "without_weights",
 ]

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from lightning_drm.data.padding import repeated
+from lightning_drm.data.padding import exactness_problem, num_replicas, repeated
 from lightning_drm.deltas import backbone_parameters, head_state, remove_adapters
 from lightning_drm.deltas.sharded import shard_like, whole
 from lightning_drm.modules.duplicate import duplicate
@@ -26,7 +26,8 @@ from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_bloc
 class MultiTaskModule(LightningModule):
     """Several tasks' modules around one backbone; a batch goes to the one of its ``dataloader_idx``.
 
-    Under several processes, samples that a ``DistributedSampler`` repeats to give every process as many do not count.
+    Under several processes, samples that a ``DistributedSampler`` repeats to give every process as many do not count,
+    and loaders that make this impossible are refused.
 
     Args:
         modules: Module by task, in the order of the test dataloaders. Usually made by `assemble`.
@@ -97,7 +98,16 @@ class MultiTaskModule(LightningModule):
     @override
     def configure_model(self) -> None:
         if self.device_mesh is not None and not is_sharded(self):
-            shard_blocks(self, data_parallel(self.device_mesh))
+            self.shard(data_parallel(self.device_mesh))
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shards the blocks of all tasks' modules; all ranks do so together.
+
+        Args:
+            mesh: The ranks.
+        """
+        for module in self.task_modules:
+            shard_blocks(module, mesh)
 
     @override
     def forward(self, batch: Any, task: str) -> Tensor:
@@ -117,6 +127,8 @@ class MultiTaskModule(LightningModule):
         num_seen = self._num_seen[dataloader_idx] if batch_idx else 0
         self._num_seen[dataloader_idx] = num_seen + len(target)
         loader = self._loader(dataloader_idx)
+        if not batch_idx and num_replicas(self.trainer) > 1 and (problem := exactness_problem(loader)):
+            raise ValueError(f"Task {self.task_names[dataloader_idx]!r} has an evaluation loader that {problem}.")
         target = target.masked_fill(repeated(loader, num_seen, len(target)).to(target.device), IGNORE_INDEX)
         metric = cast(MulticlassAccuracy, self.accuracies[dataloader_idx])
         metric(logits, target)
@@ -134,7 +146,7 @@ class MultiTaskModule(LightningModule):
             for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
                 if id(parameter) in names:
                     places[names[id(parameter)]].append((child, key))
-        shard_blocks(self, _mesh_of(backbone))
+        self.shard(_mesh_of(backbone))
         for name, tensor in backbone.items():
             entire = whole(tensor)  # one at a time; the mesh may be divided in another way than it was for training
             unsharded = nn.Parameter(entire, requires_grad=False)  # one object, also where it is tied

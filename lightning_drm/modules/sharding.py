@@ -34,15 +34,16 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def shard_blocks(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Shards a module's blocks; what is outside of blocks stays whole on every rank, and is not kept in step.
+    """Shards a module's blocks, unless they are; what is outside of them stays whole on every rank.
 
     Args:
         module: The module, with all its weights on every rank, or on no device (meta).
         mesh: The ranks.
     """
     for block in _blocks(module):
-        # Each is a root of its own, and roots would stay whole after their first use.
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        if not isinstance(block, FSDPModule):
+            # Each is a root of its own, and roots would stay whole after their first use.
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def shard_for_training(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -60,6 +61,6 @@ def shard_for_training(module: nn.Module, mesh: DeviceMesh) -> None:
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            yield from child
+            yield from (block for block in child if any(True for _ in block.parameters()))
         else:
             yield from _blocks(child)

@@ -94,6 +94,8 @@ class TransformerTask(LightningModule):
             inject_adapter_in_model(copy.deepcopy(self.lora), self.backbone)
             for name in self.head_names:
                 self.get_submodule(name).requires_grad_(True)
+            if isinstance(model, PooledClassifier):
+                model.freeze_unused()  # adapters in there, too
 
     @override
     def configure_model(self) -> None:
