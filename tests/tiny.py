@@ -89,19 +89,19 @@ def save_texts(path: Path, kinds: list[str], seed: int, count: int = 120) -> str
     return str(path)
 
 
-KINDS = ["red", "green", "blue"]
+COLOURS = ["red", "green", "blue"]
 
 
 class Tokens(L.LightningDataModule):
     """A user's own data: token numbers, of which one tells the class; processes share it as Lightning does."""
 
-    num_classes = len(KINDS)
+    num_classes = len(COLOURS)
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
         self.batch_size = batch_size
         generator = torch.Generator().manual_seed(5)
-        labels = torch.randint(len(KINDS), (75,), generator=generator)
+        labels = torch.randint(len(COLOURS), (75,), generator=generator)
         ids = torch.randint(8, 14, (75, 5), generator=generator)
         ids[:, 2] = labels + 5
         rows = [

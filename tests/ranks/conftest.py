@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import KINDS, save_texts, save_tiny_bert
+from tiny import COLOURS, save_texts, save_tiny_bert
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -64,7 +64,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pretrained model without dropout, which would differ from rank to rank, and a csv of texts."""
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny_bert(folder / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    save_texts(folder / "texts.csv", KINDS, seed=1)
+    save_texts(folder / "texts.csv", COLOURS, seed=1)
     return folder
 
 
