@@ -4,13 +4,18 @@ The same options, on the command line or in YAML: ``base:``, ``models:``, ``outp
 ``drm:`` group with the method and its exceptions, so that the overlays in ``configs/method`` serve here too.
 """
 
+import os
+from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,11 +29,15 @@ from lightning_drm.engine import (
     memory_bytes,
     merge_files,
     output_problems,
+    plan_costs,
     read_bytes,
     refuse,
     table,
     written_bytes,
 )
+from lightning_drm.engine.share_out import balance
+from lightning_drm.launch import are_several, start_processes, started_together
+from lightning_drm.ranks import Ranks
 
 _OWN = ("base", "models", "output")
 
@@ -81,14 +90,15 @@ def parser() -> ArgumentParser:
     built.add_class_arguments(Rules, None)
     built.add_argument("--overwrite", type=bool, default=False, help="Replace the output if it exists.")
     built.add_argument("--max_shard_size", type=str, default="5GB", help="Largest size of a written file.")
-    built.add_argument("--device", type=str, default="cpu", help="Where to compute.")
+    built.add_argument("--device", type=str, default="cpu", help="Where to compute; of several GPUs, each process its.")
+    built.add_argument("--devices", type=PositiveInt | None, default=None, help="Processes that share the work.")
     built.add_argument("--push_to_hub", type=str | None, default=None, help="A repository to upload the result to.")
     built.add_argument("--dry_run", action="store_true", help="Print the plan and every problem, and write nothing.")
     return built
 
 
 def run(args: Sequence[str]) -> None:
-    """Merges from files as the command line says.
+    """Merges from files as the command line says, together with the processes that were started with this one.
 
     Args:
         args: Arguments after ``lightning-drm merge``.
@@ -96,8 +106,27 @@ def run(args: Sequence[str]) -> None:
     Raises:
         ValueError: With every problem that was found.
     """
+    if not are_several():
+        devices = parser().parse_args(with_method(args)).devices
+        if devices is not None and devices > 1:
+            start_processes(devices)
+    with started_together() as ranks:
+        if ranks.is_first:
+            _run(args, ranks)
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123 - no path
+                _run(args, ranks)
+
+
+def _run(args: Sequence[str], ranks: Ranks) -> None:
     built = parser()
-    config = built.parse_args(with_method(args))
+    built.exit_on_error = ranks.size == 1  # among several, one says what is wrong
+    try:
+        config = built.parse_args(with_method(args))
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+    if config.devices not in (None, ranks.size):
+        raise ValueError(f"devices is {config.devices}, but {ranks.size} processes were started.")
     names = list(Rules.__dataclass_fields__)
     rules = Rules(**{name: config[name] for name in names})
     drm = built.instantiate_classes(config).drm
@@ -105,7 +134,7 @@ def run(args: Sequence[str]) -> None:
     console = Console(highlight=False)
     if config.dry_run:
         plan = make_plan(config.base, config.models, recipe, rules)
-        _print_plan(console, plan)
+        _print_plan(console, plan, ranks)
         refuse([*plan.problems, *output_problems(plan, Path(config.output), config.overwrite)])
         return
     with Progress(transient=True) as bar:
@@ -118,14 +147,22 @@ def run(args: Sequence[str]) -> None:
             rules,
             overwrite=config.overwrite,
             max_shard_size=config.max_shard_size,
-            device=config.device,
+            device=_own_device(config.device, ranks),
             push_to_hub=config.push_to_hub,
             progress=lambda done, total: bar.update(row, completed=done, total=total),
+            ranks=ranks,
         )
     _print_result(console, result)
 
 
-def _print_plan(console: Console, plan: Plan) -> None:
+def _own_device(device: str, ranks: Ranks) -> str:
+    """Where this process computes: of several GPUs, the one that its place on its node gives it."""
+    if ranks.size == 1 or device == "cpu" or ":" in device:
+        return device
+    return f"{device}:{int(os.environ.get('LOCAL_RANK', ranks.rank)) % max(1, torch.accelerator.device_count())}"
+
+
+def _print_plan(console: Console, plan: Plan, ranks: Ranks) -> None:
     rules = Table("rule", "method", "parameters", "values", "such as")
     for rule, method, count, values, example in table(plan):
         rules.add_row(rule, method, str(count), f"{values:,}", example)
@@ -138,6 +175,12 @@ def _print_plan(console: Console, plan: Plan) -> None:
     console.print(
         f"Reads {read_bytes(plan) / 1e9:.2f} GB, {size}, needs about {memory_bytes(plan) / 1e9:.2f} GB of memory."
     )
+    if ranks.size > 1 and not plan.problems:
+        reached = balance(plan_costs(plan), ranks.size)
+        console.print(
+            f"Of {ranks.size} shares of the work the largest is {reached.largest:.2f} × the mean; "
+            f"whole parameters allow no less than {reached.possible:.2f} ×."
+        )
     for note in plan.notes:
         console.print(f"Note: {note}")
 

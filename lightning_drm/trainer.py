@@ -12,6 +12,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from signal import SIGTERM
 from typing import Any, TypeVar, cast
 
@@ -92,26 +93,28 @@ class MergeTrainer(Trainer):
         merge, folder = self._merge_callback(datamodule)
         tasks = _chosen(merge.tasks, only)
         settings = {task: self._settings(model, datamodule, task) for task in tasks}
-        done = [] if retrain else _still_valid(folder, settings)
 
-        def finetune_and_merge() -> None:
-            todo = self.strategy.broadcast([task for task in tasks if task not in done])
+        def finetune_and_merge(done: list[str]) -> None:
             if only is None:
-                merge.restore([task for task in tasks if task not in todo])
+                merge.restore(done)
             for task in tasks:
-                if task in todo:
-                    self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
-                else:
+                if task in done:
                     accuracy = folder.read_metrics(task)["individual"]
                     self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
+                else:
+                    self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
             if only is None:
                 self._merge_and_report(merge, folder, model, datamodule)
-            elif missing := folder.missing(merge.tasks):
-                self._say(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
-            else:
-                self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
 
-        self._on_all_ranks(merge, finetune_and_merge)
+        with _locked(folder, tasks):
+            found = [] if retrain else _still_valid(folder, settings)
+            self._on_all_ranks(merge, lambda: finetune_and_merge(self.strategy.broadcast(found)))
+        if only is None:
+            return
+        if missing := folder.missing(merge.tasks):
+            self._say(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
+        else:
+            self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
 
     def merge(self, model: LightningModule, datamodule: MultiTaskDataModule) -> None:
         """Merges the finetuned tasks again, with any method, and tests. Trains nothing.
@@ -130,7 +133,8 @@ class MergeTrainer(Trainer):
             merge.restore()
             self._merge_and_report(merge, folder, model, datamodule)
 
-        self._on_all_ranks(merge, restore_and_merge)
+        with _locked(folder, merge.tasks):
+            self._on_all_ranks(merge, restore_and_merge)
 
     @override
     def test(  # type: ignore[override]  # some of Lightning's arguments come as keywords
@@ -159,7 +163,8 @@ class MergeTrainer(Trainer):
             return super().test(model, dataloaders, datamodule=datamodule, **kwargs)
         merge, folder = self._merge_callback(datamodule)
         _require_done(folder, merge.tasks)
-        return self._on_all_ranks(merge, lambda: [self._test_tasks(merge, folder, model, datamodule)])
+        with _locked(folder, merge.tasks):
+            return self._on_all_ranks(merge, lambda: [self._measure_again(merge, folder, model, datamodule)])
 
     def _on_all_ranks(self, merge: DRMMergeCallback, function: Callable[[], T]) -> T:
         """Calls a function on all processes of the strategy, which start here unless something else started them."""
@@ -179,7 +184,7 @@ class MergeTrainer(Trainer):
             launcher.kill(SIGTERM)
             raise
 
-    def _test_tasks(
+    def _measure_again(
         self, merge: DRMMergeCallback, folder: RunFolder, template: LightningModule, datamodule: MultiTaskDataModule
     ) -> Mapping[str, float]:
         merge.restore()
@@ -347,6 +352,11 @@ class MergeTrainer(Trainer):
 def is_writer() -> bool:
     """Whether this process writes and prints: Trainers that run know their rank, the one that starts them does not."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _locked(folder: RunFolder, tasks: Sequence[str]) -> AbstractContextManager[None]:
+    """Keeps other runs from these tasks; the process that writes does it for all of this one's."""
+    return folder.locked(tasks) if is_writer() else nullcontext()
 
 
 def _folder_of(merge: DRMMergeCallback) -> RunFolder:

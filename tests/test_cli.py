@@ -10,48 +10,18 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from tiny import save_texts, save_tiny_bert
+from tiny import KINDS, save_run_config
 from transformers import AutoModel, AutoTokenizer
 
 from lightning_drm.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-KINDS = {"colour": ["red", "green", "blue"], "pet": ["cat", "dog"]}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration of two tasks, finetuned in a few steps each."""
-    folder = tmp_path_factory.mktemp("cli")
-    base = save_tiny_bert(folder / "base")
-    tasks = {}
-    for seed, (name, kinds) in enumerate(KINDS.items()):
-        dataset = save_texts(folder / f"{name}.csv", kinds, seed)
-        tasks[name] = {
-            "class_path": "lightning_drm.data.TextTask",
-            "init_args": {"dataset": dataset, "pretrained": base, "batch_size": 16},
-        }
-    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-3}}
-    content = {
-        "seed_everything": 0,
-        "model": {
-            "class_path": "lightning_drm.TransformerTask",
-            "init_args": {"backbone": base, "pooling": "mean", "optimizer": optimizer, "head_lr": 5e-2},
-        },
-        "data": {"tasks": tasks},
-        "drm": {"dirpath": str(folder / "run"), "method": {"class_path": "lightning_drm.DRM"}},
-        "trainer": {
-            "max_steps": 40,
-            "limit_val_batches": 0,
-            "accelerator": "cpu",
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}},
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-        },
-    }
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    return save_run_config(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture(scope="module")

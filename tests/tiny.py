@@ -6,10 +6,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+KINDS = {"colour": ["red", "green", "blue"], "pet": ["cat", "dog"]}  # by task, its classes: the telling words
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird"]
 
 
@@ -117,3 +119,36 @@ class Tokens(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(self.test, batch_size=3)
+
+
+def save_run_config(folder: Path) -> Path:
+    """A configuration of two tasks, finetuned in a few steps each, with its data and its pretrained model."""
+    base = save_tiny_bert(folder / "base")
+    tasks = {}
+    for seed, (name, kinds) in enumerate(KINDS.items()):
+        dataset = save_texts(folder / f"{name}.csv", kinds, seed)
+        tasks[name] = {
+            "class_path": "lightning_drm.data.TextTask",
+            "init_args": {"dataset": dataset, "pretrained": base, "batch_size": 16},
+        }
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-3}}
+    content = {
+        "seed_everything": 0,
+        "model": {
+            "class_path": "lightning_drm.TransformerTask",
+            "init_args": {"backbone": base, "pooling": "mean", "optimizer": optimizer, "head_lr": 5e-2},
+        },
+        "data": {"tasks": tasks},
+        "drm": {"dirpath": str(folder / "run"), "method": {"class_path": "lightning_drm.DRM"}},
+        "trainer": {
+            "max_steps": 40,
+            "limit_val_batches": 0,
+            "accelerator": "cpu",
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}},
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path

@@ -13,6 +13,7 @@ from lightning_drm.deltas.store import (
     write_tensors,
 )
 from lightning_drm.deltas.task_vector import TaskVector
+from lightning_drm.deltas.whole import written_whole
 
 __all__ = [
     "DELTAS_FILE",
@@ -31,4 +32,5 @@ __all__ = [
     "remove_adapters",
     "save_task_vector",
     "write_tensors",
+    "written_whole",
 ]

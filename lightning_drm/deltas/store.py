@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_drm.deltas.fingerprint import fingerprint
 from lightning_drm.deltas.task_vector import TaskVector
+from lightning_drm.deltas.whole import written_whole
 from lightning_drm.merging import Delta, LowRank
 
 DELTAS_FILE = "deltas.safetensors"
@@ -24,23 +25,16 @@ _UP, _DOWN = "::up", "::down"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file under a temporary name and renames it, so that no half file is ever seen.
+    """Writes a safetensors file whole or not at all.
 
     Args:
         path: Where to; its folder is made.
         tensors: Tensors on any device, by name.
         metadata: Strings for the file's header.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata or {})
-        )
-        temporary.chmod(0o666 & ~_umask())  # safetensors writes 0600, which a team's shared folder cannot read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as place:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, place, dict(metadata or {}))
+        place.chmod(0o666 & ~_umask())  # safetensors writes 0600, which a team's shared folder cannot read
 
 
 def save_task_vector(vector: TaskVector, folder: Path) -> None:

@@ -4,7 +4,17 @@ from lightning_drm.engine.fuse import Fusion
 from lightning_drm.engine.merge_files import MergeResult, merge_files, output_problems
 from lightning_drm.engine.model_card import model_card
 from lightning_drm.engine.output import read_merged, write_merged
-from lightning_drm.engine.plan import Plan, Rules, make_plan, memory_bytes, read_bytes, refuse, table, written_bytes
+from lightning_drm.engine.plan import (
+    Plan,
+    Rules,
+    make_plan,
+    memory_bytes,
+    plan_costs,
+    read_bytes,
+    refuse,
+    table,
+    written_bytes,
+)
 from lightning_drm.engine.recipe import Override, Recipe
 from lightning_drm.engine.run_folder import RunFolder, write_json, write_text
 from lightning_drm.engine.together import Owners, merge_together
@@ -27,6 +37,7 @@ __all__ = [
     "merge_together",
     "model_card",
     "output_problems",
+    "plan_costs",
     "read_bytes",
     "read_merged",
     "refuse",

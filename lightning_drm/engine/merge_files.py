@@ -3,12 +3,16 @@
 One parameter of all tasks is in memory at a time, and the next one, which is read meanwhile. Everything is written into
 a hidden folder beside the output; a merge that was killed is taken up there by the next one with the same arguments,
 and the folder gets its name when it is whole and checked.
+
+Several processes share a merge: each plans it by itself, merges its share of the parameters and writes them to where
+they belong; the first of them does what is done once. Nothing but counts and journals passes between them.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,12 +26,15 @@ from lightning_drm.engine.file_deltas import BaseValues, FileDeltas
 from lightning_drm.engine.fuse import Fusion
 from lightning_drm.engine.inputs import quick_fingerprint
 from lightning_drm.engine.inputs.tensors import SafetensorsFiles
+from lightning_drm.engine.locks import only_one
 from lightning_drm.engine.model_card import model_card
-from lightning_drm.engine.plan import Plan, Rules, make_plan, refuse, written_bytes
+from lightning_drm.engine.plan import Plan, Rules, make_plan, plan_costs, refuse, written_bytes
 from lightning_drm.engine.presence import measure, summary
 from lightning_drm.engine.recipe import Recipe
 from lightning_drm.engine.shards import JOURNAL_FILE, ShardWriter
+from lightning_drm.engine.share_out import share_out
 from lightning_drm.pretrained import resolve_pretrained
+from lightning_drm.ranks import ALONE, Ranks
 
 Progress = Callable[[int, int], None]
 
@@ -71,6 +78,7 @@ def merge_files(
     device: str = "cpu",
     push_to_hub: str | None = None,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> MergeResult:
     """Merges finetuned models that are on disk or on the hub.
 
@@ -84,35 +92,75 @@ def merge_files(
         max_shard_size: Largest size of a written file.
         device: Where to compute.
         push_to_hub: Name of a repository to upload the result to.
-        progress: Called with the number of parameters that are done and their total.
+        progress: Called with the number of parameters that this process has done and how many it has.
+        ranks: The processes that share the work, all of which make this call; this one alone if left out.
 
     Returns:
         What was done.
 
     Raises:
         ValueError: With every problem that the headers show, before anything is written; or if deltas are not finite,
-            or a task has left no trace in the result.
+            or a task has left no trace in the result; or if another process is merging into the same folder.
     """
-    recipe, rules, output = recipe or Recipe(), rules or Rules(), Path(output)
+    recipe, rules, output, ranks = recipe or Recipe(), rules or Rules(), Path(output), ranks or ALONE
     plan = make_plan(base, models, recipe, rules)
     refuse([*plan.problems, *output_problems(plan, output, overwrite)])
+    partial = output.with_name(f".{output.name}.partial")
+    with only_one(output, f"merging into {output}") if ranks.is_first else nullcontext():
+        result = _write(plan, partial, output, max_shard_size, device, progress, ranks)
+        if ranks.is_first:
+            # Another merge may have been done since the problems were looked for.
+            refuse(output_problems(plan, output, overwrite))
+            _show(partial, output)
+        ranks.wait()
+    if push_to_hub is not None and ranks.is_first:
+        api = HfApi()
+        api.create_repo(push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=push_to_hub, folder_path=output, commit_message="Merged with lightning_drm")
+    return result
+
+
+def _write(
+    plan: Plan,
+    partial: Path,
+    output: Path,
+    max_shard_size: str,
+    device: str,
+    progress: Progress | None,
+    ranks: Ranks,
+) -> MergeResult:
+    """Writes everything, under a hidden name."""
+    recipe = plan.recipe
+    costs = plan_costs(plan)
+    share = share_out({name: costs[name] for name in plan.kinds}, ranks.size)[ranks.rank]
     values = BaseValues(plan.base.tensors)
     vectors = [
         TaskVector(task.name, FileDeltas(task, values), {name: plan.kinds[name] for name in task.names}, {}, {})
         for task in plan.tasks
     ]
-    fusion = Fusion(recipe, vectors, device, transposed=plan.transposed, shapes=plan.shapes)
-    partial = output.with_name(f".{output.name}.partial")
-    _clear_leftovers(partial)
-    fingerprints = {task.name: quick_fingerprint(task.input.files) for task in plan.tasks}
-    base_fingerprint = quick_fingerprint(plan.base.tensors.files)
+    fusion = Fusion(
+        recipe,
+        vectors,
+        device,
+        transposed=plan.transposed,
+        shapes=plan.shapes,
+        share=set(share),
+        reduce=ranks.sum,
+    )
+    if ranks.is_first:
+        _clear_leftovers(partial)
+    fingerprints = _fingerprints(plan)
     if plan.output_format == "adapter":
-        result = _write_adapter(plan, fusion, partial, output)
+        result = _write_adapter(plan, fusion, share, partial, output, ranks)
     else:
-        identity = fingerprint(
-            {**fingerprints, "": base_fingerprint, "recipe": f"{recipe!r} {rules!r} {max_shard_size}"}
-        )
-        result = _write_model(plan, fusion, values, partial, output, max_shard_size, identity, progress)
+        identity = fingerprint({**fingerprints, "recipe": f"{recipe!r} {plan.rules!r} {max_shard_size}"})
+        writer = ShardWriter(partial, plan.headers, max_shard_size, identity, ranks)
+        result = _write_model(plan, fusion, values, writer, costs, output, progress, ranks)
+    if not ranks.is_first:
+        return result
+    changed = [task or "the base" for task, found in _fingerprints(plan).items() if found != fingerprints[task]]
+    if changed:
+        raise ValueError(f"The files of {', '.join(changed)} were changed while they were merged: merge again.")
     _write_heads(plan, partial)
     card = model_card(
         recipe,
@@ -125,19 +173,20 @@ def merge_files(
             }
             for task in plan.tasks
         },
-        base=base if not Path(resolve_pretrained(base)).exists() else Path(base).name,
-        base_fingerprint=base_fingerprint,
+        base=base if not Path(resolve_pretrained(base := plan.base.name)).exists() else Path(base).name,
+        base_fingerprint=fingerprints[""],
         library="peft" if plan.output_format == "adapter" else "transformers",
         licence=licence_of(plan.base.folder),
         facts=_facts(result),
     )
     (partial / "README.md").write_text(card)
-    _show(partial, output)
-    if push_to_hub is not None:
-        api = HfApi()
-        api.create_repo(push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=push_to_hub, folder_path=output, commit_message="Merged with lightning_drm")
     return result
+
+
+def _fingerprints(plan: Plan) -> dict[str, str]:
+    """What tells each task's files from others, and the base's under an empty name."""
+    files = {task.name: task.input.files for task in plan.tasks}
+    return {name: quick_fingerprint(paths) for name, paths in {**files, "": plan.base.tensors.files}.items()}
 
 
 def output_problems(plan: Plan, output: Path, overwrite: bool) -> list[str]:
@@ -159,16 +208,15 @@ def _write_model(
     plan: Plan,
     fusion: Fusion,
     values: BaseValues,
-    partial: Path,
+    writer: ShardWriter,
+    costs: Mapping[str, float],
     output: Path,
-    max_shard_size: str,
-    identity: str,
     progress: Progress | None,
+    ranks: Ranks,
 ) -> MergeResult:
-    writer = ShardWriter(partial, plan.headers, max_shard_size, identity)
-    num_resumed = len(writer.done)
-    left = [name for name in writer.order if name not in writer.done]
-    total, num_done = len(plan.headers), num_resumed
+    partial, num_resumed = writer.folder, len(writer.done)
+    shares = share_out({name: costs[name] for name in writer.order if name not in writer.done}, ranks.size)
+    left, num_done = shares[ranks.rank], 0
     for name in (name for name in left if name not in plan.kinds):
         writer.write(name, plan.base.tensors.read(name).to(plan.headers[name].dtype))
         num_done += 1
@@ -182,30 +230,34 @@ def _write_model(
         del merged, base, exact, written  # before the next parameter comes
         num_done += 1
         if progress is not None:
-            progress(num_done, total)
-    shares, rounding = summary(writer.done.values(), fusion.tasks)
-    _require_present(plan, shares)
-    changed = [name for name, record in writer.done.items() if writer.hash(name) != record["hash"]]
-    if changed:
-        raise ValueError(f"{partial} was changed by someone else while it was written: {', '.join(changed[:3])}.")
-    writer.finish()
-    if plan.base.folder is not None:
-        copy_companions(plan.base.folder, partial, plan.rules.dtype)
-    _require_headers(plan, partial)
-    notes = (*plan.notes, *(f"{task}: all its deltas are zero." for task, share in shares.items() if math.isnan(share)))
+            progress(num_done, len(left))
+    kept, rounding = summary(writer.collect(), fusion.tasks)
+    _require_present(plan, kept)
+    if ranks.is_first:
+        writer.finish()
+        if plan.base.folder is not None:
+            copy_companions(plan.base.folder, partial, plan.rules.dtype)
+        _require_headers(plan, partial)
+    notes = (*plan.notes, *(f"{task}: all its deltas are zero." for task, share in kept.items() if math.isnan(share)))
     num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
-    return MergeResult(output, "full", total - num_kept, num_kept, num_resumed, shares, rounding, notes=tuple(notes))
+    num_merged = len(plan.headers) - num_kept
+    return MergeResult(output, "full", num_merged, num_kept, num_resumed, kept, rounding, notes=tuple(notes))
 
 
-def _write_adapter(plan: Plan, fusion: Fusion, partial: Path, output: Path) -> MergeResult:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    errors = write_adapter(partial, plan, fusion.merge_low_rank(plan.kinds, plan.rules.rank))
-    written = SafetensorsFiles([partial / ADAPTER_FILE])
-    if len(written.headers) != 2 * len(plan.kinds):
-        raise ValueError(f"{partial} has {len(written.headers)} factors instead of {2 * len(plan.kinds)}.")
-    for name in written.headers:
-        _require_finite(name, written.read(name), None)
+def _write_adapter(
+    plan: Plan, fusion: Fusion, share: Sequence[str], partial: Path, output: Path, ranks: Ranks
+) -> MergeResult:
+    if ranks.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.wait()
+    errors = write_adapter(partial, plan, fusion, share, ranks)
+    if ranks.is_first:
+        written = SafetensorsFiles([partial / ADAPTER_FILE])
+        if len(written.headers) != 2 * len(plan.kinds):
+            raise ValueError(f"{partial} has {len(written.headers)} factors instead of {2 * len(plan.kinds)}.")
+        for name in written.headers:
+            _require_finite(name, written.read(name), None)
     return MergeResult(output, "adapter", len(plan.kinds), 0, rank_errors=errors, notes=tuple(plan.notes))
 
 

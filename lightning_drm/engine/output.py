@@ -3,8 +3,6 @@
 The folder is written beside its place and moved there when it is whole.
 """
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -12,7 +10,7 @@ from typing import Protocol, runtime_checkable
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_drm.deltas import backbone_parameters, remove_adapters, write_tensors
+from lightning_drm.deltas import backbone_parameters, remove_adapters, write_tensors, written_whole
 
 MODEL_FILE = "model.safetensors"
 
@@ -43,11 +41,8 @@ def write_merged(
         heads: By task, its head's tensors by name.
         card: The model card, in Markdown.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with written_whole(folder) as partial:
+        partial.mkdir()
         if isinstance(module, SavesBackbone):
             module.save_backbone(partial)
         else:
@@ -56,12 +51,6 @@ def write_merged(
         for task, head_tensors in heads.items():
             write_tensors(partial / "heads" / f"{task}.safetensors", head_tensors, {"task": task})
         (partial / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rename(replaced)  # deleting takes time, in which half a model would stand under its name
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_merged(

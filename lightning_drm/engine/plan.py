@@ -12,6 +12,7 @@ from lightning_drm.engine.inputs import Architecture, BaseModel, TensorHeader, o
 from lightning_drm.engine.inputs.adapter import AdapterInput
 from lightning_drm.engine.planned_task import Matcher, MismatchPolicy, PlannedTask
 from lightning_drm.engine.recipe import Recipe, Treatment
+from lightning_drm.engine.share_out import costs
 from lightning_drm.engine.vocabulary import VocabularyPolicy
 from lightning_drm.names import check_task_name
 
@@ -200,6 +201,18 @@ def _reasons_against_adapter(plan: Plan) -> list[str]:
         elif not method.supports_low_rank:
             reasons.append(f"with {type(method).__name__}, {method.not_low_rank}")
     return list(dict.fromkeys(reasons))[:5]
+
+
+def plan_costs(plan: Plan) -> dict[str, float]:
+    """What each tensor of a whole merged model costs, as far as headers tell; merged ones first."""
+    ranks: dict[str, int] = {}
+    for name in plan.kinds:
+        entries = [task.input.entries[task.names[name]] for task in plan.tasks if name in task.names]
+        if all(entry.rank for entry in entries):
+            ranks[name] = sum(entry.rank for entry in entries)
+    treatments = {**plan.treatments, **dict.fromkeys(plan.kept)}
+    shapes = {**plan.shapes, **{name: plan.headers[name].shape for name in plan.kept}}
+    return costs(treatments, shapes, len(plan.tasks), ranks)
 
 
 def read_bytes(plan: Plan) -> int:

@@ -5,9 +5,9 @@ output's precision.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_drm.merging import Delta, LowRank
@@ -66,11 +66,10 @@ def summary(records: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> tuple
 
 
 def _sample(delta: Delta) -> Tensor:
-    if isinstance(delta, LowRank):
-        rows = max(1, SAMPLE // max(1, delta.shape[1]))
-        return (delta.up[:rows] @ delta.down).flatten()[:SAMPLE].double()
-    if not delta.dim():
+    if not delta.shape:
+        assert isinstance(delta, Tensor)
         return delta.reshape(1).double()
     # Whole rows, so that a large tensor is not copied.
-    width = max(1, delta[:1].numel())
-    return delta[: max(1, -(-SAMPLE // width))].reshape(-1)[:SAMPLE].to(torch.float64)
+    rows = -(-SAMPLE // max(1, prod(delta.shape[1:])))
+    part = delta.up[:rows] @ delta.down if isinstance(delta, LowRank) else delta[:rows]
+    return part.reshape(-1)[:SAMPLE].double()

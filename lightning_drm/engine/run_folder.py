@@ -1,16 +1,19 @@
 """The run folder: where a run keeps its tasks, its merged model and its report.
 
 Files are written under another name and renamed, so what exists is whole. A task counts as done once its
-``metrics.json`` is there: it is written last.
+``metrics.json`` is there: it is written last. Several processes may work in one run folder, each on tasks of its own:
+who works on a task, or reads it, locks it.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector
+from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector, written_whole
+from lightning_drm.engine.locks import only_one
 
 
 class RunFolder:
@@ -49,6 +52,21 @@ class RunFolder:
         """Those of the tasks that are not done."""
         return [task for task in tasks if not self.is_done(task)]
 
+    @contextmanager
+    def locked(self, tasks: Sequence[str]) -> Iterator[None]:
+        """Keeps other processes from these tasks.
+
+        Args:
+            tasks: Their names.
+
+        Raises:
+            ValueError: If another process works on one of them, naming it.
+        """
+        with ExitStack() as locks:
+            for task in sorted(tasks):
+                locks.enter_context(only_one(self.task(task), f"at work on task {task!r} of {self.path}"))
+            yield
+
     def save_task_vector(self, vector: TaskVector) -> None:
         """Stores a task vector; the task is not done before `write_metrics`."""
         for outdated in (self.task(vector.task) / "metrics.json", self.base_head(vector.task)):
@@ -85,10 +103,5 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Writes a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as place:
+        place.write_text(content, encoding="utf-8")

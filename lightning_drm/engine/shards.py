@@ -1,18 +1,20 @@
 """Safetensors shards that are written tensor by tensor, and can be continued after a kill.
 
 `safetensors.save_file` needs all tensors of a file in memory at once. But names, shapes and types are known from the
-plan, so each file's header is written first, and then every tensor at the offset that the header promises. A journal
-beside the shards notes each finished tensor with the hash of its bytes; a later run takes up those whose bytes are
-still what the journal says, after a crash of the machine too.
+plan, so each file's header is written first, and then every tensor at the offset that the header promises. That is also
+why several processes can write one file, and why the files do not depend on how many there are. A journal beside the
+shards, one of each process, notes each finished tensor with the hash of its bytes; a later run, of any number of
+processes, takes up those whose bytes are still what the journal says, after a crash of the machine too.
 """
 
+import fcntl
 import json
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -22,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_drm.engine.inputs import TensorHeader
-from lightning_drm.engine.run_folder import write_json
+from lightning_drm.engine.run_folder import write_json, write_text
+from lightning_drm.ranks import ALONE, Ranks
 
 JOURNAL_FILE = ".journal.jsonl"
 INDEX_FILE = "model.safetensors.index.json"
@@ -48,9 +51,22 @@ class ShardWriter:
         headers: Every tensor that will be written.
         max_shard_size: Largest size of a file, such as ``"5GB"``.
         identity: Tells this merge from others; a journal of another one is discarded.
+        ranks: The processes that write together, all of which make the same writer; this one alone if left out.
+
+    Attributes:
+        done: What the journals say of each tensor that is written, by name: what an interrupted merge left, and what
+            this process wrote since.
     """
 
-    def __init__(self, folder: Path, headers: Mapping[str, TensorHeader], max_shard_size: str, identity: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        headers: Mapping[str, TensorHeader],
+        max_shard_size: str,
+        identity: str,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._ranks = ranks or ALONE
         self.folder = folder
         self.headers = headers
         meta = {name: torch.empty(h.shape, dtype=h.dtype, device="meta") for name, h in headers.items()}
@@ -61,8 +77,19 @@ class ShardWriter:
         self._prefixes: dict[Path, bytes] = {}
         for filename, names in self._split.filename_to_tensors.items():
             self._lay_out(folder / filename, names)
-        self._journal = folder / JOURNAL_FILE
-        self.done: dict[str, dict[str, Any]] = self._resume(identity)
+        first = json.dumps({"identity": identity}) + "\n"
+        if self._ranks.is_first:
+            kept = self._resume(identity)
+            write_text(folder / JOURNAL_FILE, first + "".join(json.dumps(record) + "\n" for record in kept.values()))
+            for old in folder.glob(_journal_of("*")):
+                old.unlink()
+        self._ranks.wait()
+        # Nobody writes into the common journal any more: all must read the same, or they would share out differently.
+        kept_lines = _whole_lines(folder / JOURNAL_FILE)[1:]
+        self.done: dict[str, dict[str, Any]] = {record["name"]: record for record in kept_lines}
+        self._journal = folder / _journal_of(self._ranks.rank)
+        self._journal.write_text(first)
+        self._written: list[str] = []
 
     @property
     def order(self) -> list[str]:
@@ -88,10 +115,12 @@ class ShardWriter:
             self._places[name] = _Place(file, len(self._prefixes[file]) + begin, end - begin)
 
     def _resume(self, identity: str) -> dict[str, dict[str, Any]]:
-        lines = _whole_lines(self._journal)
-        if lines and lines[0].get("identity") == identity and all(file.is_file() for file in self._prefixes):
-            records = {record["name"]: record for record in lines[1:] if record.get("name") in self._places}
-            return {name: record for name, record in records.items() if self.hash(name) == record["hash"]}
+        """What of an interrupted merge holds; if nothing does, empty files."""
+        journals = [_whole_lines(file) for file in sorted(self.folder.glob(f"{JOURNAL_FILE}*"))]
+        same = [lines[1:] for lines in journals if lines and lines[0].get("identity") == identity]
+        if same and all(file.is_file() for file in self._prefixes):
+            records = {r["name"]: r for lines in same for r in lines if r.get("name") in self._places}
+            return {name: record for name, record in records.items() if self._hash(name) == record["hash"]}
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.iterdir():
             old.unlink()
@@ -100,7 +129,6 @@ class ShardWriter:
             with file.open("wb") as stream:
                 stream.write(prefix)
                 stream.truncate(end)
-        self._journal.write_text(json.dumps({"identity": identity}) + "\n")
         return {}
 
     def write(self, name: str, tensor: Tensor, record: Mapping[str, Any] | None = None) -> None:
@@ -116,23 +144,37 @@ class ShardWriter:
         assert tensor.dtype == header.dtype, f"{name}: {tensor.dtype} is not {header.dtype}"
         data = _bytes(tensor)
         with place.file.open("r+b", buffering=0) as stream:
+            if self._ranks.size > 1:
+                _lock(stream, place)
             stream.seek(place.offset)
             view = data.data
             while view:  # the kernel takes at most 2 GB at once
                 view = view[stream.write(view) :]
         line = {"name": name, "hash": xxhash.xxh3_128(data.data).hexdigest(), **(record or {})}
         with self._journal.open("a") as journal:
-            if not self._ends_line():
-                journal.write("\n")
             journal.write(json.dumps(line) + "\n")
         self.done[name] = line
+        self._written.append(name)
 
-    def _ends_line(self) -> bool:
-        with self._journal.open("rb") as journal:
-            journal.seek(-1, os.SEEK_END)
-            return journal.read(1) == b"\n"
+    def collect(self) -> list[dict[str, Any]]:
+        """Reads back what this process wrote, and waits for all others to have done the same.
 
-    def hash(self, name: str) -> str:
+        Returns:
+            What all journals say, in the order of `order`.
+
+        Raises:
+            ValueError: If files are not what was written.
+        """
+        changed = [name for name in self._written if self._hash(name) != self.done[name]["hash"]]
+        if changed:
+            raise ValueError(
+                f"{self.folder} was changed by someone else while it was written: {', '.join(changed[:3])}."
+            )
+        for written in self._ranks.gather([self.done[name] for name in self._written]):
+            self.done.update({record["name"]: record for record in written})
+        return [self.done[name] for name in self.order]
+
+    def _hash(self, name: str) -> str:
         """The hash of what is in the file where a tensor belongs."""
         place, digest = self._places[name], xxhash.xxh3_128()
         with place.file.open("rb", buffering=0) as stream:
@@ -144,11 +186,25 @@ class ShardWriter:
         return digest.hexdigest()
 
     def finish(self) -> None:
-        """Writes the index, if there are several files, and takes the journal away."""
+        """Writes the index, if there are several files, and takes the journals away; only one process does."""
         if self._split.is_sharded:
             weight_map = {name: place.file.name for name, place in sorted(self._places.items())}
             write_json(self.folder / INDEX_FILE, {"metadata": self._split.metadata, "weight_map": weight_map})
-        self._journal.unlink()
+        for journal in self.folder.glob(f"{JOURNAL_FILE}*"):
+            journal.unlink()
+
+
+def _journal_of(rank: int | str) -> str:
+    return f"{JOURNAL_FILE}.{rank}"
+
+
+def _lock(stream: IO[bytes], place: _Place) -> None:
+    """Keeps a network file system from writing more of this process' cached pages than the tensor itself.
+
+    Other processes may be writing what comes before and after it in the same page. The lock ends with the file.
+    """
+    with suppress(OSError):  # a file system without locks, such as a Lustre that is mounted so, is coherent without
+        fcntl.lockf(stream, fcntl.LOCK_EX, place.size, place.offset)
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

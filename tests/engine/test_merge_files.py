@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from lightning_drm import DARETIES, DRM, TIES, Average, IsoC, TaskArithmetic
 from lightning_drm.engine import Override, Recipe, Rules, merge_files
@@ -255,3 +256,14 @@ def test_half_precision_is_rounded_once(dtype, tmp_path):
         assert torch.equal(value, (start[key] + 0.7 * (end[key] - start[key])).to(getattr(torch, dtype)))
     assert 0 < result.rounding < 0.05
     assert type(base).from_pretrained(tmp_path / "out", dtype="auto").dtype == getattr(torch, dtype)
+
+
+def test_adapters_of_layers_that_are_larger_than_the_sample(tmp_path):
+    """What is left of each task is measured on as many entries of a factored delta as of the written weight."""
+    torch.manual_seed(0)
+    base = BertModel(BertConfig(hidden_size=272, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    base.save_pretrained(tmp_path / "base")
+    models.adapter("bert", base, 1).save_pretrained(tmp_path / "a")
+    recipe, rules = Recipe(TaskArithmetic(1.0)), Rules(output_format="full")
+    result = merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", recipe, rules)
+    assert result.kept_shares["a"] == pytest.approx(1.0, abs=1e-5)

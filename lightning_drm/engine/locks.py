@@ -1,0 +1,32 @@
+"""One process at a time: locks between processes, on all nodes that see the folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def only_one(path: Path, doing: str) -> Iterator[None]:
+    """Keeps all other processes from doing the same. The system frees the lock of a process that is killed.
+
+    Args:
+        path: What it is done to; the lock is a hidden file beside it, which is there only as long as it is held.
+        doing: What is done, to complete "Another process is …".
+
+    Raises:
+        ValueError: If another process is at it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"Another process is {doing}: wait until it has ended, or stop it.") from None
+    try:
+        yield
+    finally:
+        # Before it is released: who has opened the file meanwhile sees that it is gone, and makes a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

@@ -1,0 +1,76 @@
+"""A merge from files on two processes of one thread each, against one: the layers of a ViT-B/32, eight tasks, DRM.
+
+Both are timed from the plan to the finished folder, in processes that have imported everything and found each other:
+starting Python takes the same few seconds for a model of any size.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from benchmarks.timing import make_deltas
+from safetensors.torch import load_file, save_file
+
+NUM_TASKS = 8
+NUM_BLOCKS = 3
+BLOCK = {"q": (768, 768), "k": (768, 768), "v": (768, 768), "o": (768, 768), "up": (3072, 768), "down": (768, 3072)}
+SCRIPT = """
+import json, sys, time
+from lightning_drm import DRM
+from lightning_drm.engine import Recipe, merge_files
+from lightning_drm.launch import started_together
+base, output, direction, *models = sys.argv[1:]
+with started_together() as ranks:
+    ranks.wait()
+    start = time.perf_counter()
+    models_by_task = {str(task): model for task, model in enumerate(models)}
+    merge_files(base, models_by_task, output, Recipe(DRM(direction)), ranks=ranks)
+    if ranks.is_first:
+        print(time.perf_counter() - start)
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The base and its finetunes, in files that are in the page cache."""
+    folder = tmp_path_factory.mktemp("vit")
+    deltas = {
+        f"blocks.{block}.{name}.weight": make_deltas(shape, NUM_TASKS, seed=block)
+        for block in range(NUM_BLOCKS)
+        for name, shape in BLOCK.items()
+    }
+    save_file({name: torch.zeros_like(parts[0]) for name, parts in deltas.items()}, folder / "base.safetensors")
+    for task in range(NUM_TASKS):
+        save_file({name: parts[task] for name, parts in deltas.items()}, folder / f"{task}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("direction", ["horizontal", "vertical"])
+def test_two_processes(benchmark, capsys, files, tmp_path, direction):
+    models = [files / f"{task}.safetensors" for task in range(NUM_TASKS)]
+
+    def seconds(num_processes):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        script = tmp_path / "merge.py"
+        script.write_text(SCRIPT)
+        command = [
+            sys.executable,
+            *torchrun,
+            script,
+            files / "base.safetensors",
+            tmp_path / str(num_processes),
+            direction,
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, *models], env=environment, capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    times = {1: seconds(1)}
+    times[2] = benchmark.pedantic(lambda: seconds(2), rounds=1)
+    one, two = (load_file(tmp_path / str(count) / "model.safetensors") for count in (1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    benchmark.extra_info.update(speedup=times[1] / times[2])
+    with capsys.disabled():
+        print(f"\n  DRM {direction}: 1 × 1 {times[1]:.1f} s, 2 × 1 {times[2]:.1f} s: {times[1] / times[2]:.2f} ×")
