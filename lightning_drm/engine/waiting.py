@@ -1,7 +1,8 @@
 """Where a task's deltas wait for the other tasks: on the device, in host memory, or on disk.
 
 In memory, each rank keeps the deltas of the parameters it owns. Of the others a meta tensor is left, which has a shape
-and a type but no values, so that every rank knows of every parameter.
+and a type but no values, so that every rank knows of every parameter. Only the rank that writes files has all deltas of
+one task at once, in host memory, until they are written.
 """
 
 import dataclasses
