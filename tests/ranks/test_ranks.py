@@ -1,5 +1,6 @@
 """Ranks that are late, or that do not fit together."""
 
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +34,22 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def refusals(launch: Launch) -> str:
-    """What two ranks were refused."""
-    return launch([HERE / "refusals.py"], 2).stdout
+def said(launch: Launch) -> Callable[[str, int], str]:
+    """What a rank said about a case."""
+    lines = launch([HERE / "two_ranks.py"], 2).stdout.splitlines()
+    return lambda case, rank: next(
+        line.partition(": ")[2] for line in lines if line.startswith(f"{case}, rank {rank}: ")
+    )
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_ranks_cannot_do_together_is_refused_on_each(refusals: str, case: str):
-    for rank in (0, 1):
-        line = next(line for line in refusals.splitlines() if line.startswith(f"{case}, rank {rank}: "))
-        assert REFUSALS[case] in line
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_ranks_cannot_do_together_is_refused_on_each(said: Callable[[str, int], str], case: str, rank: int):
+    assert REFUSALS[case] in said(case, rank)
+
+
+def test_buffers_are_those_of_the_first_rank_on_all(said: Callable[[str, int], str]):
+    first, second = (json.loads(said("buffers", rank)) for rank in (0, 1))
+    assert first["live"] != pytest.approx(second["live"], abs=1e-4), "the case shows nothing"
+    assert first["merged"] == second["merged"]
+    assert first["merged"] == pytest.approx(first["live"], abs=1e-6)

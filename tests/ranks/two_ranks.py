@@ -1,8 +1,9 @@
 """Run by test_ranks on two processes: what is refused there, printed by each rank.
 
-torchrun --nproc_per_node 2 refusals.py
+torchrun --nproc_per_node 2 two_ranks.py
 """
 
+import json
 import os
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_drm import DRMMergeCallback, MultiTaskModule
+from lightning_drm import Average, DRMMergeCallback, MultiTaskModule
 
 
 class Sharded(VectorTask):
@@ -38,9 +39,18 @@ class Dropping(Vectors):
         return DataLoader(self.test, batch_size=5, drop_last=True)
 
 
-def fit(module: L.LightningModule, strategy: object = "ddp") -> None:
-    trainer = quiet_trainer(strategy=strategy, devices=2, max_epochs=1, callbacks=[DRMMergeCallback(["a"])])
-    trainer.fit(module, Vectors(0))
+class Normed(VectorTask):
+    """Has running statistics, which each rank takes from its own batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone.append(nn.BatchNorm1d(5))
+
+
+def fit(module: L.LightningModule, strategy: object = "ddp") -> DRMMergeCallback:
+    merge = DRMMergeCallback(["a"], method=Average())
+    quiet_trainer(strategy=strategy, devices=2, max_epochs=1, callbacks=[merge]).fit(module, Vectors(0))
+    return merge
 
 
 CASES: dict[str, Callable[[], object]] = {
@@ -59,3 +69,8 @@ if __name__ == "__main__":
             case()
         except ValueError as error:
             print(f"{name}, rank {os.environ['RANK']}: {error}", flush=True)
+    normed = Normed()
+    merged = fit(normed).merged_module.task_module("a")
+    means = {"live": normed.backbone[-1].running_mean, "merged": merged.backbone[-1].running_mean}
+    found = json.dumps({name: tensor.tolist() for name, tensor in means.items()})
+    print(f"buffers, rank {os.environ['RANK']}: {found}", flush=True)
