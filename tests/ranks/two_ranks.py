@@ -1,4 +1,4 @@
-"""Run by test_ranks on two processes: what is refused there, printed by each rank.
+"""Run by test_ranks on two processes: what is refused, and what becomes of buffers, printed by each rank.
 
 torchrun --nproc_per_node 2 two_ranks.py
 """
