@@ -60,8 +60,7 @@ def test_accuracies_are_those_of_one_process(alone: Path, shared: Path, strategy
         for folder in (shared / f"{strategy}_{finetune}", alone / f"alone_{finetune}")
     )
     assert ours == theirs
-    assert 0 < theirs["merged"]["tokens"] < 1
-    assert theirs["individual"] != theirs["merged"]
+    assert all(0 < theirs["merged"][task] < 1 for task in TASKS), "the case shows nothing"
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
