@@ -79,7 +79,9 @@ def run(folder: Path, out: Path, strategy: str, size: int, lora: bool) -> None:
     L.seed_everything(0, verbose=False)
     data = make_data(folder, size)
     merge = DRMMergeCallback(data.task_names, method=Average(), dirpath=out)
-    MergeTrainer(callbacks=[merge], **arguments(strategy, size)).fit(make_module(folder, lora), datamodule=data)
+    trainer = MergeTrainer(callbacks=[merge], **arguments(strategy, size))
+    # As many batches as there are, of any size, for the heads on the base to see the same samples.
+    trainer.fit(make_module(folder, lora), datamodule=data, base_batches=100)
 
 
 def run_in_memory(folder: Path, out: Path, strategy: str, size: int) -> None:
