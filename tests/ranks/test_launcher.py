@@ -15,13 +15,17 @@ from safetensors.torch import load_file
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 STRATEGIES = Path(__file__).parents[2] / "configs/strategy"
-SIZES = {"ddp": [], "fsdp2": ["--trainer.strategy.init_args.data_parallel_size", "2"]}
 
 
-def options(strategy: str, backend: str) -> list[object]:
-    accelerator = {"gloo": "cpu", "nccl": "gpu"}[backend]
-    hardware = ["--trainer.accelerator", accelerator, "--trainer.devices", "2"]
-    return ["--config", STRATEGIES / f"{strategy}.yaml", *hardware, *SIZES[strategy]]
+def overlay(strategy: str, backend: str, folder: Path) -> Path:
+    """The shipped overlay, with the sizes changed to two processes, as its comment says."""
+    content = yaml.safe_load((STRATEGIES / f"{strategy}.yaml").read_text())
+    content["trainer"] |= {"accelerator": {"gloo": "cpu", "nccl": "gpu"}[backend], "devices": 2}
+    if strategy == "fsdp2":
+        content["trainer"]["strategy"]["init_args"]["data_parallel_size"] = 2
+    path = folder / f"{strategy}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def config(inputs: Path) -> Path:
     """What `together.py` does, as a configuration for 2 processes."""
     base = str(inputs / "base")
     texts = {"dataset": str(inputs / "texts.csv"), "pretrained": base, "batch_size": 4, "eval_batch_size": 3}
-    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.02, "momentum": 0.9}}
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.0}}
     content = {
         "seed_everything": 0,
         "model": {
@@ -53,13 +57,20 @@ def config(inputs: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def launched(
     request: pytest.FixtureRequest, config: Path, backend: str, launch: Launch
 ) -> tuple[list[object], Path, str]:
     """The arguments of a run, its folder after ``fit``, and what was printed."""
     folder = config.parent / f"launched_{backend}_{request.param}"
-    arguments = ["--config", config, *options(request.param, backend), "--drm.dirpath", folder]
+    arguments = [
+        "--config",
+        config,
+        "--config",
+        overlay(request.param, backend, config.parent),
+        "--drm.dirpath",
+        folder,
+    ]
     return arguments, folder, launch(["-m", "lightning_drm", "fit", *arguments]).stdout
 
 
@@ -81,7 +92,8 @@ def test_merge_starts_processes_too(alone: Path, config: Path, backend: str, lau
     """What one process finetuned, merged by two, is to the bit what one merges."""
     shutil.copytree(alone / "alone_full", tmp_path / "run", ignore=shutil.ignore_patterns("merged", "report*"))
     method = ["--drm.method", "TIES", "--drm.method.density", "0.4", "--drm.dirpath", tmp_path / "run"]
-    launch(["-m", "lightning_drm", "merge", "--config", config, *options("ddp", backend), *method])
+    files = ["--config", config, "--config", overlay("ddp", backend, tmp_path)]
+    launch(["-m", "lightning_drm", "merge", *files, *method])
     assert (tmp_path / "run/merged/model.safetensors").read_bytes() == (
         alone / "again_ties/merged/model.safetensors"
     ).read_bytes()
