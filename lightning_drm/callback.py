@@ -3,6 +3,8 @@
 It only listens: before a fit it notes the base, at the end of training, while the weights are still on their device, it
 takes the task's deltas and head. When the last task has arrived it fuses. It never changes the module that it watches,
 since checkpoints are written after it.
+
+Where several processes train together they also merge together: each keeps and merges its share of the parameters.
 """
 
 import os
@@ -11,20 +13,38 @@ from typing import Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_drm.deltas import Base, TaskVector, fingerprint
-from lightning_drm.engine import Fusion, Override, Recipe, RunFolder, model_card, write_merged
+from lightning_drm.deltas import Base, TaskVector, backbone_parameters, fingerprint
+from lightning_drm.deltas.sharded import shard_like
+from lightning_drm.engine import (
+    Fusion,
+    Override,
+    Owners,
+    Recipe,
+    RunFolder,
+    Store,
+    WaitingRoom,
+    merge_together,
+    model_card,
+    write_merged,
+)
 from lightning_drm.merging import DRM, LowRank, Method
-from lightning_drm.modules import MultiTaskModule, head_names_of
+from lightning_drm.modules import MultiTaskModule, data_parallel, head_names_of, is_sharded, without_weights
 from lightning_drm.names import check_task_name
-
-Store = Literal["auto", "device", "cpu", "disk"]
+from lightning_drm.ranks import ALONE, Ranks
 
 
 class DRMMergeCallback(Callback):
@@ -32,6 +52,9 @@ class DRMMergeCallback(Callback):
 
     One callback object serves one fit per task, each with a fresh Trainer. A fit belongs to the task that the module's
     ``task_name`` names; a module without that attribute belongs to the first of ``tasks`` that has not arrived yet.
+
+    Fits may run on one device, under ``ddp``, or sharded under ``ModelParallelStrategy`` (FSDP2). Parameters are shared
+    out over the ranks by what they cost to merge; deltas that wait on a device or in host memory wait with their owner.
 
     Args:
         tasks: The tasks' names, in the order of their fits and of the test dataloaders.
@@ -88,7 +111,10 @@ class DRMMergeCallback(Callback):
         self.recipe.check(self.tasks)
         self._base = Base()
         self._vectors: dict[str, TaskVector] = {}
+        self._ranks = ALONE
+        self._owners = Owners(self.recipe, self.tasks)
         self._fitting: str | None = None
+        self._template: LightningModule | None = None  # what is fitted, as it was before it was sharded
         self._merged: MultiTaskModule | None = None
 
     @property
@@ -98,7 +124,10 @@ class DRMMergeCallback(Callback):
 
     @property
     def task_vectors(self) -> dict[str, TaskVector]:
-        """The task vectors that have arrived, in the order of ``tasks``."""
+        """The task vectors that have arrived, in the order of ``tasks``.
+
+        Under several ranks, deltas that another rank keeps are meta tensors here.
+        """
         return {task: self._vectors[task] for task in self.tasks if task in self._vectors}
 
     @property
@@ -135,25 +164,52 @@ class DRMMergeCallback(Callback):
         if stage != "fit":
             return
         refuse_strategy(trainer.strategy)
+        self.join(trainer.world_size)
         self._fitting = self._task_of(pl_module)
-        self._base.remember(pl_module, head_names_of(pl_module, self.head), self._fitting)
+        if not isinstance(trainer.strategy, ModelParallelStrategy):
+            self._remember(pl_module)
+            return
+        data_parallel(trainer.strategy.device_mesh)
+        if not any(True for _ in pl_module.parameters()):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no weights yet: under ModelParallelStrategy, load them before the "
+                "fit, and let configure_model shard them."
+            )
+        self._template = without_weights(pl_module)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only now are the weights sharded; and such a strategy reads the weights of a resumed fit after this hook.
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._remember(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._fitting is not None, "setup names the task before training starts"
-        vector = self._base.task_vector(
-            pl_module, head_names_of(pl_module, self.head), self._fitting, _settings_of(pl_module)
-        )
-        self._keep(vector, trainer)
+        vector = self._collect(pl_module, self._fitting)
+        self._vectors[vector.task] = vector
         rank_zero_info(f"Collected task {vector.task!r} ({len(self._vectors)} of {len(self.tasks)}).")
         self._fitting = None
         if not self.missing:
-            self.fuse(pl_module, device=pl_module.device, write=trainer.is_global_zero)
-            trainer.strategy.barrier("lightning_drm: merged model written")
+            self.fuse(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._fitting = None
+
+    def join(self, world_size: int) -> Ranks:
+        """Lets all ranks of the default process group collect and merge together from now on; called by every fit.
+
+        Args:
+            world_size: How many processes take part in it; 1 leaves this one alone.
+
+        Returns:
+            The ranks.
+        """
+        if self._ranks.size != world_size:
+            self._ranks = Ranks.of_process_group() if world_size > 1 else ALONE
+            self._owners = Owners(self.recipe, self.tasks)
+        return self._ranks
 
     def restore(self, tasks: Sequence[str] | None = None) -> None:
         """Takes up task vectors that the run folder already has.
@@ -175,15 +231,15 @@ class DRMMergeCallback(Callback):
     def fuse(
         self, module: LightningModule, *, device: torch.device | None = None, write: bool = True
     ) -> MultiTaskModule:
-        """Merges all task vectors; called by itself when the last task has arrived.
+        """Merges all task vectors; called by itself when the last task has arrived. All ranks call it together.
 
         Args:
             module: Any task's module, trained or not; it stays as it is.
             device: Where to compute; the module's if left out.
-            write: Whether this process writes the merged model into the run folder.
+            write: Whether to write the merged model into the run folder, if there is one. One rank does.
 
         Returns:
-            The merged model, also available as `merged_module`.
+            The merged model, on the module's device or sharded as the module is, also available as `merged_module`.
 
         Raises:
             RuntimeError: If tasks are missing.
@@ -191,36 +247,26 @@ class DRMMergeCallback(Callback):
         if self.missing:
             raise RuntimeError(f"Cannot merge: tasks {', '.join(self.missing)} have not arrived.")
         head = head_names_of(module, self.head)
-        device = device or module.device
-        fusion = Fusion(self.recipe, list(self.task_vectors.values()), device)
-        # Copied: the module may train on, and must not change the merged model by it.
-        backbone = {name: tensor.to(device, copy=True) for name, tensor in self._base.tensors(module, head).items()}
-        name = type(self.recipe.method).__name__
-        deltas = track(fusion, f"merging with {name}", total=len(fusion), disable=not write)
-        for parameter, delta in deltas:
-            base = backbone[parameter]
-            backbone[parameter] = (base.to(delta.dtype) + delta).to(base.dtype)
-        heads = {
-            task: {key: tensor.to(device) for key, tensor in vector.head.items()}
-            for task, vector in self.task_vectors.items()
+        heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
+        writes = write and self.run_folder is not None and self._ranks.is_first
+        backbone, written = self._merged_backbone(module, head, device or module.device, writes)
+        template = self._template if is_sharded(module) else module
+        assert template is not None, "a module that is sharded went through setup"
+        here = {
+            task: {name: tensor.to(module.device) for name, tensor in state.items()} for task, state in heads.items()
         }
-        self._merged = MultiTaskModule.assemble(module, head, backbone, heads)
-        if write and self.run_folder is not None:
-            any_task = self._merged.task_module(self.tasks[0])
-            card = model_card(
-                self.recipe,
-                {task: {"parameters with a delta": len(vector.deltas)} for task, vector in self.task_vectors.items()},
-                base=getattr(module, "backbone_name", None),
-                base_fingerprint=fingerprint(self._base.hashes),
-            )
-            write_merged(self.run_folder.merged, any_task, head, heads, card)
+        self._merged = MultiTaskModule.assemble(template, head, backbone, here)
+        if writes:
+            of_one = {self.tasks[0]: heads[self.tasks[0]]}
+            self._write(MultiTaskModule.assemble(template, head, written, of_one), head, heads)
+        self._ranks.wait()
         return self._merged
 
     def finetuned_module(self, module: LightningModule, task: str) -> MultiTaskModule:
-        """Rebuilds one task's finetuned model from its task vector.
+        """Rebuilds one task's finetuned model from its task vector. All ranks call it together.
 
         Args:
-            module: Any task's untrained module; it stays as it is.
+            module: Any task's untrained module, not sharded; it stays as it is.
             task: The task's name.
 
         Returns:
@@ -229,12 +275,53 @@ class DRMMergeCallback(Callback):
         vector = self._vectors[task]
         head = head_names_of(module, self.head)
         backbone = self._base.tensors(module, head)
-        for name, delta in vector.deltas.items():
+        for name in vector.deltas:
+            base, delta = backbone[name], self._waiting_room.everywhere(vector, name)
             dense = delta.dense() if isinstance(delta, LowRank) else delta
-            base = backbone[name]
             backbone[name] = (base.to(dense.dtype) + dense.to(base.device)).to(base.dtype)
         heads = {task: {key: tensor.to(module.device) for key, tensor in vector.head.items()}}
         return MultiTaskModule.assemble(module, head, backbone, heads)
+
+    def _merged_backbone(
+        self, module: LightningModule, head: Sequence[str], device: torch.device, writes: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The merged backbone as the module holds its own; and, for the rank that writes, all of it in host memory."""
+        base = self._base.tensors(module, head)
+        self._share_out(module, head)
+        fusion = Fusion(
+            self.recipe,
+            list(self.task_vectors.values()),
+            device,
+            shapes={name: tuple(tensor.shape) for name, tensor in base.items()},
+            share={name for name, owner in self._owners.items() if owner == self._ranks.rank},
+            reduce=self._ranks.sum,
+        )
+        backbone: dict[str, Tensor] = {}
+        written: dict[str, Tensor] = {}
+        with Progress(disable=not self._ranks.is_first) as bar:
+            row = bar.add_task(f"merging with {type(self.recipe.method).__name__}", total=None)
+
+            def progress(done: int, total: int) -> None:
+                bar.update(row, completed=done, total=total)
+
+            for name, weight in merge_together(fusion, base, self._owners, self._ranks, progress):
+                # Copied where it is the base's: the module may train on, and must not change the merged model by it.
+                own = weight.to(module.device, copy=name not in fusion.kinds)
+                backbone[name] = shard_like(own, base[name])
+                if writes:
+                    written[name] = own.cpu()
+        return backbone, written
+
+    def _write(self, merged: MultiTaskModule, head: tuple[str, ...], heads: Mapping[str, Mapping[str, Tensor]]) -> None:
+        assert self.run_folder is not None
+        any_task = merged.task_module(merged.task_names[0])
+        card = model_card(
+            self.recipe,
+            {task: {"parameters with a delta": len(vector.deltas)} for task, vector in self.task_vectors.items()},
+            base=getattr(any_task, "backbone_name", None),
+            base_fingerprint=fingerprint(self._base.hashes),
+        )
+        write_merged(self.run_folder.merged, any_task, head, heads, card)
 
     def _task_of(self, module: LightningModule) -> str:
         name = getattr(module, "task_name", None)
@@ -248,18 +335,33 @@ class DRMMergeCallback(Callback):
             )
         return str(name)
 
-    def _keep(self, vector: TaskVector, trainer: Trainer) -> None:
-        store = self.store
-        if self.run_folder is not None:
-            if trainer.is_global_zero:
-                self.run_folder.save_task_vector(vector)
-            trainer.strategy.barrier("lightning_drm: deltas written")
-            if store in ("auto", "disk"):
-                self._vectors[vector.task] = self.run_folder.load_task_vector(vector.task)
-                return
-        if store == "cpu" or (store == "auto" and not _fits_on_device(vector)):
-            vector = _to_cpu(vector)
-        self._vectors[vector.task] = vector
+    def _remember(self, module: LightningModule) -> None:
+        """Notes the base, and refuses before training what could not be merged after it."""
+        assert self._fitting is not None
+        head = head_names_of(module, self.head)
+        self._base.remember(module, head, self._fitting, self._ranks)
+        trained = self._base.trained(module, head)
+        shapes = {name: tuple(parameter.tensor.shape) for name, parameter in trained.items()}
+        if problems := self.recipe.misfits({name: parameter.kind for name, parameter in trained.items()}, shapes):
+            raise ValueError("\n".join(problems))
+        self._owners.share_out(trained, self._ranks.size)
+
+    def _collect(self, module: LightningModule, task: str) -> TaskVector:
+        """Takes a task's deltas, stores them if there is a run folder, and returns what this rank keeps of them."""
+        room = self._waiting_room
+        head = head_names_of(module, self.head)
+        settings = _settings_of(module)
+        return room.take_in(self._base.task_vector(module, head, task, settings, ranks=self._ranks, keep=room.place))
+
+    @property
+    def _waiting_room(self) -> WaitingRoom:
+        return WaitingRoom(self.store, self.run_folder, self._owners, self._ranks)
+
+    def _share_out(self, module: LightningModule, head: Sequence[str]) -> None:
+        """Finds owners for what only stored task vectors train."""
+        parameters = backbone_parameters(module, head)
+        names = [name for vector in self.task_vectors.values() for name in vector.deltas]
+        self._owners.share_out({name: parameters[name] for name in names}, self._ranks.size)
 
 
 def refuse_strategy(strategy: Strategy) -> None:
@@ -278,39 +380,18 @@ def refuse_strategy(strategy: Strategy) -> None:
             f"{name} starts its processes by {method}, which loses the callback's deltas when they end; "
             "use strategy 'ddp', which starts scripts."
         )
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(f"{name} is not supported by DRMMergeCallback; use a single device or 'ddp'.")
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            f"{name} (FSDP1) keeps a layer's weights in one flat tensor, of which DRMMergeCallback takes no deltas; "
+            "use ModelParallelStrategy (FSDP2), as in configs/strategy/fsdp2.yaml."
+        )
+    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    if not supported or isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"{name} is not supported by DRMMergeCallback; use a single device, 'ddp' or ModelParallelStrategy."
+        )
 
 
 def _settings_of(module: LightningModule) -> Mapping[str, object]:
     settings = getattr(module, "finetune_settings", None)
     return settings if settings is not None else {}
-
-
-def _fits_on_device(vector: TaskVector) -> bool:
-    """Whether the device keeps room for training after holding the deltas: as much again as they take."""
-    tensors = _tensors(vector)
-    if not tensors or tensors[0].device.type != "cuda":
-        return True
-    free, _ = torch.cuda.mem_get_info(tensors[0].device)
-    return free > sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _tensors(vector: TaskVector) -> list[Tensor]:
-    deltas = vector.deltas.values()
-    return [t for delta in deltas for t in ((delta.up, delta.down) if isinstance(delta, LowRank) else (delta,))]
-
-
-def _to_cpu(vector: TaskVector) -> TaskVector:
-    deltas = {
-        name: LowRank(delta.up.cpu(), delta.down.cpu()) if isinstance(delta, LowRank) else delta.cpu()
-        for name, delta in vector.deltas.items()
-    }
-    return TaskVector(
-        vector.task,
-        deltas,
-        vector.kinds,
-        {name: tensor.cpu() for name, tensor in vector.head.items()},
-        vector.base_hashes,
-        vector.settings,
-    )

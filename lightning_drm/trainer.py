@@ -2,18 +2,23 @@
 
 The orchestration only: a fresh Trainer and a fresh module per task (a Trainer fits once), the same seed before each,
 and a run folder that remembers what is done. Deltas and fusing are the callback's, accuracies the evaluation's.
+
+Under a strategy of several processes, all of them go through all of it together, from before the first fit to the
+report. What the run folder says is read by one rank, for the others may see it late; and that rank writes.
 """
 
 import copy
 import gc
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from signal import SIGTERM
+from typing import Any, TypeVar, cast
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from safetensors.torch import load_file
@@ -21,14 +26,16 @@ from typing_extensions import override
 
 from lightning_drm.callback import DRMMergeCallback, refuse_strategy
 from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.deltas import write_tensors
+from lightning_drm.deltas import head_state, write_tensors
 from lightning_drm.engine import RunFolder, read_merged
 from lightning_drm.evaluation import Comparison, linear_probe, logged_metrics, measure, terminal_table, write_report
-from lightning_drm.modules import MultiTaskModule, duplicate, head_names_of
+from lightning_drm.modules import MultiTaskModule, data_parallel, duplicate, head_names_of
 from lightning_drm.progress import TaskProgressBar
+from lightning_drm.ranks import ALONE, Ranks
 from lightning_drm.settings import changed_settings, finetune_settings
 
 Accuracies = dict[str, float | None]
+T = TypeVar("T")
 
 
 class MergeTrainer(Trainer):
@@ -44,7 +51,10 @@ class MergeTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         given = kwargs.get("callbacks") or []
         self._given_callbacks = list(given) if isinstance(given, Sequence) else [given]
-        self._arguments = {**kwargs, "callbacks": self._given_callbacks}  # Lightning adds to the list it got
+        # Lightning adds to the list of callbacks that it got, and a strategy serves one Trainer.
+        self._arguments = {**kwargs, "callbacks": self._given_callbacks}
+        self._arguments["strategy"] = copy.deepcopy(kwargs.get("strategy", "auto"))
+        self._ranks: Ranks = ALONE
         super().__init__(**kwargs)
         self._console = Console(quiet=not is_writer(), highlight=False)
 
@@ -83,8 +93,8 @@ class MergeTrainer(Trainer):
         merge, folder = self._merge_callback(datamodule)
         tasks = _chosen(merge.tasks, only)
         settings = {task: self._settings(model, datamodule, task) for task in tasks}
-        with _locked(folder, tasks):
-            done = [] if retrain else _still_valid(folder, settings)
+
+        def finetune_and_merge(done: list[str]) -> None:
             if only is None:
                 merge.restore(done)
             for task in tasks:
@@ -95,7 +105,12 @@ class MergeTrainer(Trainer):
                     self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
             if only is None:
                 self._merge_and_report(merge, folder, model, datamodule)
-                return
+
+        with _locked(folder, tasks):
+            found = [] if retrain else _still_valid(folder, settings)
+            self._on_all_ranks(merge, lambda: finetune_and_merge(self.strategy.broadcast(found)))
+        if only is None:
+            return
         if missing := folder.missing(merge.tasks):
             self._say(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
         else:
@@ -113,9 +128,13 @@ class MergeTrainer(Trainer):
         """
         merge, folder = self._merge_callback(datamodule)
         _require_done(folder, merge.tasks)
-        with _locked(folder, merge.tasks):
+
+        def restore_and_merge() -> None:
             merge.restore()
             self._merge_and_report(merge, folder, model, datamodule)
+
+        with _locked(folder, merge.tasks):
+            self._on_all_ranks(merge, restore_and_merge)
 
     @override
     def test(  # type: ignore[override]  # some of Lightning's arguments come as keywords
@@ -145,17 +164,35 @@ class MergeTrainer(Trainer):
         merge, folder = self._merge_callback(datamodule)
         _require_done(folder, merge.tasks)
         with _locked(folder, merge.tasks):
-            return [self._measure_again(merge, folder, model, datamodule)]
+            return self._on_all_ranks(merge, lambda: [self._measure_again(merge, folder, model, datamodule)])
+
+    def _on_all_ranks(self, merge: DRMMergeCallback, function: Callable[[], T]) -> T:
+        """Calls a function on all processes of the strategy, which start here unless something else started them."""
+
+        def joined() -> T:
+            self.strategy.connect(LightningModule())  # a strategy that shards wants one to tell of its mesh
+            self.strategy.setup_environment()
+            self._ranks = merge.join(self.world_size)
+            return function()
+
+        launcher = self.strategy.launcher
+        if launcher is None:
+            return joined()
+        try:
+            return cast(T, launcher.launch(joined, trainer=self))
+        except BaseException:
+            launcher.kill(SIGTERM)
+            raise
 
     def _measure_again(
-        self, merge: DRMMergeCallback, folder: RunFolder, model: LightningModule, datamodule: MultiTaskDataModule
-    ) -> dict[str, float]:
+        self, merge: DRMMergeCallback, folder: RunFolder, template: LightningModule, datamodule: MultiTaskDataModule
+    ) -> Mapping[str, float]:
         merge.restore()
         base: Accuracies = {}
         individual: Accuracies = {}
         for task in merge.tasks:
-            base[task], individual[task] = self._measure_stored(model, datamodule.tasks[task], task, merge, folder)
-        module = self._fresh_module(model, datamodule.tasks[merge.tasks[0]])
+            base[task], individual[task] = self._measure_stored(template, datamodule.tasks[task], task, merge, folder)
+        module = self._fresh_module(template, datamodule.tasks[merge.tasks[0]])
         head = head_names_of(module, merge.head)
         heads = read_merged(folder.merged, module, head, merge.tasks)
         merged = self._measure(MultiTaskModule.assemble(module, head, {}, heads), datamodule, "merged · test")
@@ -178,6 +215,7 @@ class MergeTrainer(Trainer):
         arguments = {
             "default_root_dir": folder.task(task),
             **{name: value for name, value in self._arguments.items() if value is not None},
+            "strategy": self._own_strategy(),
             "callbacks": [*callbacks, merge, *self._progress_bar(f"{task} · finetune")],
         }
         if arguments.get("logger"):
@@ -192,7 +230,7 @@ class MergeTrainer(Trainer):
         base = self._probe_base(template, data, task, merge, base_batches)
         if is_writer():
             folder.write_metrics(task, {"individual": accuracy, "base": base, "finetune_seconds": round(seconds, 1)})
-        self.strategy.barrier(f"lightning_drm: {task} done")
+        self._ranks.wait()
 
     def _probe_base(
         self, template: LightningModule, data: LightningDataModule, task: str, merge: DRMMergeCallback, max_batches: int
@@ -200,23 +238,30 @@ class MergeTrainer(Trainer):
         """Accuracy of the untouched backbone with a linear head trained on it; ``None`` where that is not cheap."""
         if max_batches <= 0:
             return None
-        module = self._fresh_module(template, data).to(self.strategy.root_device)
+        module = self._fresh_module(template, data)
         head = head_names_of(module, merge.head)
-        state = linear_probe(module, head, data.train_dataloader(), max_batches)
+        base = MultiTaskModule.assemble(module, head, {}, {task: head_state(module, head)})
+        if isinstance(self.strategy, ModelParallelStrategy):
+            base.shard(data_parallel(self.strategy.device_mesh))
+        base.to(self.strategy.root_device)
+        state = linear_probe(base.task_module(task), head, data.train_dataloader(), max_batches)
         if state is None:
             return None
         if is_writer():
             write_tensors(_folder_of(merge).base_head(task), state)
-        return self._measure(MultiTaskModule.assemble(module, head, {}, {task: state}), data, f"{task} · base")[task]
+        for name, tensor in head_state(base.task_module(task), head).items():
+            tensor.data.copy_(state[name])
+        return self._measure(base, data, f"{task} · base")[task]
 
     def _merge_and_report(
         self, merge: DRMMergeCallback, folder: RunFolder, template: LightningModule, datamodule: MultiTaskDataModule
     ) -> None:
         if not merge.is_merged:
             module = self._fresh_module(template, datamodule.tasks[merge.tasks[0]])
-            merge.fuse(module, device=self.strategy.root_device, write=is_writer())
-            self.strategy.barrier("lightning_drm: merged model written")
-        metrics = {task: folder.read_metrics(task) for task in merge.tasks}
+            merge.fuse(module, device=self.strategy.root_device)
+        metrics = self.strategy.broadcast(
+            {task: folder.read_metrics(task) for task in merge.tasks} if is_writer() else {}
+        )
         base = {task: metrics[task]["base"] for task in merge.tasks}
         individual = {task: metrics[task]["individual"] for task in merge.tasks}
         merged = self._measure(merge.merged_module, datamodule, "merged · test")
@@ -238,7 +283,12 @@ class MergeTrainer(Trainer):
         self._console.print(sentence, soft_wrap=True)
 
     def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, float]:
-        return measure(module, data, self._arguments, self._progress_bar(label))
+        arguments = {**self._arguments, "strategy": self._own_strategy()}
+        return measure(module, data, arguments, self._progress_bar(label))
+
+    def _own_strategy(self) -> Any:
+        """The strategy as it was given, for a Trainer of its own."""
+        return copy.deepcopy(self._arguments["strategy"])
 
     def _measure_stored(
         self,
@@ -249,14 +299,13 @@ class MergeTrainer(Trainer):
         folder: RunFolder,
     ) -> tuple[float | None, float]:
         """Accuracy of the base (``None`` if it has no head) and of the finetune, rebuilt from the run folder."""
-        module = self._fresh_module(template, data).to(self.strategy.root_device)
+        module = self._fresh_module(template, data)
         head = head_names_of(module, merge.head)
         base = None
         if folder.base_head(task).is_file():
-            state = {name: tensor.to(module.device) for name, tensor in load_file(folder.base_head(task)).items()}
-            base = self._measure(MultiTaskModule.assemble(module, head, {}, {task: state}), data, f"{task} · base")[
-                task
-            ]
+            state = load_file(folder.base_head(task))
+            untouched = MultiTaskModule.assemble(module, head, {}, {task: state})
+            base = self._measure(untouched, data, f"{task} · base")[task]
         individual = merge.finetuned_module(module, task)
         return base, self._measure(individual, data, f"{task} · test")[task]
 
@@ -265,7 +314,9 @@ class MergeTrainer(Trainer):
         self._reseed()
         module = duplicate(template)
         if hasattr(module, "configure_task"):
-            data.prepare_data()
+            if self.local_rank == 0 if data.prepare_data_per_node else is_writer():
+                data.prepare_data()
+            self._ranks.wait()
             data.setup("fit")
             if not hasattr(data, "num_classes"):
                 raise ValueError(f"{type(data).__name__} has no `num_classes`, which {type(module).__name__} asks for.")

@@ -6,11 +6,14 @@ import pytest
 import torch
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import Vectors, VectorTask, quiet_trainer
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from lightning_drm import DRM, TIES, Average, DRMMergeCallback, MultiTaskModule, TaskArithmetic
+from lightning_drm.callback import refuse_strategy
+from lightning_drm.engine import Override
 
 TASKS = ("first", "second", "third")
 
@@ -206,6 +209,38 @@ def test_spawned_processes_are_refused_by_name():
     merge = DRMMergeCallback(["a"])
     with pytest.raises(ProcessRaisedException, match=r"DDPStrategy starts its processes by spawn.*use strategy 'ddp'"):
         quiet_trainer(strategy="ddp_spawn", devices=2, callbacks=[merge]).fit(VectorTask(), Vectors(0))
+
+
+class PartitionedStrategy(DeepSpeedStrategy):
+    """DeepSpeed's strategy, which is a kind of DDPStrategy, without DeepSpeed."""
+
+    def __init__(self) -> None:
+        DDPStrategy.__init__(self)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FSDPStrategy, r"FSDPStrategy \(FSDP1\).*use ModelParallelStrategy \(FSDP2\)"),
+        (PartitionedStrategy, "not supported"),
+    ],
+)
+def test_strategies_without_whole_weights_are_refused_by_name(strategy: type, message: str):
+    with pytest.raises(ValueError, match=message):
+        refuse_strategy(strategy())
+
+
+def test_a_recipe_that_fits_no_matrix_is_refused_before_training():
+    started = []
+
+    class Notes(Callback):
+        def on_train_start(self, *_: object) -> None:
+            started.append(True)
+
+    merge = DRMMergeCallback(["a"], overrides=[Override("backbone.0.bias", rule="method")])
+    with pytest.raises(ValueError, match=r"backbone\.0\.bias has shape \(8,\), but DRM merges matrices"):
+        quiet_trainer(callbacks=[merge, Notes()]).fit(VectorTask(), Vectors(0))
+    assert not started
 
 
 def test_a_module_without_a_head_is_refused_until_told():

@@ -189,7 +189,7 @@ def test_retrain_makes_changed_settings_possible(config: Path, tmp_path: Path):
 @pytest.mark.parametrize("subcommand", ["fit", "merge", "test"])
 def test_every_shipped_configuration_is_accepted_with_every_subcommand(subcommand: str, capsys: pytest.CaptureFixture):
     quickstarts = sorted(CONFIGS.glob("quickstart*.yaml"))
-    overlays = [None, *sorted(CONFIGS.glob("method/*.yaml"))]
+    overlays = [None, *sorted(CONFIGS.glob("method/*.yaml")), *sorted(CONFIGS.glob("strategy/*.yaml"))]
     assert len(quickstarts) == 2
     for quickstart in quickstarts:
         for overlay in overlays:
@@ -198,6 +198,31 @@ def test_every_shipped_configuration_is_accepted_with_every_subcommand(subcomman
                 main([subcommand, *arguments, "--print_config"])
             assert stopped.value.code == 0
             assert yaml.safe_load(capsys.readouterr().out)["drm"]["method"]["class_path"].startswith("lightning_drm.")
+
+
+STRATEGIES = {
+    "single_gpu": {"accelerator": "gpu", "devices": 1, "strategy": "auto"},
+    "ddp": {"accelerator": "gpu", "devices": "auto", "strategy": "ddp"},
+    "fsdp2": {"accelerator": "gpu", "inference_mode": False},
+    "slurm": {"accelerator": "gpu", "devices": "auto", "strategy": "ddp", "enable_progress_bar": False},
+}
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "merge", "test"])
+@pytest.mark.parametrize("overlay", STRATEGIES)
+def test_strategies_lie_over_any_configuration(overlay: str, subcommand: str, capsys: pytest.CaptureFixture):
+    files = ["--config", str(CONFIGS / "quickstart.yaml"), "--config", str(CONFIGS / "strategy" / f"{overlay}.yaml")]
+    with pytest.raises(SystemExit):
+        main([subcommand, *files, "--print_config"])
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    assert {name: parsed["trainer"][name] for name in STRATEGIES[overlay]} == STRATEGIES[overlay]
+    assert parsed["trainer"]["max_steps"] == 100, "the rest stays"
+    if overlay == "fsdp2":
+        strategy = parsed["trainer"]["strategy"]
+        assert strategy["class_path"] == "lightning.pytorch.strategies.ModelParallelStrategy"
+        assert strategy["init_args"]["data_parallel_size"] == parsed["trainer"]["devices"]
+        assert strategy["init_args"]["tensor_parallel_size"] == 1
+    assert parsed["drm"]["store"] == ("disk" if overlay == "slurm" else "auto")
 
 
 def test_it_runs_as_a_module_and_as_a_script():

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 import yaml
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 KINDS = {"colour": ["red", "green", "blue"], "pet": ["cat", "dog"]}  # by task, its classes: the telling words
@@ -63,15 +63,16 @@ def quiet_trainer(**arguments: object) -> L.Trainer:
     return L.Trainer(**{**defaults, "enable_progress_bar": False, "enable_model_summary": False, **arguments})
 
 
-def save_tiny_bert(folder: Path) -> str:
+def save_tiny_bert(folder: Path, **settings: object) -> str:
     """A pretrained-model folder: a two-layer BERT with a word tokenizer, as ``from_pretrained`` wants it."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
     BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        **settings,
+    )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return str(folder)
 
@@ -88,6 +89,36 @@ def save_texts(path: Path, kinds: list[str], seed: int, count: int = 120) -> str
             draw.shuffle(words)
             writer.writerow([" ".join(words), kind])
     return str(path)
+
+
+COLOURS = ["red", "green", "blue"]
+
+
+class Tokens(L.LightningDataModule):
+    """A user's own data: token numbers, of which one tells the class; processes share it as Lightning does."""
+
+    num_classes = len(COLOURS)
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        generator = torch.Generator().manual_seed(5)
+        labels = torch.randint(len(COLOURS), (75,), generator=generator)
+        ids = torch.randint(8, 14, (75, 5), generator=generator)
+        ids[:, 2] = labels + 5
+        rows = [
+            {"input_ids": i, "attention_mask": torch.ones_like(i), "labels": label}
+            for i, label in zip(ids, labels, strict=True)
+        ]
+        self.train, self.test = rows[:64], rows[64:]  # 11 to test: no number of processes divides them
+
+    def train_dataloader(self) -> DataLoader:
+        in_turns = self.trainer is not None and self.trainer.training and self.trainer.world_size > 1
+        order = DistributedSampler(self.train, shuffle=False) if in_turns else None
+        return DataLoader(self.train, self.batch_size, sampler=order)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, batch_size=3)
 
 
 def save_run_config(folder: Path) -> Path:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from typing_extensions import override
 
 from lightning_drm.data.labels import LABELS, encode_labels
 from lightning_drm.data.loading import DataFiles, load_splits, pick_splits
-from lightning_drm.data.padding import PaddedDataset, num_replicas
+from lightning_drm.data.padding import PaddedDataset, num_replicas, taking_turns
 from lightning_drm.data.splits import complete, limit
 from lightning_drm.pretrained import resolve_pretrained
 
@@ -166,9 +166,10 @@ class DatasetTask(LightningDataModule, ABC):
 
     @override
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Batches in an order that depends on the seed."""
+        """Batches in an order that depends on the seed, and not on the number of processes that share them."""
         generator = torch.Generator().manual_seed(self.seed)
-        return self._loader(self.splits["train"], self.batch_size, shuffle=True, generator=generator)
+        order = taking_turns(RandomSampler(self.splits["train"], generator=generator), self.trainer)
+        return self._loader(self.splits["train"], self.batch_size, sampler=order, generator=generator)
 
     @override
     def val_dataloader(self) -> DataLoader[Batch]:

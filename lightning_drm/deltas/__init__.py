@@ -3,7 +3,7 @@
 from lightning_drm.deltas.collect import Base
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
 from lightning_drm.deltas.lora import remove_adapters
-from lightning_drm.deltas.parameters import Kind, backbone_parameters, head_state
+from lightning_drm.deltas.parameters import Kind, Parameter, backbone_parameters, head_state
 from lightning_drm.deltas.store import (
     DELTAS_FILE,
     HEAD_FILE,
@@ -20,6 +20,7 @@ __all__ = [
     "HEAD_FILE",
     "Base",
     "Kind",
+    "Parameter",
     "StoredDeltas",
     "TaskVector",
     "backbone_parameters",

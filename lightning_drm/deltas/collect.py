@@ -6,18 +6,26 @@ subtraction would round most small deltas to zero. LoRA layers give their factor
 
 Cost: one pass over the backbone to hash it and one copy of its trainable part, once for all tasks; one pass per task
 to verify what was frozen and one to subtract.
+
+Under several ranks, all of them take part. Weights that are sharded stay so: each rank notes and subtracts its piece,
+and the whole of a delta is put together for one parameter at a time. Where every rank has all weights, buffers still
+differ (a batch norm sees each rank's own batches); rank 0's count, as in checkpoints.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_drm.deltas.fingerprint import describe_difference, hash_tensor
+from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
 from lightning_drm.deltas.lora import adapted_weight_delta, refuse_unsupported_adapters
 from lightning_drm.deltas.parameters import Parameter, backbone_parameters, head_state
+from lightning_drm.deltas.sharded import from_piece, piece, whole
 from lightning_drm.deltas.task_vector import TaskVector
 from lightning_drm.merging import Delta, LowRank
+from lightning_drm.ranks import ALONE, Ranks
+
+Keep = Callable[[str, Delta], Delta]
 
 
 class Base:
@@ -28,28 +36,32 @@ class Base:
 
     def __init__(self) -> None:
         self.hashes: dict[str, str] = {}
-        self._tensors: dict[str, Tensor] = {}
+        self._pieces: dict[str, Tensor] = {}  # all of a tensor, where it is not sharded
         self._set_by: str | None = None
 
-    def remember(self, module: nn.Module, head: Sequence[str], task: str) -> None:
+    def remember(self, module: nn.Module, head: Sequence[str], task: str, ranks: Ranks = ALONE) -> None:
         """Notes the base before a task's first training step, or checks that it is the one already noted.
 
         Args:
             module: The task's module, untrained, with its adapters in place.
             head: Names of its head.
             task: The task's name, for messages.
+            ranks: The processes that train it together.
 
         Raises:
-            ValueError: If the base differs from the one of an earlier task, naming parameters, or the module could not
-                be collected after training: its head is not there or has adapters, or an adapter is not supported.
+            ValueError: If the base differs from the one of an earlier task, naming parameters, or between ranks, or the
+                module could not be collected after training: its head is not there or has adapters, or an adapter is
+                not supported.
         """
         refuse_unsupported_adapters(module)
         head_state(module, head)
         parameters = backbone_parameters(module, head)
-        self.require({name: hash_tensor(p.tensor) for name, p in parameters.items()}, task)
+        hashes = {name: hash_tensor(whole(p.tensor)) for name, p in parameters.items()}
+        _require_agreement(ranks.gather(fingerprint(hashes)), task)
+        self.require(hashes, task)
         for name, parameter in parameters.items():
-            if name not in self._tensors and _may_train(parameter):
-                self._tensors[name] = parameter.tensor.detach().to("cpu", copy=True)
+            if name not in self._pieces and _may_train(parameter):
+                self._pieces[name] = piece(parameter.tensor.detach()).to("cpu", copy=True)
 
     def require(self, hashes: Mapping[str, str], task: str) -> None:
         """Checks that a task started from this base; the first one asked defines it.
@@ -69,8 +81,25 @@ class Base:
                 "Every task must load the same pretrained weights, in the same dtype."
             )
 
+    def trained(self, module: nn.Module, head: Sequence[str]) -> dict[str, Parameter]:
+        """The parameters that may get a delta, by name: those that were not frozen when the base was noted.
+
+        Args:
+            module: A module whose base was remembered.
+            head: Names of its head.
+        """
+        parameters = backbone_parameters(module, head)
+        return {name: p for name, p in parameters.items() if p.adapter is not None or name in self._pieces}
+
     def task_vector(
-        self, module: nn.Module, head: Sequence[str], task: str, settings: Mapping[str, object] | None = None
+        self,
+        module: nn.Module,
+        head: Sequence[str],
+        task: str,
+        settings: Mapping[str, object] | None = None,
+        *,
+        ranks: Ranks = ALONE,
+        keep: Keep | None = None,
     ) -> TaskVector:
         """Takes what training added to the base.
 
@@ -79,9 +108,11 @@ class Base:
             head: Names of its head.
             task: The task's name.
             settings: Hyper-parameters of the finetune to keep with it.
+            ranks: The processes that trained it together.
+            keep: What becomes of each delta as it is taken, given its name and itself on the module's device.
 
         Returns:
-            The task vector, its tensors on the module's device and independent of the module.
+            The task vector, its tensors independent of the module, and on its device unless `keep` moves them.
 
         Raises:
             ValueError: If a delta is not finite, or a parameter that was frozen at the start has changed.
@@ -90,24 +121,27 @@ class Base:
         parameters = backbone_parameters(module, head)
         problems = []
         for name, parameter in parameters.items():
-            base = self._tensors.get(name)
+            base, tensor = self._pieces.get(name), _settled(parameter.tensor, ranks)
+            delta: Delta | None = None
             if parameter.adapter is not None:
-                deltas[name] = adapted_weight_delta(parameter.adapter, name)
-            elif base is not None and not _is_unchanged_buffer(parameter.tensor, base):
-                deltas[name] = _subtract(parameter.tensor.detach(), base)
+                delta = adapted_weight_delta(parameter.adapter, name)
+            elif base is not None and not _is_unchanged_buffer(tensor, base):
+                delta = whole(_subtract(tensor.detach(), base))
             was_frozen = parameter.adapter is not None or base is None
-            if was_frozen and hash_tensor(parameter.tensor) != self.hashes[name]:
+            if was_frozen and hash_tensor(whole(tensor)) != self.hashes[name]:
                 problems.append(f"{name} was frozen when fit started, but its values have changed")
-        problems += [
-            f"the delta of {name} has NaN or infinite values" for name, d in deltas.items() if not _is_finite(d)
-        ]
+            if delta is not None:
+                if not _is_finite(delta):
+                    problems.append(f"the delta of {name} has NaN or infinite values")
+                deltas[name] = keep(name, delta) if keep is not None else delta
         if problems:
             raise ValueError(f"Task {task!r} cannot be collected: {'; '.join(problems)}.")
+        state = {name: whole(_settled(tensor, ranks)) for name, tensor in head_state(module, head).items()}
         return TaskVector(
             task=task,
             deltas=deltas,
             kinds={name: parameters[name].kind for name in deltas},
-            head={name: tensor.detach().clone() for name, tensor in head_state(module, head).items()},
+            head={name: tensor.detach().clone() for name, tensor in state.items()},
             base_hashes=dict(self.hashes),
             settings=dict(settings or {}),
         )
@@ -116,13 +150,43 @@ class Base:
         """The whole base by parameter name: what was copied, and what a trained module still holds unchanged.
 
         Args:
-            module: A module of any task of this base, trained or not.
+            module: A module of any task of this base, trained or not, sharded as the trained ones were.
             head: Names of its head.
+
+        Returns:
+            The base's tensors; where the module's are sharded, sharded like those and on their device.
+
+        Raises:
+            ValueError: If the trained modules were sharded and this one is not, but has other weights than the base.
         """
-        return {
-            name: self._tensors.get(name, parameter.tensor.detach())
-            for name, parameter in backbone_parameters(module, head).items()
-        }
+        parameters = backbone_parameters(module, head)
+        return {name: self._tensor(name, parameter.tensor.detach()) for name, parameter in parameters.items()}
+
+    def _tensor(self, name: str, live: Tensor) -> Tensor:
+        held = self._pieces.get(name)
+        if held is None:
+            return live
+        if held.shape == piece(live).shape:
+            return from_piece(held, live)
+        if hash_tensor(live) != self.hashes[name]:
+            raise ValueError(f"{name} was trained sharded, so the base must come from a module that is not trained.")
+        return live
+
+
+def _require_agreement(fingerprints: Sequence[str], task: str) -> None:
+    others = [str(rank) for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
+    if others:
+        raise ValueError(
+            f"Task {task!r} starts from another base on rank {', '.join(others)} than on rank 0: every process must "
+            "load the same pretrained weights; call seed_everything if they are drawn at random."
+        )
+
+
+def _settled(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """A tensor on whose values the ranks agree: rank 0's, for buffers, which training does not keep in step."""
+    if isinstance(tensor, nn.Parameter) or ranks.size == 1:
+        return tensor
+    return ranks.copy_from(tensor.detach().clone(), 0)
 
 
 def _may_train(parameter: Parameter) -> bool:
@@ -138,7 +202,8 @@ def _is_unchanged_buffer(tensor: Tensor, base: Tensor) -> bool:
 
 def _subtract(finetuned: Tensor, base: Tensor) -> Tensor:
     precision = torch.promote_types(finetuned.dtype, torch.float32)
-    return finetuned.to(precision) - base.to(finetuned.device, precision)
+    difference = piece(finetuned).to(precision) - base.to(finetuned.device, precision)
+    return from_piece(difference, finetuned)
 
 
 def _is_finite(delta: Delta) -> bool:

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from lightning_drm.deltas.sharded import whole
 from lightning_drm.merging import Delta, LowRank
 
 # Initialisations that leave the base weight as it was; every other one subtracts something from it.
@@ -43,18 +44,27 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
         down, up = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
         transposed = bool(layer.fan_in_fan_out)  # transformers' Conv1D stores (in, out)
     elif isinstance(layer, lora_layers.Embedding):
-        down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        down, up = whole(layer.lora_embedding_A[adapter]), whole(layer.lora_embedding_B[adapter])
         transposed = True  # the product is (dim, vocabulary), the weight its transpose
     else:
         assert isinstance(layer, lora_layers._ConvNd)
-        return layer.get_delta_weight(adapter).detach().float()
+        return whole(layer.get_delta_weight(adapter).detach()).float()
     up = up.detach().float() * float(layer.scaling[adapter])
     down = down.detach().float().clone()
     return LowRank(down.T.contiguous(), up.T.contiguous()) if transposed else LowRank(up, down)
 
 
+def adapter_rank(layer: LoraLayer) -> int | None:
+    """The rank of what `adapted_weight_delta` gives; ``None`` where that is dense.
+
+    Args:
+        layer: A peft LoRA layer with one active adapter.
+    """
+    return None if isinstance(layer, lora_layers._ConvNd) else int(layer.r[layer.active_adapters[0]])
+
+
 def _weight(layer: nn.Module) -> Tensor:
-    return cast(Tensor, layer.weight)
+    return whole(cast(Tensor, layer.weight))
 
 
 def _single_adapter(layer: LoraLayer, name: str) -> str:

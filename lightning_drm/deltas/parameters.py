@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_drm.deltas.lora import strip_adapter
+from lightning_drm.deltas.lora import adapter_rank, strip_adapter
 
 Kind = Literal["matrix", "convolution", "embedding", "other"]
 """What a parameter is to its layer, which decides the rule that merges it."""
@@ -32,6 +32,11 @@ class Parameter:
     tensor: Tensor
     kind: Kind
     adapter: LoraLayer | None = None
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """The rank of its delta, where the adapter's delta is low-rank."""
+        return adapter_rank(self.adapter) if self.adapter is not None else None
 
 
 def backbone_parameters(module: nn.Module, head: Sequence[str]) -> dict[str, Parameter]:

@@ -22,13 +22,13 @@ def from_piece(held: Tensor, like: Tensor) -> Tensor:
     """A tensor sharded like another one, from what this rank holds of it.
 
     Args:
-        held: This rank's piece.
+        held: This rank's piece, on any device.
         like: A tensor of the same shape, sharded or not.
     """
     if not isinstance(like, DTensor):
         return held
     return DTensor.from_local(
-        held, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        held.to(like.device), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 

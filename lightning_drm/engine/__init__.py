@@ -17,18 +17,24 @@ from lightning_drm.engine.plan import (
 )
 from lightning_drm.engine.recipe import Override, Recipe
 from lightning_drm.engine.run_folder import RunFolder, write_json, write_text
+from lightning_drm.engine.together import Owners, merge_together
+from lightning_drm.engine.waiting import Store, WaitingRoom
 
 __all__ = [
     "Fusion",
     "MergeResult",
     "Override",
+    "Owners",
     "Plan",
     "Recipe",
     "Rules",
     "RunFolder",
+    "Store",
+    "WaitingRoom",
     "make_plan",
     "memory_bytes",
     "merge_files",
+    "merge_together",
     "model_card",
     "output_problems",
     "plan_costs",

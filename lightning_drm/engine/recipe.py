@@ -142,11 +142,21 @@ class Recipe:
             shapes: Shape by name of the same.
         """
         names = list(kinds)
-        found = [
+        unmatched = [
             f"The override {o.match!r} matches no parameter that is merged, such as {', '.join(names[:3])}."
             for o in self.overrides
             if not any(fnmatchcase(name, o.match) for name in names)
         ]
+        return unmatched + self.misfits(kinds, shapes)
+
+    def misfits(self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What does not fit to some of the parameters, one sentence each.
+
+        Args:
+            kinds: Kind by name of some parameters that are merged.
+            shapes: Shape by name of the same.
+        """
+        found = []
         for name, kind in kinds.items():
             override = self.override_of(name)
             rule, shape = override.rule or self.rule(kind), shapes[name]

@@ -1,9 +1,10 @@
 """LightningModules: one task (full or LoRA), and the merged model of all tasks."""
 
-from lightning_drm.modules.duplicate import duplicate
+from lightning_drm.modules.duplicate import duplicate, without_weights
 from lightning_drm.modules.multitask import MultiTaskModule
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.protocol import IGNORE_INDEX, classify, head_names_of
+from lightning_drm.modules.sharding import data_parallel, is_sharded
 from lightning_drm.modules.transformer import TransformerTask
 
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "PooledClassifier",
     "TransformerTask",
     "classify",
+    "data_parallel",
     "duplicate",
     "head_names_of",
+    "is_sharded",
+    "without_weights",
 ]

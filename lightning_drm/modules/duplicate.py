@@ -4,7 +4,9 @@ import copy
 from functools import partial
 from typing import Any
 
+import torch
 from lightning import LightningModule
+from torch import nn
 
 
 def duplicate(module: LightningModule, replacements: dict[int, Any] | None = None) -> LightningModule:
@@ -22,3 +24,15 @@ def duplicate(module: LightningModule, replacements: dict[int, Any] | None = Non
         shared = [value for name, value in named.items() if isinstance(value, partial) or name == "_instantiator"]
         memo |= {id(value): value for value in shared}
     return copy.deepcopy(module, memo)
+
+
+def without_weights(module: LightningModule) -> LightningModule:
+    """A copy of a module that has its layers and buffers, but of its parameters only shapes and types.
+
+    Args:
+        module: The module, before it is sharded: afterwards PyTorch refuses to copy it.
+    """
+    return duplicate(
+        module,
+        {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()},
+    )

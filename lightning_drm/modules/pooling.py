@@ -33,9 +33,12 @@ class PooledClassifier(nn.Module):
         self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(encoder.config.hidden_size, num_classes, dtype=encoder.dtype)
-        pooler = getattr(encoder, "pooler", None)
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Takes gradients from what is no part of this computation, for distributed training would wait for them."""
+        pooler = getattr(self.encoder, "pooler", None)
         if isinstance(pooler, nn.Module):
-            # Not part of this computation: without gradients, so distributed training does not wait for any.
             pooler.requires_grad_(False)
 
     @override

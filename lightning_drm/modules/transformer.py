@@ -27,6 +27,7 @@ from typing_extensions import override
 from lightning_drm.deltas import backbone_parameters, head_state
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.protocol import IGNORE_INDEX
+from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_for_training
 from lightning_drm.pretrained import resolve_pretrained
 
 
@@ -93,6 +94,14 @@ class TransformerTask(LightningModule):
             inject_adapter_in_model(copy.deepcopy(self.lora), self.backbone)
             for name in self.head_names:
                 self.get_submodule(name).requires_grad_(True)
+            if isinstance(model, PooledClassifier):
+                model.freeze_unused()  # adapters in there, too
+
+    @override
+    def configure_model(self) -> None:
+        """Shards the model over the ranks, under Lightning's `ModelParallelStrategy`."""
+        if self.device_mesh is not None and not is_sharded(self):
+            shard_for_training(self._built, data_parallel(self.device_mesh))
 
     def _load(self, source: str, num_classes: int) -> nn.Module:
         if self.pooling != "model":

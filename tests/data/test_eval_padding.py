@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer
-from torch.utils.data import DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from lightning_drm.data.padding import IGNORE_INDEX, PaddedDataset, num_replicas
+from lightning_drm.data.padding import IGNORE_INDEX, PaddedDataset, exactness_problem, num_replicas, repeated
 
 
 @settings(deadline=None, max_examples=40)
@@ -30,6 +30,45 @@ def test_every_process_gets_as_many_samples_and_none_twice(num_rows, world_size)
     assert sorted(counted) == list(range(num_rows))
     assert len(padded) - num_rows == sum(sample["labels"] == IGNORE_INDEX for share in shares for sample in share)
     assert 0 <= len(padded) - num_rows < world_size
+
+
+@settings(deadline=None, max_examples=40)
+@given(num_rows=st.integers(1, 40), world_size=st.integers(1, 9), batch_size=st.integers(1, 7), shuffle=st.booleans())
+def test_repeated_samples_of_any_data_are_told_by_their_place(num_rows, world_size, batch_size, shuffle):
+    counted, num_batches = [], set()
+    for rank in range(world_size):
+        sampler = DistributedSampler(range(num_rows), world_size, rank, shuffle=shuffle)
+        loader, seen = DataLoader(range(num_rows), batch_size, sampler=sampler), 0
+        for batch in loader:
+            counted += batch[~repeated(loader, seen, len(batch))].tolist()
+            seen += len(batch)
+        num_batches.add(len(loader))
+    assert sorted(counted) == list(range(num_rows))
+    assert len(num_batches) == 1
+
+
+def test_without_a_distributed_sampler_nothing_is_repeated():
+    assert not repeated(DataLoader(range(5), 2), 4, 1).any()
+    assert not repeated([1, 2, 3], 0, 3).any()
+
+
+class Longest(BatchSampler):
+    """Any order of its own."""
+
+
+@pytest.mark.parametrize(
+    ("loader", "problem"),
+    [
+        (DataLoader(range(5), 2), None),
+        ([1, 2], None),
+        (DataLoader(range(5), 2, drop_last=True), "drops samples"),
+        (DataLoader(range(5), 2, sampler=DistributedSampler(range(5), 2, 0, drop_last=True)), "drops samples"),
+        (DataLoader(range(5), batch_sampler=Longest(SequentialSampler(range(5)), 2, False)), "batches by Longest"),
+    ],
+)
+def test_loaders_that_cannot_be_shared_exactly_are_told(loader, problem):
+    found = exactness_problem(loader)
+    assert found is None if problem is None else problem in found
 
 
 def test_one_process_pads_nothing():

@@ -92,6 +92,8 @@ def test_one_backbone_in_memory(task: SmallTask) -> None:
     expected = sum(p.numel() for p in trained) + sum(t.numel() for head in heads.values() for t in head.values())
     assert sum(p.numel() for p in merged.parameters()) == expected
     assert merged.task_module("two").tied.weight is merged.task_module("a.b").shared.weight
+    assert merged.task_module("two").body is merged.task_module("a.b").body, "layers are shared, so they can be sharded"
+    assert merged.task_module("two").head is not merged.task_module("a.b").head
 
 
 def test_heads_are_copies(task: SmallTask) -> None:

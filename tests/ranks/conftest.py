@@ -1,0 +1,75 @@
+"""Processes for tests on several ranks, and what they work on."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import COLOURS, save_texts, save_tiny_bert
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session", params=["gloo", "nccl"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """gloo on the CPU, and NCCL on as many GPUs as there are processes."""
+    if request.param == "nccl" and torch.cuda.device_count() < 4:
+        pytest.skip(f"NCCL wants a GPU for each of 4 processes, and there are {torch.cuda.device_count()}.")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One thread per process, a cache of its own, and the helpers that tests share."""
+    added = {
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("datasets")),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return {**inherited, **added}
+
+
+@pytest.fixture(scope="session")
+def launch(environment: dict[str, str]) -> Launch:
+    """Runs a Python script or module, on several processes by torchrun; returns what it printed."""
+
+    def run(
+        arguments: Sequence[object], num_processes: int = 1, timeout: float = 300, check: bool = True, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, arguments)]
+        if num_processes > 1:
+            runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+            command = [sys.executable, *runner, *map(str, arguments)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env={**environment, **extra}, check=False
+        )
+        if check and done.returncode:
+            pytest.fail(
+                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+            )
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pretrained model without dropout, which would differ from rank to rank, and a csv of texts."""
+    folder = tmp_path_factory.mktemp("ranks")
+    save_tiny_bert(folder / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    save_texts(folder / "texts.csv", COLOURS, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(inputs: Path, launch: Launch, backend: str) -> Path:
+    """What a single process leaves."""
+    launch([HERE / "together.py", inputs], BACKEND=backend)
+    return inputs / f"{backend}1"
