@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.progress import Progress
@@ -107,7 +107,7 @@ def run(args: Sequence[str]) -> None:
         ValueError: With every problem that was found.
     """
     if not are_several():
-        devices = parser().parse_args(with_method(args)).devices
+        devices = _parsed(parser(), args).devices
         if devices is not None and devices > 1:
             start_processes(devices)
     with started_together() as ranks:
@@ -119,11 +119,10 @@ def run(args: Sequence[str]) -> None:
 
 
 def _run(args: Sequence[str], ranks: Ranks) -> None:
-    _refuse_dotted_tasks(args)
     built = parser()
     built.exit_on_error = ranks.size == 1  # among several, one says what is wrong
     try:
-        config = built.parse_args(with_method(args))
+        config = _parsed(built, args)
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     if config.devices not in (None, ranks.size):
@@ -154,6 +153,11 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
             ranks=ranks,
         )
     _print_result(console, result)
+
+
+def _parsed(built: ArgumentParser, args: Sequence[str]) -> Namespace:
+    _refuse_dotted_tasks(args)
+    return built.parse_args(with_method(args))
 
 
 def _own_device(device: str, ranks: Ranks) -> str:
