@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.progress import Progress
@@ -107,7 +107,7 @@ def run(args: Sequence[str]) -> None:
         ValueError: With every problem that was found.
     """
     if not are_several():
-        devices = parser().parse_args(with_method(args)).devices
+        devices = _parsed(parser(), args).devices
         if devices is not None and devices > 1:
             start_processes(devices)
     with started_together() as ranks:
@@ -122,7 +122,7 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
     built = parser()
     built.exit_on_error = ranks.size == 1  # among several, one says what is wrong
     try:
-        config = built.parse_args(with_method(args))
+        config = _parsed(built, args)
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     if config.devices not in (None, ranks.size):
@@ -155,11 +155,27 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
     _print_result(console, result)
 
 
+def _parsed(built: ArgumentParser, args: Sequence[str]) -> Namespace:
+    _refuse_dotted_tasks(args)
+    return built.parse_args(with_method(args))
+
+
 def _own_device(device: str, ranks: Ranks) -> str:
     """Where this process computes: of several GPUs, the one that its place on its node gives it."""
     if ranks.size == 1 or device == "cpu" or ":" in device:
         return device
     return f"{device}:{int(os.environ.get('LOCAL_RANK', ranks.rank)) % max(1, torch.accelerator.device_count())}"
+
+
+def _refuse_dotted_tasks(args: Sequence[str]) -> None:
+    """An option's dots are steps into the configuration, so a task's dot would be lost."""
+    for arg in args:
+        option, _, task = arg.removeprefix("--").partition("=")[0].partition(".")
+        if arg.startswith("--") and option in ("models", "coefficients") and "." in task:
+            raise ValueError(
+                f"--{option}.{task}: on the command line a task's name cannot have a dot; write it in YAML, as in "
+                f"--{option} '{{{task}: {'PATH' if option == 'models' else '1.0'}}}', or in a --config file."
+            )
 
 
 def _print_plan(console: Console, plan: Plan, ranks: Ranks) -> None:

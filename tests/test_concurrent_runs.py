@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,20 +52,22 @@ def test_a_merge_waits_for_no_fit(config: Path, capsys: pytest.CaptureFixture, t
     run = tmp_path / "run"
     command = ["--config", str(config), "--drm.dirpath", str(run)]
     main(["fit", *command, "--trainer.max_steps", "1"])
-    again = hold(run / "tasks" / ".pet.lock")
-    assert refusal(["merge", *command], capsys) == busy(run)
-    assert refusal(["test", *command], capsys) == busy(run)
-    again.terminate()
-    again.wait()
+    with held(run / "tasks" / ".pet.lock"):
+        assert refusal(["merge", *command], capsys) == busy(run)
+        assert refusal(["test", *command], capsys) == busy(run)
 
 
-def hold(lock: Path) -> subprocess.Popen:
-    """A process that holds a lock until it ends."""
-    code = "import sys, time, filelock; filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    return process
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Another process holds a lock."""
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+    finally:
+        process.communicate(b"\n")
 
 
 def busy(run: Path) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from peft import LoraConfig, TaskType
@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector, write_tensors
 from lightning_drm.engine.fuse import Fusion
 from lightning_drm.engine.inputs.adapter import CONFIG_FILE, AdapterInput
+from lightning_drm.engine.inputs.tensors import SafetensorsFiles
 from lightning_drm.engine.plan import Plan
 from lightning_drm.engine.run_folder import write_json
 from lightning_drm.merging import Delta, LowRank
@@ -60,15 +61,10 @@ def _write(folder: Path, plan: Plan, merged: Mapping[str, Delta]) -> None:
     for name in plan.kinds:
         factors = merged[name]
         assert isinstance(factors, LowRank), f"{name}: only factors have a place in an adapter"
-        module = names[name].removesuffix(".weight")
-        ranks[module] = factors.rank
-        if plan.kinds[name] == "embedding":
-            tensors[f"base_model.model.{module}.lora_embedding_A"] = factors.up.T
-            tensors[f"base_model.model.{module}.lora_embedding_B"] = factors.down.T
-            continue
-        linear = factors.T if name in plan.transposed else factors
-        tensors[f"base_model.model.{module}.lora_A.weight"] = linear.down
-        tensors[f"base_model.model.{module}.lora_B.weight"] = linear.up
+        ranks[names[name].removesuffix(".weight")] = factors.rank
+        a, b = _file_names(plan, names, name)
+        linear = factors.T if _is_transposed(plan, name) else factors
+        tensors[a], tensors[b] = linear.down, linear.up
     config = _config(plan, ranks)
     write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
@@ -76,6 +72,38 @@ def _write(folder: Path, plan: Plan, merged: Mapping[str, Delta]) -> None:
     written = json.loads((folder / CONFIG_FILE).read_text())
     written["target_modules"] = sorted(written["target_modules"])
     write_json(folder / CONFIG_FILE, written)
+
+
+def read_adapter(folder: Path, plan: Plan) -> Iterator[tuple[str, LowRank]]:
+    """Name and factors of each parameter, as `write_adapter` wrote them.
+
+    Args:
+        folder: Where they are.
+        plan: The same plan.
+
+    Raises:
+        ValueError: If the file does not hold what was planned.
+    """
+    written, names = SafetensorsFiles([folder / ADAPTER_FILE]), _own_names(plan)
+    if len(written.headers) != 2 * len(plan.kinds):
+        raise ValueError(f"{folder} has {len(written.headers)} factors instead of {2 * len(plan.kinds)}.")
+    for name in plan.kinds:
+        a, b = _file_names(plan, names, name)
+        factors = LowRank(written.read(b), written.read(a))
+        yield name, factors.T if _is_transposed(plan, name) else factors
+
+
+def _file_names(plan: Plan, names: dict[str, str], name: str) -> tuple[str, str]:
+    """The names of both factors, the inner one first."""
+    module = f"base_model.model.{names[name].removesuffix('.weight')}"
+    if plan.kinds[name] == "embedding":
+        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def _is_transposed(plan: Plan, name: str) -> bool:
+    """Whether the file's factors make the transposed weight: embeddings, and Conv1D."""
+    return plan.kinds[name] == "embedding" or name in plan.transposed
 
 
 def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:

@@ -18,13 +18,14 @@ _LEFT = (
 )
 
 
-def copy_companions(base: Path, output: Path, dtype: str) -> list[str]:
+def copy_companions(base: Path, output: Path, dtype: str, *, dequantised: bool = False) -> list[str]:
     """Copies the base's small files, everything that ``from_pretrained`` may ask for.
 
     Args:
         base: The base's folder.
         output: The new folder.
         dtype: The precision that the weights were written in; ``auto`` if it is the base's.
+        dequantised: Whether the base is quantised, and what was written is not.
 
     Returns:
         The files' names.
@@ -34,10 +35,13 @@ def copy_companions(base: Path, output: Path, dtype: str) -> list[str]:
     for file in sorted(files):
         shutil.copyfile(file, output / file.name)
     config = output / "config.json"
-    if dtype != "auto" and config.is_file():
+    if config.is_file() and (dtype != "auto" or dequantised):
         content = json.loads(config.read_text())
-        content.pop("torch_dtype", None)
-        content["dtype"] = str(getattr(torch, dtype)).removeprefix("torch.")
+        if dtype != "auto":
+            content.pop("torch_dtype", None)
+            content["dtype"] = str(getattr(torch, dtype)).removeprefix("torch.")
+        if dequantised:
+            content.pop("quantization_config", None)
         config.write_text(json.dumps(content, indent=2) + "\n")
     return sorted(file.name for file in files)
 

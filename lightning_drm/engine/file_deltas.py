@@ -75,6 +75,9 @@ class FileDeltas(Mapping[str, Delta]):
         expected = self._task.input.base_hashes.get(raw)
         if expected is not None and self._base.hash(name) != expected:
             raise ValueError(f"{self._task.name}: {name} is not the base's value that the stored delta was taken from.")
+        frozen = self._task.input.base_value(raw)
+        if frozen is not None and not torch.equal(precise(frozen), self._base[name]):
+            raise ValueError(f"{self._task.name}: {name} is not the base's value that its adapter was trained on.")
 
     @override
     def __iter__(self) -> Iterator[str]:

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from lightning_drm.deltas import TaskVector, fingerprint, write_tensors
-from lightning_drm.engine.adapter_output import ADAPTER_FILE, write_adapter
+from lightning_drm.engine.adapter_output import read_adapter, write_adapter
 from lightning_drm.engine.companions import copy_companions, licence_of
 from lightning_drm.engine.file_deltas import BaseValues, FileDeltas
 from lightning_drm.engine.fuse import Fusion
@@ -29,12 +29,14 @@ from lightning_drm.engine.inputs.tensors import SafetensorsFiles
 from lightning_drm.engine.locks import only_one
 from lightning_drm.engine.model_card import model_card
 from lightning_drm.engine.plan import Plan, Rules, make_plan, plan_costs, refuse, written_bytes
-from lightning_drm.engine.presence import measure, summary
+from lightning_drm.engine.presence import measure, measure_factors, summary
 from lightning_drm.engine.recipe import Recipe
 from lightning_drm.engine.shards import JOURNAL_FILE, ShardWriter
 from lightning_drm.engine.share_out import share_out
 from lightning_drm.pretrained import resolve_pretrained
 from lightning_drm.ranks import ALONE, Ranks
+
+_TRACE = 1e-6  # less than this share of a task's delta is nothing but rounding
 
 Progress = Callable[[int, int], None]
 
@@ -107,10 +109,10 @@ def merge_files(
     refuse([*plan.problems, *output_problems(plan, output, overwrite)])
     partial = output.with_name(f".{output.name}.partial")
     with only_one(output, f"merging into {output}") if ranks.is_first else nullcontext():
+        if ranks.is_first:  # again: another merge may have ended before this one got the lock
+            refuse(output_problems(plan, output, overwrite))
         result = _write(plan, partial, output, max_shard_size, device, progress, ranks)
         if ranks.is_first:
-            # Another merge may have been done since the problems were looked for.
-            refuse(output_problems(plan, output, overwrite))
             _show(partial, output)
         ranks.wait()
     if push_to_hub is not None and ranks.is_first:
@@ -130,7 +132,7 @@ def _write(
     ranks: Ranks,
 ) -> MergeResult:
     """Writes everything, under a hidden name."""
-    recipe = plan.recipe
+    recipe, base = plan.recipe, plan.base.name
     costs = plan_costs(plan)
     share = share_out({name: costs[name] for name in plan.kinds}, ranks.size)[ranks.rank]
     values = BaseValues(plan.base.tensors)
@@ -173,7 +175,7 @@ def _write(
             }
             for task in plan.tasks
         },
-        base=base if not Path(resolve_pretrained(base := plan.base.name)).exists() else Path(base).name,
+        base=base if not Path(resolve_pretrained(base)).exists() else Path(base).name,
         base_fingerprint=fingerprints[""],
         library="peft" if plan.output_format == "adapter" else "transformers",
         licence=licence_of(plan.base.folder),
@@ -236,12 +238,12 @@ def _write_model(
     if ranks.is_first:
         writer.finish()
         if plan.base.folder is not None:
-            copy_companions(plan.base.folder, partial, plan.rules.dtype)
+            copy_companions(plan.base.folder, partial, plan.rules.dtype, dequantised=plan.base.is_dequantised)
         _require_headers(plan, partial)
-    notes = (*plan.notes, *(f"{task}: all its deltas are zero." for task, share in kept.items() if math.isnan(share)))
+    notes = (*plan.notes, *_without_deltas(kept))
     num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
     num_merged = len(plan.headers) - num_kept
-    return MergeResult(output, "full", num_merged, num_kept, num_resumed, kept, rounding, notes=tuple(notes))
+    return MergeResult(output, "full", num_merged, num_kept, num_resumed, kept, rounding, notes=notes)
 
 
 def _write_adapter(
@@ -252,13 +254,26 @@ def _write_adapter(
         partial.mkdir(parents=True)
     ranks.wait()
     errors = write_adapter(partial, plan, fusion, share, ranks)
-    if ranks.is_first:
-        written = SafetensorsFiles([partial / ADAPTER_FILE])
-        if len(written.headers) != 2 * len(plan.kinds):
-            raise ValueError(f"{partial} has {len(written.headers)} factors instead of {2 * len(plan.kinds)}.")
-        for name in written.headers:
-            _require_finite(name, written.read(name), None)
-    return MergeResult(output, "adapter", len(plan.kinds), 0, rank_errors=errors, notes=tuple(plan.notes))
+    shares = ranks.gather(_check_adapter(plan, fusion, partial) if ranks.is_first else {})[0]
+    notes = (*plan.notes, *_without_deltas(shares))
+    return MergeResult(output, "adapter", len(plan.kinds), 0, 0, shares, rank_errors=errors, notes=notes)
+
+
+def _check_adapter(plan: Plan, fusion: Fusion, folder: Path) -> dict[str, float]:
+    """Reads the adapter back; what it has kept of each task."""
+    records = []
+    for name, factors in read_adapter(folder, plan):
+        for part in (factors.up, factors.down):
+            _require_finite(name, part, None)
+        parts = {vector.task: vector.deltas[name] for vector in fusion.vectors if name in vector.deltas}
+        records.append(measure_factors(factors, list(parts), list(parts.values())))
+    shares, _ = summary(records, fusion.tasks)
+    _require_present(plan, shares)
+    return shares
+
+
+def _without_deltas(shares: Mapping[str, float]) -> list[str]:
+    return [f"{task}: all its deltas are zero." for task, share in shares.items() if math.isnan(share)]
 
 
 def _write_heads(plan: Plan, partial: Path) -> None:
@@ -292,11 +307,11 @@ def _require_present(plan: Plan, shares: Mapping[str, float]) -> None:
         for index, task in enumerate(plan.tasks)
         if any(treatment.method is not None and treatment.coefficients[index] for treatment in plan.treatments.values())
     }
-    gone = [task for task, share in shares.items() if share == 0 and task in active]
+    gone = [task for task, share in shares.items() if abs(share) < _TRACE and task in active]
     if gone and plan.recipe.method.scale:
         raise ValueError(
             f"Nothing of task {', '.join(gone)} is left in the merged weights: its deltas are pruned away or smaller "
-            "than the output's rounding; use a higher density, or --dtype float32."
+            "than the output's rounding; use a higher density or rank, or --dtype float32."
         )
 
 

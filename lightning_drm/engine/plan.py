@@ -31,6 +31,7 @@ class Rules:
         output_format: A whole model, an adapter (all inputs must be adapters), or whatever is exact and smaller.
         dtype: Precision of the written weights; each parameter's own if ``auto``.
         rank: Largest rank of a merged adapter; as high as is exact if left out.
+        dequantize: Read quantised weights as the floats that they stand for, and write floats.
     """
 
     policy: MismatchPolicy = "strict"
@@ -39,6 +40,7 @@ class Rules:
     output_format: OutputFormat = "auto"
     dtype: OutputDtype = "auto"
     rank: int | None = None
+    dequantize: bool = False
 
 
 @dataclass
@@ -101,7 +103,7 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, rules: Rules
     inputs = {}
     for task, name in sorted(models.items()):
         try:
-            inputs[task] = open_input(name, task)
+            inputs[task] = open_input(name, task, rules.dequantize)
         except ValueError as error:
             problems.append(f"{task}: {error}")
     is_recipe_sound = True
@@ -111,7 +113,7 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, rules: Rules
         is_recipe_sound = False
         problems.append(str(error))
     try:
-        opened = open_base(base)
+        opened = open_base(base, rules.dequantize)
     except ValueError as error:
         raise ValueError("\n".join([str(error), *problems])) from error
     architecture = Architecture.of_folder(opened.folder).named_like(set(opened.tensors.headers))
@@ -120,6 +122,10 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, rules: Rules
     plan.transposed = architecture.transposed
     plan.problems = problems + [problem for task in plan.tasks for problem in task.problems]
     plan.notes = [note for task in plan.tasks for note in task.notes]
+    if opened.is_dequantised:
+        plan.notes.append(
+            "The base is quantised; its weights were dequantised, and what quantisation took is not back."
+        )
     if not architecture.known:
         plan.notes.append("The base has no config.json that transformers knows: kinds are told from names and shapes.")
     _choose_parameters(plan, architecture, matcher, is_recipe_sound)

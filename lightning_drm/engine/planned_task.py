@@ -220,10 +220,12 @@ class Matcher:
             planned.notes.append(f"{text}.{consequence}")
 
     def _check_base(self, planned: PlannedTask) -> None:
-        hashes, spent = planned.input.base_hashes, 0
+        spent = 0
         for name, raw in sorted(planned.names.items(), key=lambda item: self._bytes(item[0])):
             spent += self._bytes(name)
-            if raw in hashes and spent <= _HASHED_AT_ONCE and hash_tensor(self.base.tensors.read(name)) != hashes[raw]:
+            if spent > _HASHED_AT_ONCE:
+                break
+            if self._differs(planned.input, name, raw):
                 planned.problems.append(
                     f"{planned.name}: its deltas were taken from another base: {name} differs from {self.base.name}."
                 )
@@ -244,6 +246,13 @@ class Matcher:
             )
             if not same:
                 planned.problems.append(f"{planned.name}: was trained on {named}, which is not {self.base.name}.")
+
+    def _differs(self, found: TaskInput, name: str, raw: str) -> bool:
+        """Whether a finetune says of a parameter that it had another value in its base."""
+        if raw in found.base_hashes:
+            return hash_tensor(self.base.tensors.read(name)) != found.base_hashes[raw]
+        frozen = found.base_value(raw)
+        return frozen is not None and not torch.equal(frozen.double(), self.base.tensors.read(name).double())
 
     def _bytes(self, name: str) -> int:
         header = self.base.tensors.headers[name]

@@ -1,7 +1,7 @@
 """Whether every task is still there in what was written, and how much rounding took.
 
-Both are measured as a parameter is written, on the values that end up in the file: base + merged delta, rounded to the
-output's precision.
+In a whole model, both are measured as a parameter is written, on the values that end up in the file: base + merged
+delta, rounded to the output's precision. An adapter is small, so all of it is read back and compared.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_drm.merging import Delta, LowRank
+from lightning_drm.merging.low_rank import densify
 
 SAMPLE = 1 << 16  # entries of each parameter that are compared with each task
 
@@ -43,6 +44,31 @@ def measure(
     return record
 
 
+def measure_factors(written: LowRank, tasks: Sequence[str], parts: Sequence[Delta]) -> dict[str, Any]:
+    """What one parameter of an adapter contributes to the check.
+
+    Args:
+        written: The merged factors, as they were written.
+        tasks: The names of the tasks that change the parameter.
+        parts: Their deltas.
+
+    Returns:
+        Plain numbers, to be summed up by `summary`.
+    """
+    return {
+        "overlap": {task: _inner(written, part) for task, part in zip(tasks, parts, strict=True)},
+        "energy": {task: _inner(part, part) for task, part in zip(tasks, parts, strict=True)},
+    }
+
+
+def _inner(one: Delta, other: Delta) -> float:
+    """Σ_ij A_ij B_ij; of two products by way of their factors, as tr(Aᵀ B) = Σ (U₁ᵀ U₂) ∘ (D₁ D₂ᵀ)."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        sides = one.up.T.double() @ other.up.double(), one.down.double() @ other.down.T.double()
+        return float((sides[0] * sides[1]).sum())
+    return float((densify(one).double() * densify(other).double()).sum())
+
+
 def summary(records: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> tuple[dict[str, float], float]:
     """Sums up a merge.
 
@@ -57,8 +83,8 @@ def summary(records: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> tuple
     records = [record for record in records if "overlap" in record]
     kept = {}
     for task in tasks:
-        energy = sum(record["energy"][task] for record in records)
-        overlap = sum(record["overlap"][task] for record in records)
+        energy = sum(record["energy"].get(task, 0.0) for record in records)
+        overlap = sum(record["overlap"].get(task, 0.0) for record in records)
         kept[task] = overlap / energy if energy else float("nan")
     change = sum(record.get("change", 0.0) for record in records)
     rounding = sum(record.get("rounding", 0.0) for record in records)

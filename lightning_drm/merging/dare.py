@@ -59,11 +59,19 @@ class DARETIES(Method):
         merged = torch.empty_like(flat[0])
         size = slice_size(len(deltas), merged.device)
         for start in range(0, merged.numel(), size):
-            stack = torch.stack([delta[start : start + size] for delta in flat])
-            kept = np.stack([draw.kept(stack.shape[1]) for draw in draws])
-            stack *= torch.from_numpy(kept).to(stack.device)
+            stack = torch.stack(
+                [drop(delta[start : start + size], draw) for delta, draw in zip(flat, draws, strict=True)]
+            )
             merged[start : start + size] = elect_and_average(stack, coefficients)
         return merged.mul_(self.scale / self.density).view(deltas[0].shape)
+
+
+def drop(values: Tensor, draws: Draws) -> Tensor:
+    """A copy of `values` with zeros where the next draws say so; their number is even but for the last call."""
+    kept = draws.kept(len(values))
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.multiply(values.numpy(), kept))  # torch would turn the mask into floats first
+    return values * torch.from_numpy(kept).to(values.device)
 
 
 class Draws:

@@ -33,14 +33,27 @@ def elect_and_average(
     Returns:
         The merged entries, of shape (…).
     """
-    weights = stack.new_tensor(coefficients).view(-1, *[1] * (stack.dim() - 1))
-    uniform = len(set(coefficients)) == 1
     if elect_sign:
-        sign = stack.sum(0).sign_()
+        sign = _sum(stack).sign_()
         stack.mul_(sign).clamp_(min=0)  # what agrees is positive now, what does not is zero
-    total = stack.sum(0).mul_(coefficients[0]) if uniform else (stack * weights).sum(0)
+    if len(set(coefficients)) == 1:
+        total = _sum(stack).mul_(coefficients[0])
+    else:
+        total = _sum(stack * stack.new_tensor(coefficients).view(-1, *[1] * (stack.dim() - 1)))
     if elect_sign:
         total.mul_(sign)
     if not disjoint:
         return total.div_(len(stack))
-    return total.div_(stack.sign_().abs_().sum(0).clamp_(min=1))
+    present = stack.sign_() if elect_sign else stack.sign_().abs_()
+    return total.div_(_sum(present).clamp_(min=1))
+
+
+def _sum(stack: Tensor) -> Tensor:
+    """The sum over the first axis: row by row on the CPU, where that is twice as fast as `sum`."""
+    if stack.device.type != "cpu" or len(stack) == 1:
+        return stack.sum(0)
+    first, second, *rest = stack.unbind()
+    total = first + second
+    for row in rest:
+        total += row
+    return total

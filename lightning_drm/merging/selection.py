@@ -3,15 +3,17 @@
 Magnitudes of floats are ordered as the integers that their bits spell. So the k-th smallest is found digit by digit,
 as in radix sort: count how often each leading digit occurs, see in which bin the k-th falls, and look only at that
 bin's next digit in the next pass. The first digit is 17 bits wide (exponent and 6 bits of fraction), the second takes
-all that a float32 has left, so float32 data need two passes; float64 data need four.
+all that a float32 has left. A sample tells nearly always where to look for the first digit, so float32 data need a
+light pass and a full one, or three if it misled; float64 data need two more.
 
-The state is one histogram of 2¹⁷ counters for each task, whatever the length of its stream. Counts add up, so ranks
-that each see a part of the stream find the same threshold by summing their histograms.
+The state is one histogram for each task, of 3 · 2¹⁷ counters at most, whatever the length of its stream. Counts add up,
+so ranks that each see a part of the stream find the same threshold by summing their histograms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +24,10 @@ DIGITS = (17, 17, 15, 14)  # widths of the digits of a float64 without its sign,
 CHUNK = 1 << 16  # entries counted at once on the CPU: their keys stay in the cache
 DEVICE_CHUNK = 1 << 24  # and elsewhere: enough to occupy an accelerator, and 128 MB of keys
 
+SAMPLE_STEP = 16  # every how many entries one is looked at, to guess where the threshold is
+
 Reduce = Callable[[Tensor], Tensor]
+Stream = Callable[[], Iterable[Iterable[Tensor]]]
 
 
 def identity(histogram: Tensor) -> Tensor:
@@ -31,7 +36,7 @@ def identity(histogram: Tensor) -> Tensor:
 
 
 def thresholds(
-    stream: Callable[[], Iterable[Iterable[Tensor]]],
+    stream: Stream,
     density: float,
     *,
     num_tasks: int,
@@ -53,34 +58,88 @@ def thresholds(
     """
     if density == 1:
         return (0.0,) * num_tasks
-    prefixes = [0] * num_tasks
-    ranks = [0] * num_tasks
-    for level, width in enumerate(DIGITS):
-        rest = sum(DIGITS[level + 1 :])
-        # The last column counts entries that have non-zero digits after this one.
-        histogram = torch.zeros(num_tasks, (1 << width) + 1, dtype=torch.int64)
-        for piece in stream():
-            for row, prefix, values in zip(histogram, prefixes, piece, strict=True):
-                _count(values, level, prefix, row)
-        histogram = reduce(histogram)
-        for task, row in enumerate(histogram):
-            counts = row[:-1].cumsum(0)
-            if level == 0:
-                ranks[task] = int(counts[-1]) - round(int(counts[-1]) * density)
-            digit = int(torch.searchsorted(counts, ranks[task]))
-            prefixes[task] = (prefixes[task] << width) + digit
-            ranks[task] -= int(counts[digit - 1]) if digit else 0
-        if not histogram[:, -1].any():
-            break
-    bits = np.array([prefix << rest for prefix in prefixes], dtype=np.int64)
+    state = _near_a_sample(stream, density, num_tasks, reduce) or _Search([0] * num_tasks, [0] * num_tasks, 0)
+    while not state.complete:
+        state = _next_digit(stream, density, state, reduce)
+    bits = np.array([prefix << sum(DIGITS[state.level :]) for prefix in state.prefixes], dtype=np.int64)
     return tuple(bits.view(np.float64).tolist())
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What is known of each task's threshold: its digits before a level, and its rank among those that share them."""
+
+    prefixes: list[int]
+    ranks: list[int]
+    level: int
+    complete: bool = False
+
+
+def _next_digit(stream: Stream, density: float, state: _Search, reduce: Reduce) -> _Search:
+    level, width = state.level, DIGITS[state.level]
+    # The last column counts entries that have non-zero digits after this one.
+    histogram = torch.zeros(len(state.prefixes), (1 << width) + 1, dtype=torch.int64)
+    for piece in stream():
+        for row, prefix, values in zip(histogram, state.prefixes, piece, strict=True):
+            _count(values, level, prefix, row)
+    histogram = reduce(histogram)
+    prefixes, ranks = [], []
+    for row, prefix, rank in zip(histogram, state.prefixes, state.ranks, strict=True):
+        counts = row[:-1].cumsum(0)
+        rank = rank if level else _rank(int(counts[-1]), density)
+        digit = int(torch.searchsorted(counts, rank))
+        prefixes.append((prefix << width) + digit)
+        ranks.append(rank - (int(counts[digit - 1]) if digit else 0))
+    return _Search(prefixes, ranks, level + 1, level + 1 == len(DIGITS) or not histogram[:, -1].any())
+
+
+def _near_a_sample(stream: Stream, density: float, num_tasks: int, reduce: Reduce) -> _Search | None:
+    """The first two digits in a light pass and a full one; ``None`` where the sample misled.
+
+    A sample tells the leading digit, or at least its neighbour. The full pass then counts what is below these three and
+    looks at the second digit of what is in them, a few entries in a hundred.
+    """
+    histogram = torch.zeros(num_tasks, 1 << DIGITS[0], dtype=torch.int64)
+    for piece in stream():
+        for row, values in zip(histogram, piece, strict=True):
+            step = SAMPLE_STEP if values.numel() >= CHUNK else 1
+            for keys in _keys(values.flatten()[::step]):
+                counts = _bincount(keys >> sum(DIGITS[1:]))
+                row[: len(counts)] += counts * step
+    firsts = []
+    for row in reduce(histogram):
+        counts = row.cumsum(0)
+        digit = int(torch.searchsorted(counts, _rank(int(counts[-1]), density)))
+        firsts.append(min(max(digit - 1, 0), len(row) - 3))
+
+    width = 3 << DIGITS[1]
+    # Before the second digits: how many entries there are, how many are below, and how many have digits after it.
+    histogram = torch.zeros(num_tasks, 3 + width, dtype=torch.int64)
+    for piece in stream():
+        for row, first, values in zip(histogram, firsts, piece, strict=True):
+            _count_near(values, first, row)
+    histogram = reduce(histogram)
+    prefixes, ranks = [], []
+    for row, first in zip(histogram, firsts, strict=True):
+        counts = row[3:].cumsum(0) + row[1]
+        rank = _rank(int(row[0]), density)
+        if rank > counts[-1] or (rank <= row[1] and (first or row[1])):
+            return None
+        digit = int(torch.searchsorted(counts, rank))
+        prefixes.append((first << DIGITS[1]) + digit)
+        ranks.append(rank - int(counts[digit - 1] if digit else row[1]))
+    return _Search(prefixes, ranks, 2, not histogram[:, 2].any())
+
+
+def _rank(count: int, density: float) -> int:
+    return count - round(count * density)
 
 
 def prune(values: Tensor, threshold: float) -> Tensor:
     """A copy of `values` with zeros for the magnitudes strictly below `threshold`."""
-    limit = torch.tensor(threshold, dtype=values.dtype)
+    number = np.float64 if values.dtype == torch.float64 else np.float32
     # hardshrink also zeroes magnitudes equal to its limit, hence the next smaller number.
-    return torch.nn.functional.hardshrink(values, float(torch.nextafter(limit, torch.zeros_like(limit))))
+    return torch.nn.functional.hardshrink(values, float(np.nextafter(number(threshold), number(0))))
 
 
 def prune_each(values: Tensor | Sequence[Tensor], limits: Sequence[float]) -> Tensor:
@@ -105,6 +164,41 @@ def _count(values: Tensor, level: int, prefix: int, row: Tensor) -> None:
         keys = torch.cat(gathered)
         row[:-1] += torch.bincount((keys >> rest) & ((1 << width) - 1), minlength=1 << width).cpu()
         row[-1] += int((keys & ((1 << rest) - 1)).count_nonzero())
+
+
+def _count_near(values: Tensor, first: int, row: Tensor) -> None:
+    """Add to `row` what `_near_a_sample` wants to know of the three leading digits from `first` on."""
+    low, high = first << sum(DIGITS[1:]), (first + 3) << sum(DIGITS[1:])
+    rest = sum(DIGITS[2:])
+    row[0] += values.numel()
+    gathered = []
+    for num_under, keys in _between(values.flatten(), low, high):
+        row[1] += num_under
+        gathered.append(torch.as_tensor(keys))
+    if gathered:
+        near = torch.cat(gathered) - low
+        counts = torch.bincount(near >> rest).cpu()
+        row[2] += int((near & ((1 << rest) - 1)).count_nonzero())
+        row[3 : 3 + len(counts)] += counts
+
+
+def _between(values: Tensor, low: int, high: int) -> Iterator[tuple[int, Tensor | NDArray[np.int64]]]:
+    """By chunks, how many keys are below `low`, and those from there to below `high`."""
+    edges = np.array([low, high], dtype=np.uint64).view(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        singles = edges.astype(np.float32)
+    if values.device.type == "cpu" and values.dtype == torch.float32 and (singles == edges).all():
+        magnitudes = np.empty(CHUNK, dtype=np.float32)  # compared as they are, which halves the work
+        for start in range(0, len(values), CHUNK):
+            chunk = values[start : start + CHUNK].numpy()
+            found = np.abs(chunk, out=magnitudes[: len(chunk)])
+            under = found < singles[0]
+            near = found[under ^ (found < singles[1])]
+            yield int(np.count_nonzero(under)), near.astype(np.float64).view(np.int64)
+        return
+    for keys in _keys(values):
+        below = torch.as_tensor(keys < low)
+        yield int(below.count_nonzero()), keys[(keys < high) & (keys >= low)]
 
 
 def _keys(values: Tensor) -> Iterator[Tensor | NDArray[np.int64]]:

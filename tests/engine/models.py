@@ -73,7 +73,7 @@ def finetune(name: str, base: PreTrainedModel, seed: int, size: float = 0.02) ->
 def adapter(name: str, base: PreTrainedModel, seed: int, **settings: object) -> nn.Module:
     """The base under a LoRA adapter whose factors are all random."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=ARCHITECTURES[name][3], **settings)
+    config = LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ARCHITECTURES[name][3], **settings})
     model = get_peft_model(copy.deepcopy(base), config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

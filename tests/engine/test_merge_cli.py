@@ -91,6 +91,20 @@ def test_parameters_of_the_default_method(bench, tmp_path):
     same(load_file(tmp_path / "out" / "model.safetensors"), expected(bench, tmp_path / "own", Recipe(DRM(density=0.6))))
 
 
+@pytest.mark.parametrize("form", ["option", "file"])
+def test_a_task_with_a_dot_in_its_name(form, bench, tmp_path):
+    """As the refusal of `--models.glue.v2` says."""
+    given = {"models": {"glue.v2": str(bench / "sst2"), "rte": str(bench / "rte")}, "coefficients": {"glue.v2": 0.5}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(given))
+    inline = []
+    for name, value in given.items():
+        inline += [f"--{name}", yaml.safe_dump(value, default_flow_style=True)]
+    words = inline if form == "option" else ["--config", str(tmp_path / "c.yaml")]
+    main(["merge", "--base", str(bench / "base"), *words, "--output", str(tmp_path / "out")])
+    assert "| glue.v2 | 0.5 |" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "heads" / "glue.v2.safetensors").is_file()
+
+
 def test_model_card(bench, tmp_path):
     main(options(bench, tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -122,6 +136,8 @@ def test_dry_run_writes_nothing(bench, tmp_path, capsys):
         (["--drm.overrides", '[{"macth": "*"}]'], "macth"),
         (["--models.gone", "/nowhere/at/all"], "gone: There is no file or folder /nowhere/at/all"),
         (["--drm.method.density", "3"], "density must be in"),
+        (["--models.glue.v2", "x"], "--models.glue.v2: on the command line a task's name cannot have a dot; write it"),
+        (["--coefficients.glue.v2=2"], "as in --coefficients '{glue.v2: 1.0}', or in a --config file"),
     ],
 )
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -267,3 +267,23 @@ def test_adapters_of_layers_that_are_larger_than_the_sample(tmp_path):
     recipe, rules = Recipe(TaskArithmetic(1.0)), Rules(output_format="full")
     result = merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", recipe, rules)
     assert result.kept_shares["a"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_adapter_keeps_something_of_every_task(tmp_path):
+    """What is kept is measured on the file that was written."""
+    base = models.base_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    for seed, task in enumerate("ab", 1):
+        targets = ["q_proj"] if task == "a" else ["v_proj", "k_proj"]
+        models.adapter("llama", base, seed, target_modules=targets).save_pretrained(tmp_path / task)
+    paths = {task: str(tmp_path / task) for task in "ab"}
+    recipe = Recipe(TaskArithmetic(0.5), {"b": 0.2})
+    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe)
+    assert result.output_format == "adapter"
+    assert result.kept_shares == {"a": pytest.approx(0.5), "b": pytest.approx(0.1)}
+    assert "| a | 1 |" in (card := (tmp_path / "out" / "README.md").read_text())
+    assert "| 50 % |" in card
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    save_file({name: 0 * value for name, value in load_file(file).items()}, file)
+    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "zero", recipe)
+    assert "b: all its deltas are zero." in result.notes

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from lightning_drm import DARETIES, DRM, Average
+from lightning_drm import DARETIES, DRM, Average, TaskArithmetic
 from lightning_drm.engine import Override, Recipe, Rules, make_plan, merge_files, refuse
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -163,7 +164,10 @@ def make(folder, **files):
 
 PLACES = {  # what is given as a model, and the message
     "nothing": (lambda path: str(path / "gone"), "There is no file or folder"),
-    "hub": (lambda path: "nobody/nothing", "nobody/nothing is no file or folder here, and the hub does not give it"),
+    "hub": (
+        lambda path: "nobody/nothing",
+        "nobody/nothing is no file or folder here, and the hub (cannot be asked: there is no|has no such model)",
+    ),
     "empty": (lambda path: make(path / "e"), "holds nothing to merge; expected a transformers folder"),
     "ending": (lambda path: make(path / "e", x__gguf="x") + "/x.gguf", "has an unknown ending; expected"),
     "torn": (lambda path: make(path / "e", model__safetensors="xxxxxxxxxxxxx"), "is not a whole safetensors file"),
@@ -178,17 +182,36 @@ PLACES = {  # what is given as a model, and the message
         r"is quantised \(gptq\)",
     ),
     "lora_checkpoint": (
-        lambda path: (
-            torch.save({"state_dict": {"m.lora_A.default.weight": torch.ones(1)}}, path / "x.ckpt")
-            or str(path / "x.ckpt")
-        ),
-        "holds LoRA layers, whose scaling a checkpoint does not keep",
+        lambda path: lora_checkpoint(path, None),
+        "holds LoRA layers, but no LoraConfig among its hyper-parameters that tells their scaling; save it with",
+    ),
+    "lora_checkpoints_two": (
+        lambda path: lora_checkpoint(path, {"a": LoraConfig(r=2), "b": LoraConfig(r=4)}),
+        "holds 2 different LoraConfigs; expected one",
+    ),
+    "lora_checkpoint_dora": (
+        lambda path: lora_checkpoint(path, {"lora": LoraConfig(use_dora=True)}),
+        r"DoRA \(use_dora=True\) is not W",
+    ),
+    "lora_checkpoint_anchored": (
+        lambda path: lora_checkpoint(path, {"lora": LoraConfig(alpha_pattern={"^encoder.q": 4})}),
+        "alpha_pattern '.encoder.q' starts at the module that got the adapter",
+    ),
+    "lora_checkpoint_adapters": (
+        lambda path: lora_checkpoint(path, {"lora": LoraConfig()}, "m.lora_A.other.weight"),
+        "holds the adapters default, other; expected one LoRA adapter",
     ),
     "not_tensors": (
         lambda path: torch.save({"a": 1}, path / "x.pt") or str(path / "x.pt"),
         "holds no tensors by name",
     ),
 }
+
+
+def lora_checkpoint(path, hyperparameters, *more):
+    state = {name: torch.ones(1, 1) for name in ("m.lora_A.default.weight", "m.lora_B.default.weight", *more)}
+    torch.save({"state_dict": state, "hyper_parameters": hyperparameters}, path / "x.ckpt")
+    return str(path / "x.ckpt")
 
 
 def copy_with(path, **changes):
@@ -234,6 +257,21 @@ def test_all_problems_come_at_once(bench, tmp_path):
     for message in ("a: lacks", "b: encoder", "c: There is no", "got 'd/e'", "unknown tasks z", "out exists"):
         assert message in str(error.value)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_an_adapter_in_which_nothing_is_left_of_a_task(bench, tmp_path):
+    """Two directions at right angles, and room for one."""
+    for task, axis in (("a", 0), ("b", 1)):
+        shutil.copytree(bench / "lora", tmp_path / task)
+        file = tmp_path / task / "adapter_model.safetensors"
+        tensors = {name: torch.zeros_like(value) for name, value in load_file(file).items()}
+        for name, value in tensors.items():
+            (value[0] if "lora_A" in name else value[:, 0])[axis] = 2.0 - axis
+        save_file(tensors, file)
+    paths = {task: str(tmp_path / task) for task in "ab"}
+    with pytest.raises(ValueError, match=r"Nothing of task b is left in the merged weights.*higher density or rank"):
+        merge_files(str(bench / "base"), paths, tmp_path / "out", Recipe(TaskArithmetic(1.0)), Rules(rank=1))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_task_of_which_nothing_is_left(bench, tmp_path):

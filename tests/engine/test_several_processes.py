@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import models
 
 SCRIPT = Path(__file__).with_name("merge_on_ranks.py")
+SRUN = Path(__file__).parents[2] / "examples" / "slurm" / "local" / "srun"  # a stand-in, which sets what SLURM sets
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PATIENCE = 300  # seconds for processes to import everything, on a machine that does more than this
 SIZES = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -113,9 +114,18 @@ def expected(folder):
     return contents(folder / "expected")
 
 
-def test_lightnings_launcher(folder, expected, tmp_path):
-    command = [sys.executable, "-m", "lightning_drm", *options(folder, tmp_path / "out"), "--devices", "2"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=True)
+@pytest.mark.parametrize("launcher", ["lightning", "srun"])
+def test_other_launchers(launcher, folder, expected, tmp_path):
+    command = [sys.executable, "-m", "lightning_drm", *options(folder, tmp_path / "out")]
+    variables = {}
+    if launcher == "lightning":
+        command += ["--devices", "2"]
+    else:
+        command = [SRUN, *command]
+        job = {"JOB_ID": str(os.getpid()), "JOB_NAME": "merge", "NODELIST": "localhost", "NODEID": "0"}
+        variables = {f"SLURM_{name}": value for name, value in {**job, "NTASKS": "2", "NTASKS_PER_NODE": "2"}.items()}
+    own = environment(**variables)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert contents(tmp_path / "out") == expected
     assert done.stdout.count("Wrote") == 1, "only the first process prints"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_drm import DRM, TIES
@@ -200,3 +200,20 @@ def test_read_ahead_keeps_order_and_errors():
     assert list(read_ahead([])) == []
     taken = read_ahead(iter(range(10)))
     assert [next(taken), next(taken)] == [0, 1]
+
+
+def test_inputs_that_change_meanwhile_are_noticed(folder, tmp_path, monkeypatch):
+    """As those of a run folder do, when a fit writes into it."""
+    shutil.copytree(folder / "a", tmp_path / "a")
+    changed = {name: value + 1 for name, value in load_file(folder / "a" / "model.safetensors").items()}
+    write = ShardWriter.write
+
+    def change_and_write(self, *arguments):
+        save_file(changed, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+        write(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", change_and_write)
+    paths = {"a": str(tmp_path / "a"), "b": str(folder / "b")}
+    with pytest.raises(ValueError, match="The files of a were changed while they were merged"):
+        merge_files(str(folder / "base"), paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

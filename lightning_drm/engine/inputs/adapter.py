@@ -1,4 +1,4 @@
-"""PEFT adapter folders as exact deltas.
+"""LoRA as exact deltas: PEFT adapter folders, and what they share with other files of LoRA factors.
 
 A LoRA adapter's delta is ``s · B A``; the scaling ``s`` follows from the configuration exactly as peft computes it.
 Whatever else a configuration asks for changes that formula, the base or the layers, so every field that is not known
@@ -32,51 +32,32 @@ _EXACT_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 _NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "alora_invocation_tokens": "aLoRA"}
 
 
-class AdapterInput(TaskInput):
-    """A folder that ``PeftModel.save_pretrained`` wrote.
+class LoraInput(TaskInput):
+    """Parameters that are given as LoRA factors, and others that are given as they are.
 
     Args:
-        path: The folder.
+        path: Where they are.
+        tensors: The factors and values.
+        config: The fields of the ``LoraConfig``.
+        folder: Where the configuration is, if it is a folder.
 
     Raises:
-        ValueError: If the adapter has no exact delta, naming every reason, or its tensors are not those of LoRA.
+        ValueError: If the adapter has no exact delta, naming every reason.
     """
 
-    format = "adapter"
-
-    def __init__(self, path: Path) -> None:
-        self.config: dict[str, Any] = json.loads((path / CONFIG_FILE).read_text())
-        problems = inexact_settings(self.config)
+    def __init__(self, path: Path, tensors: Tensors, config: Mapping[str, Any], folder: Path | None = None) -> None:
+        problems = inexact_settings(config)
         if problems:
             raise ValueError(f"{path}: {'; '.join(problems)}.")
-        self._tensors = _tensors(path)
-        super().__init__(path, self._tensors.files, path)
-        self.base_name = self.config.get("base_model_name_or_path") or None
+        super().__init__(path, tensors.files, folder)
+        self.config, self._tensors = config, tensors
         self._factors: dict[str, tuple[str, str]] = {}
         self._values: dict[str, str] = {}
-        self._read_headers()
 
-    def _read_headers(self) -> None:
-        headers = self._tensors.headers
-        unknown = []
-        for raw in headers:
-            name = raw.removeprefix(_PREFIX)
-            if ".lora_magnitude_vector" in name:
-                unknown.append("DoRA magnitudes")
-            elif name.endswith(".lora_A.weight"):
-                self._add(name.removesuffix(".lora_A.weight"), raw, raw.replace(".lora_A.", ".lora_B."))
-            elif name.endswith(".lora_embedding_A"):
-                self._add(name.removesuffix(".lora_embedding_A"), raw, raw.replace("_embedding_A", "_embedding_B"))
-            elif name.endswith((".lora_B.weight", ".lora_embedding_B")):
-                continue
-            elif ".lora_" in name:
-                unknown.append(name)
-            else:  # a bias that was trained, or a module of modules_to_save: its whole value
-                name = name.replace(".base_layer.", ".")
-                self._values[name] = raw
-                self.entries[name] = Entry(headers[raw].shape, headers[raw].dtype)
-        if unknown:
-            raise ValueError(f"{self.path}: holds {', '.join(unknown[:5])}, which is not plain LoRA.")
+    def _add_value(self, name: str, raw: str) -> None:
+        header = self._tensors.headers[raw]
+        self._values[name] = raw
+        self.entries[name] = Entry(header.shape, header.dtype)
 
     def _add(self, module: str, raw_a: str, raw_b: str) -> None:
         headers = self._tensors.headers
@@ -117,6 +98,43 @@ class AdapterInput(TaskInput):
         if a.dim() == 2:
             return LowRank(b * scaling, a)
         return ((b.flatten(1) * scaling) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
+
+
+class AdapterInput(LoraInput):
+    """A folder that ``PeftModel.save_pretrained`` wrote.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ValueError: If the adapter has no exact delta, naming every reason, or its tensors are not those of LoRA.
+    """
+
+    format = "adapter"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, _tensors(path), json.loads((path / CONFIG_FILE).read_text()), path)
+        self.base_name = self.config.get("base_model_name_or_path") or None
+        self._read_headers()
+
+    def _read_headers(self) -> None:
+        unknown = []
+        for raw in self._tensors.headers:
+            name = raw.removeprefix(_PREFIX)
+            if ".lora_magnitude_vector" in name:
+                unknown.append("DoRA magnitudes")
+            elif name.endswith(".lora_A.weight"):
+                self._add(name.removesuffix(".lora_A.weight"), raw, raw.replace(".lora_A.", ".lora_B."))
+            elif name.endswith(".lora_embedding_A"):
+                self._add(name.removesuffix(".lora_embedding_A"), raw, raw.replace("_embedding_A", "_embedding_B"))
+            elif name.endswith((".lora_B.weight", ".lora_embedding_B")):
+                continue
+            elif ".lora_" in name:
+                unknown.append(name)
+            else:  # a bias that was trained, or a module of modules_to_save: its whole value
+                self._add_value(name.replace(".base_layer.", "."), raw)
+        if unknown:
+            raise ValueError(f"{self.path}: holds {', '.join(unknown[:5])}, which is not plain LoRA.")
 
 
 def inexact_settings(config: Mapping[str, Any]) -> list[str]:

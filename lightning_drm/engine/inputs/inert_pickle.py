@@ -22,21 +22,28 @@ _ALLOWED = {
 
 
 class Placeholder:
-    """Stands for any object that is not a tensor."""
+    """Stands for any object that is not a tensor.
+
+    Attributes:
+        kind: The name of its class or function; the file's word for it, which nothing was looked up by.
+        state: Its attributes, as far as the file gives them as a dictionary.
+    """
+
+    kind = ""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Placeholder":
         """Ignores all arguments."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+        self.state: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> "Placeholder":
         """Another object that it would have made."""
         return self
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.state = state if isinstance(state, dict) else {}
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -62,7 +69,7 @@ class InertUnpickler(pickle.Unpickler):
             found = getattr(torch.storage if module == "torch.storage" else torch, name, None)
             if isinstance(found, torch.dtype) or (isinstance(found, type) and name.endswith("Storage")):
                 return found
-        return Placeholder
+        return type("Placeholder", (Placeholder,), {"kind": name})
 
 
 def _load(file: Any, **kwargs: Any) -> Any:

@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
 from lightning_drm.deltas import DELTAS_FILE, HEAD_FILE, StoredDeltas
 from lightning_drm.engine.inputs.adapter import CONFIG_FILE, AdapterInput
+from lightning_drm.engine.inputs.lora_checkpoint import LoraCheckpoint
+from lightning_drm.engine.inputs.quantised import Dequantised, dequantised, quantised_names
 from lightning_drm.engine.inputs.source import StoredInput, TaskInput, WeightsInput
-from lightning_drm.engine.inputs.tensors import PickleFiles, SafetensorsFiles, Tensors, indexed_files
+from lightning_drm.engine.inputs.tensors import (
+    PickleFiles,
+    SafetensorsFiles,
+    Tensors,
+    indexed_files,
+    load_hyperparameters,
+)
 from lightning_drm.pretrained import resolve_pretrained
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -20,9 +28,6 @@ _EXPECTED = (
     "a transformers folder (model.safetensors, pytorch_model.bin or their index), a PEFT adapter folder "
     "(adapter_config.json), a checkpoint file (.ckpt, .pt, .bin, .safetensors) or a run folder with stored deltas"
 )
-_QUANTISED_SUFFIXES = (
-    ".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv",
-)  # fmt: skip
 
 
 @dataclass
@@ -34,19 +39,25 @@ class BaseModel:
     tensors: Tensors
     config: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_dequantised(self) -> bool:
+        """Whether its files are quantised, and its tensors are not."""
+        return isinstance(self.tensors, Dequantised)
 
-def open_base(name: str) -> BaseModel:
+
+def open_base(name: str, dequantize: bool = False) -> BaseModel:
     """Opens the base.
 
     Args:
         name: A folder, a file, ``package:…`` or a hub name.
+        dequantize: Read quantised weights as floats; they are refused otherwise.
 
     Raises:
         ValueError: If there is no such thing, or it is not a model's whole weights.
     """
     path = _locate(name)
     if path.is_file():
-        return BaseModel(name, None, _file_tensors(path))
+        return BaseModel(name, None, _floats(path, _file_tensors(path), f"The base {name}", dequantize))
     if (path / CONFIG_FILE).is_file():
         raise ValueError(f"The base {name} is an adapter; expected the model that it adapts.")
     tensors = _folder_tensors(path)
@@ -54,23 +65,23 @@ def open_base(name: str) -> BaseModel:
         raise ValueError(
             f"The base {name} holds no weights: expected model.safetensors, pytorch_model.bin or an index."
         )
-    _refuse_quantised(path, tensors, f"The base {name}")
-    return BaseModel(name, path, tensors, _config(path))
+    return BaseModel(name, path, _floats(path, tensors, f"The base {name}", dequantize), _config(path))
 
 
-def open_input(name: str, task: str) -> TaskInput:
+def open_input(name: str, task: str, dequantize: bool = False) -> TaskInput:
     """Opens a finetune.
 
     Args:
         name: A folder, a file or a hub name.
         task: The task's name, which also names it in a run folder of several tasks.
+        dequantize: Read quantised weights as floats; they are refused otherwise.
 
     Raises:
         ValueError: If there is no such thing, or it has no exact delta.
     """
     path = _locate(name)
     if path.is_file():
-        return _checkpoint(path)
+        return _checkpoint(path, dequantize)
     if (path / CONFIG_FILE).is_file():
         return AdapterInput(path)
     stored = next((p for p in (path, path / "tasks" / task) if (p / DELTAS_FILE).is_file()), None)
@@ -81,8 +92,7 @@ def open_input(name: str, task: str) -> TaskInput:
     tensors = _folder_tensors(path)
     if tensors is None:
         raise ValueError(f"{name} holds nothing to merge; expected {_EXPECTED}.")
-    _refuse_quantised(path, tensors, name)
-    return WeightsInput(path, tensors, path)
+    return WeightsInput(path, _floats(path, tensors, name, dequantize), path)
 
 
 def _locate(name: str) -> Path:
@@ -93,7 +103,14 @@ def _locate(name: str) -> Path:
         raise ValueError(f"There is no file or folder {name}.")
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{name} is no file or folder here, and the hub has no such model, or not for you.") from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"{name} is no file or folder here, and the hub cannot be asked: there is no connection, or HF_HUB_OFFLINE "
+            "is set."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"{name} is no file or folder here, and the hub does not give it: {_first(error)}") from error
 
 
@@ -115,14 +132,11 @@ def _file_tensors(path: Path) -> Tensors:
     raise ValueError(f"{path} has an unknown ending; expected {_EXPECTED}.")
 
 
-def _checkpoint(path: Path) -> TaskInput:
+def _checkpoint(path: Path, dequantize: bool) -> TaskInput:
     tensors = _file_tensors(path)
-    if any(".lora_A." in name or ".base_layer." in name for name in tensors.headers):
-        raise ValueError(
-            f"{path} holds LoRA layers, whose scaling a checkpoint does not keep; "
-            "save the adapter with peft's save_pretrained, or merge from the run folder."
-        )
-    return WeightsInput(path, tensors)
+    if any(".lora_" in name or ".base_layer." in name for name in tensors.headers):
+        return LoraCheckpoint(path, tensors, load_hyperparameters(path) if path.suffix in _PICKLES else None)
+    return WeightsInput(path, _floats(path, tensors, str(path), dequantize))
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -131,15 +145,22 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_quantised(path: Path, tensors: Tensors, what: str) -> None:
-    quantisation = _config(path).get("quantization_config")
-    names = [name for name in tensors.headers if name.endswith(_QUANTISED_SUFFIXES)]
-    if quantisation or names:
-        method = quantisation.get("quant_method", "unknown") if quantisation else f"found {names[0]}"
+def _floats(path: Path, tensors: Tensors, what: str, dequantize: bool) -> Tensors:
+    """The tensors, dequantised if they have to be and may be."""
+    config = _config(path)
+    names = quantised_names(tensors.headers)
+    if not config.get("quantization_config") and not names:
+        return tensors
+    if not dequantize:
+        method = config.get("quantization_config", {}).get("quant_method") or f"found {names[0]}"
         raise ValueError(
             f"{what} is quantised ({method}), so sums of its weights and deltas are not its weights; "
-            "merge the unquantised weights, and quantise the result."
+            "merge the unquantised weights and quantise the result, or say --dequantize true."
         )
+    try:
+        return dequantised(tensors, path, config)
+    except ValueError as error:
+        raise ValueError(f"{what} is quantised, and {error}.") from error
 
 
 def _first(error: Exception) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.deltas import StoredDeltas
-from lightning_drm.engine.inputs.tensors import Tensors
+from lightning_drm.engine.inputs.tensors import Tensors, plain_name
 from lightning_drm.merging import Delta, LowRank
 
 Form = Literal["value", "delta", "low_rank", "low_rank_linear"]
@@ -65,6 +65,10 @@ class TaskInput(ABC):
     def read(self, name: str) -> Delta:
         """A parameter's value or delta, as the entry's form says."""
 
+    def base_value(self, name: str) -> Tensor | None:
+        """The value that a parameter had before the finetune, where it is kept beside the delta."""
+        return None
+
 
 class WeightsInput(TaskInput):
     """Finetuned values: a model folder or a checkpoint.
@@ -80,8 +84,7 @@ class WeightsInput(TaskInput):
 
     def __init__(self, path: Path, tensors: Tensors, folder: Path | None = None) -> None:
         super().__init__(path, tensors.files, folder)
-        # Wrappers of torch.compile and of DDP put their own names in between.
-        self._raw = {name.replace("_orig_mod.", "").removeprefix("module."): name for name in tensors.headers}
+        self._raw = {plain_name(name): name for name in tensors.headers}
         self._tensors = tensors
         for name, raw in self._raw.items():
             header = tensors.headers[raw]

@@ -122,14 +122,7 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file is not one, or holds no tensors by name.
     """
-    try:
-        try:
-            content: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError:  # holds other objects, as most Lightning checkpoints do
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=inert_pickle)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a file that torch.save wrote: {reason}") from error
+    content = _load(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     tensors = (
@@ -140,6 +133,32 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path} holds no tensors by name, neither at its top nor under 'state_dict'.")
     return tensors
+
+
+def load_hyperparameters(path: Path) -> object:
+    """What a Lightning checkpoint keeps under ``hyper_parameters``; objects in it are placeholders.
+
+    Args:
+        path: The file.
+    """
+    content = _load(path)
+    return content.get("hyper_parameters") if isinstance(content, Mapping) else None
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and DDP put into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _load(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:  # holds other objects, as most Lightning checkpoints do
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=inert_pickle)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a file that torch.save wrote: {reason}") from error
 
 
 def indexed_files(index: Path) -> list[Path]:

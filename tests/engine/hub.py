@@ -1,0 +1,94 @@
+"""A model hub in one thread: the few requests of huggingface_hub that loading and uploading a model make."""
+
+import base64
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """By repository and path, the files' contents; every request in `log`."""
+
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
+    log: ClassVar[list[str]] = []
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.log.append(f"{self.command} {path}")
+        if path.startswith("api/models/"):
+            self._describe(path.removeprefix("api/models/"))
+            return
+        repository, _, inside = path.partition("/resolve/")
+        content = self.repositories.get(repository, {}).get(inside.partition("/")[2])
+        if content is None:
+            code = "EntryNotFound" if repository in self.repositories else "RepoNotFound"
+            self._answer(404, b"", {"X-Error-Code": code})
+            return
+        etag = hashlib.sha256(content).hexdigest()
+        self._answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.log.append(f"{self.command} {path}")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if path == "api/repos/create":
+            repository = "/".join(part for key in ("organization", "name") if (part := json.loads(body).get(key)))
+            self.repositories.setdefault(repository, {})
+            self._json({"url": f"http://{self.headers['Host']}/{repository}"})
+        elif path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            self._json({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+        elif path.endswith("/commit/main"):
+            repository = path.removeprefix("api/models/").removesuffix("/commit/main")
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.repositories[repository][line["value"]["path"]] = content
+            url = f"http://{self.headers['Host']}/{repository}/commit/{COMMIT}"
+            self._json({"commitUrl": url, "commitOid": COMMIT})
+        elif path == "api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        else:
+            self._answer(404, b"")
+
+    def _describe(self, rest: str) -> None:
+        repository, _, _ = rest.partition("/tree/" if "/tree/" in rest else "/revision/")
+        files = self.repositories.get(repository)
+        if files is None:
+            self._answer(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+        elif "/tree/" in rest:
+            self._json([{"type": "file", "path": name, "size": len(c), "oid": "0"} for name, c in files.items()])
+        else:
+            siblings = [{"rfilename": name} for name in files]
+            self._json({"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings, "tags": []})
+
+    def _json(self, content: object) -> None:
+        self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keeps quiet."""
+
+
+def serve() -> ThreadingHTTPServer:
+    """Starts an empty hub on a free port."""
+    handler = type("OwnHub", (Hub,), {"repositories": {}, "log": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
