@@ -7,6 +7,7 @@ since checkpoints are written after it.
 Where several processes train together they also merge together: each keeps and merges its share of the parameters.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -144,6 +145,8 @@ class DRMMergeCallback(Callback):
             "init_args": method.hyperparameters(),
             "coefficients": dict(zip(self.tasks, self.recipe.coefficients_of(self.tasks), strict=True)),
             "convolutions": self.recipe.convolutions,
+            "vectors": self.recipe.vectors,
+            "overrides": [dataclasses.asdict(override) for override in self.recipe.overrides],
         }
 
     @property

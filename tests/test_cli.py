@@ -97,6 +97,8 @@ def test_merge_tries_another_method_without_training(run: Path, config: Path):
         "init_args": {"density": 0.3, "scope": "global", "scale": 1.0},
         "coefficients": {"colour": 1.0, "pet": 1.0},
         "convolutions": "average",
+        "vectors": "average",
+        "overrides": [],
     }
     assert report(run)["accuracy"]["individual"] == individual
     assert (run / "tasks/pet/deltas.safetensors").stat().st_mtime_ns == deltas
@@ -110,6 +112,16 @@ def test_a_method_named_on_the_command_line_has_its_own_defaults(option: list[st
         main(["merge", "--config", str(CONFIGS / "quickstart.yaml"), *option, "--print_config"])
     method = yaml.safe_load(capsys.readouterr().out)["drm"]["method"]
     assert method == {"class_path": "lightning_drm.TaskArithmetic", "init_args": {"scale": 0.4}}
+
+
+def test_an_optimizer_has_its_own_defaults(capsys: pytest.CaptureFixture):
+    """AdamW, which is used where none is named, decays weights by 0.01; SGD does not."""
+    words = ["--model.init_args.optimizer", "torch.optim.SGD", "--model.init_args.optimizer.lr", "0.1"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--model", "lightning_drm.TransformerTask", "--model.backbone", "base", *words, "--print_config"])
+    chosen = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]
+    assert chosen["class_path"] == "torch.optim.SGD"
+    assert chosen["init_args"]["weight_decay"] == 0
 
 
 def test_test_measures_the_same_again(run: Path, config: Path):

@@ -42,7 +42,7 @@ class TransformerTask(LightningModule):
             pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders) and
             ``"first"`` takes the first one, both followed by a linear head.
         lora: Adapters to train in place of the backbone's weights (``peft.LoraConfig``); in full if left out.
-        optimizer: From parameters to an optimizer.
+        optimizer: From parameters to an optimizer; ``torch.optim.AdamW`` as it comes if left out.
         lr_scheduler: From an optimizer to a learning-rate scheduler, stepped after every batch.
         head_lr: Learning rate of the head; the optimizer's own if left out.
         dropout: Dropout before the linear head, where ``pooling`` is not ``"model"``.
@@ -56,7 +56,7 @@ class TransformerTask(LightningModule):
         modality: Literal["text", "image"] = "text",
         pooling: Literal["model", "mean", "first"] = "model",
         lora: LoraConfig | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,  # a class here would give its defaults to any other (jsonargparse)
         lr_scheduler: LRSchedulerCallable | None = None,
         head_lr: float | None = None,
         dropout: float = 0.0,
@@ -177,7 +177,7 @@ class TransformerTask(LightningModule):
         head_group: dict[str, Any] = {"params": [p for name, p in trained if name in head]}
         if self.head_lr is not None:
             head_group["lr"] = self.head_lr
-        optimizer = self.optimizer([*groups, head_group])
+        optimizer = (self.optimizer or torch.optim.AdamW)([*groups, head_group])
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
