@@ -3,6 +3,9 @@
 They find each other through a key-value store. There each also has a pulse, and listens for the next one's: a process
 that was killed can tell nobody, and one that computes for minutes would not ask. When one ends before the others, all
 end: one of them says why, once.
+
+Lightning knows how to start processes and what SLURM's variables mean; it is imported where it is asked, since most
+merges are of one process and would wait longer for the import than for the merge.
 """
 
 from __future__ import annotations
@@ -20,10 +23,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # missing from its exports
 from torch.distributed.rendezvous import rendezvous
 
@@ -43,6 +42,10 @@ def start_processes(count: int) -> None:
     Args:
         count: How many.
     """
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+    from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+
     _set_num_threads_if_needed(count)  # before they start: all are to have the same number
     launcher = _SubprocessScriptLauncher(LightningEnvironment(), num_processes=count, num_nodes=1)
     launcher.launch(lambda: None)
@@ -90,19 +93,27 @@ def are_several() -> bool:
     """
     if "RANK" not in os.environ and "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:  # Lightning's launcher
         os.environ["RANK"] = os.environ["LOCAL_RANK"]
-    elif "RANK" not in os.environ and SLURMEnvironment.detect() and os.environ["SLURM_NTASKS"] != "1":
-        try:
-            slurm = SLURMEnvironment(auto_requeue=False)
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
-        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(slurm.global_rank()), str(slurm.world_size())
-        os.environ["LOCAL_RANK"] = str(slurm.local_rank())
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
+    elif "RANK" not in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        _read_slurm()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return False
     if missing := [name for name in _VARIABLES if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set.")
     return True
+
+
+def _read_slurm() -> None:
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    if not SLURMEnvironment.detect():  # an interactive job, whose commands are not started by srun
+        return
+    try:
+        slurm = SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(slurm.global_rank()), str(slurm.world_size())
+    os.environ["LOCAL_RANK"] = str(slurm.local_rank())
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
 
 
 class _Watch(threading.Thread):

@@ -237,6 +237,12 @@ def test_strategies_lie_over_any_configuration(overlay: str, subcommand: str, ca
     assert parsed["drm"]["store"] == ("disk" if overlay == "slurm" else "auto")
 
 
+def test_a_merge_of_files_does_not_wait_for_lightning():
+    program = "import sys, lightning_drm.cli; print({'lightning', 'datasets', 'torchmetrics'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
 def test_it_runs_as_a_module_and_as_a_script():
     environment = {**os.environ, "COLUMNS": "100"}
     module = subprocess.run(
