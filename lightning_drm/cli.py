@@ -14,8 +14,7 @@ from itertools import pairwise
 
 from transformers.utils.logging import disable_progress_bar
 
-from lightning_drm import merging
-from lightning_drm.cli_files import is_file_merge, run
+from lightning_drm import cli_files, merging
 
 
 def with_own_defaults(words: list[str]) -> list[str]:
@@ -60,12 +59,12 @@ def main(args: list[str] | None = None) -> None:
         args = with_own_defaults(args)
     words = sys.argv[1:] if args is None else args
     try:
-        if is_file_merge(words):
-            run(words[1:])
+        if cli_files.is_file_merge(words):
+            cli_files.run(words[1:])
         else:
-            from lightning_drm.cli_trainer import MergeCLI
+            from lightning_drm import cli_trainer
 
-            MergeCLI(args)
+            cli_trainer.run(args)
     except (ValueError, FileNotFoundError, ImportError) as error:
         if os.environ.get("LIGHTNING_DRM_TRACEBACK"):
             raise

@@ -1,6 +1,7 @@
 """``lightning-drm fit | merge | test`` on one YAML file: a LightningCLI around `MergeTrainer`."""
 
 from lightning import LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -59,3 +60,18 @@ class MergeCLI(LightningCLI):
         folder = self._get(self.config_init, "drm").run_folder
         if folder is not None and is_writer():
             write_text(folder.config, text)
+
+
+def run(args: ArgsType = None) -> None:
+    """Runs the subcommand.
+
+    Args:
+        args: Command-line arguments, or a configuration; those of the process if left out.
+
+    Raises:
+        ValueError: If something does not fit together, for Lightning or for this package.
+    """
+    try:
+        MergeCLI(args)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error

@@ -237,6 +237,15 @@ def test_strategies_lie_over_any_configuration(overlay: str, subcommand: str, ca
     assert parsed["drm"]["store"] == ("disk" if overlay == "slurm" else "auto")
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_what_lightning_refuses_is_told_in_a_sentence(config: Path, capsys: pytest.CaptureFixture):
+    files = ["--config", str(config), "--config", str(CONFIGS / "strategy" / "single_gpu.yaml")]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *files])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "lightning-drm: No supported gpu backend found!"
+
+
 def test_a_merge_of_files_does_not_wait_for_lightning():
     program = "import sys, lightning_drm.cli; print({'lightning', 'datasets', 'torchmetrics'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
