@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,22 +35,21 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def said(launch: Launch) -> Callable[[str, int], str]:
-    """What a rank said about a case."""
-    lines = launch([HERE / "two_ranks.py"], 2).stdout.splitlines()
-    return lambda case, rank: next(
-        line.partition(": ")[2] for line in lines if line.startswith(f"{case}, rank {rank}: ")
-    )
+def found(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank found in each case."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    launch([HERE / "two_ranks.py", folder], 2)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("case", REFUSALS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_ranks_cannot_do_together_is_refused_on_each(said: Callable[[str, int], str], case: str, rank: int):
-    assert REFUSALS[case] in said(case, rank)
+def test_what_ranks_cannot_do_together_is_refused_on_each(found: list[dict[str, Any]], case: str, rank: int):
+    assert REFUSALS[case] in found[rank][case]
 
 
-def test_buffers_are_those_of_the_first_rank_on_all(said: Callable[[str, int], str]):
-    first, second = (json.loads(said("buffers", rank)) for rank in (0, 1))
+def test_buffers_are_those_of_the_first_rank_on_all(found: list[dict[str, Any]]):
+    first, second = (of_rank["buffers"] for of_rank in found)
     assert first["live"] != pytest.approx(second["live"], abs=1e-4), "the case shows nothing"
     assert first["merged"] == second["merged"]
     assert first["merged"] == pytest.approx(first["live"], abs=1e-6)

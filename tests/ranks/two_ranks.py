@@ -1,11 +1,13 @@
-"""Run by test_ranks on two processes: what is refused, and what becomes of buffers, printed by each rank.
+"""Run by test_ranks on two processes: what is refused, and what becomes of buffers, in a file of each rank.
 
-torchrun --nproc_per_node 2 two_ranks.py
+torchrun --nproc_per_node 2 two_ranks.py FOLDER
 """
 
 import json
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -64,13 +66,14 @@ CASES: dict[str, Callable[[], object]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    found: dict[str, object] = {}
     for name, case in CASES.items():
         try:
             case()
         except ValueError as error:
-            print(f"{name}, rank {os.environ['RANK']}: {error}", flush=True)
+            found[name] = str(error)
     normed = Normed()
     merged = fit(normed).merged_module.task_module("a")
     means = {"live": normed.backbone[-1].running_mean, "merged": merged.backbone[-1].running_mean}
-    found = json.dumps({name: tensor.tolist() for name, tensor in means.items()})
-    print(f"buffers, rank {os.environ['RANK']}: {found}", flush=True)
+    found["buffers"] = {name: tensor.tolist() for name, tensor in means.items()}
+    (Path(sys.argv[1]) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
