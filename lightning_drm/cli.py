@@ -51,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*loftq_config.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     # transformers' own bars take longer to read than the small steps they show.
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types here
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     if args is None:
         sys.argv[1:] = with_own_defaults(sys.argv[1:])

@@ -4,6 +4,7 @@ The same options, on the command line or in YAML: ``base:``, ``models:``, ``outp
 ``drm:`` group with the method and its exceptions, so that the overlays in ``configs/method`` serve here too.
 """
 
+import io
 import os
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def run(args: Sequence[str]) -> None:
         if ranks.is_first:
             _run(args, ranks)
         else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123 - no path
+            with redirect_stdout(io.StringIO()):
                 _run(args, ranks)
 
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # missing from its exports
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 from torch.distributed.rendezvous import rendezvous
 
 from lightning_drm.ranks import ALONE, Ranks

@@ -160,7 +160,7 @@ def test_lora_goes_the_same_way(config: Path, tmp_path: Path):
     before = report(tmp_path / "run")
     assert before["accuracy"]["individual"]["average"] > 0.9
     with safe_open(tmp_path / "run/tasks/pet/deltas.safetensors", "pt") as file:
-        assert all(name.endswith(("::up", "::down")) for name in file.keys())  # noqa: SIM118
+        assert all(name.endswith(("::up", "::down")) for name in file.keys())  # noqa: SIM118 - not a mapping
     main(["test", *command])
     assert report(tmp_path / "run") == before
 

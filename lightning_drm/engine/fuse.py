@@ -7,7 +7,7 @@ whatever order they came in, so that rounding, too, is the same.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class Fusion:
         """
         names = list(names)
         calibrated = self._calibrated
-        for name, deltas in zip(names, read_ahead(map(self._deltas, names)), strict=True):
+        for name, deltas in zip(names, self._stream(names), strict=True):
             method = calibrated.get(name)
             if method is None:
                 yield Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas)
@@ -143,16 +143,15 @@ class Fusion:
         methods = {name: treatment.method for name, treatment in self.treatments.items()}
         for method, names in groups.items():
             own = [name for name in names if self.share is None or name in self.share]
-            ready = method.calibrate(
-                lambda own=own: read_ahead(map(self._deltas, own)),  # type: ignore[misc]
-                reduce=self.reduce,
-                num_tasks=len(self.tasks),
-            )
+            ready = method.calibrate(partial(self._stream, own), reduce=self.reduce, num_tasks=len(self.tasks))
             methods.update(dict.fromkeys(names, ready))
         return methods
 
     def _first(self, name: str) -> Delta:
         return next(vector.deltas[name] for vector in self.vectors if name in vector.deltas)
+
+    def _stream(self, names: Sequence[str]) -> Iterator[list[Delta]]:
+        return read_ahead(map(self._deltas, names))
 
     def _deltas(self, name: str) -> list[Delta]:
         deltas = [vector.deltas.get(name) for vector in self.vectors]
@@ -163,12 +162,7 @@ class Fusion:
                 f"{v.task} {tuple(d.shape)}" for v, d in zip(self.vectors, deltas, strict=True) if d is not None
             )
             raise ValueError(f"{name}: the tasks' deltas have different shapes: {found}.")
-        return [self._on_device(delta) if delta is not None else self._zero_like(present[0]) for delta in deltas]
-
-    def _on_device(self, delta: Delta) -> Delta:
-        if isinstance(delta, LowRank):
-            return LowRank(delta.up.to(self.device), delta.down.to(self.device))
-        return delta.to(self.device)
+        return [delta.to(self.device) if delta is not None else self._zero_like(present[0]) for delta in deltas]
 
     def _zero_like(self, delta: Delta) -> Delta:
         if isinstance(delta, LowRank):

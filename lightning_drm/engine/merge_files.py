@@ -80,7 +80,7 @@ def merge_files(
     device: str = "cpu",
     push_to_hub: str | None = None,
     progress: Progress | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = ALONE,
 ) -> MergeResult:
     """Merges finetuned models that are on disk or on the hub.
 
@@ -104,7 +104,7 @@ def merge_files(
         ValueError: With every problem that the headers show, before anything is written; or if deltas are not finite,
             or a task has left no trace in the result; or if another process is merging into the same folder.
     """
-    recipe, rules, output, ranks = recipe or Recipe(), rules or Rules(), Path(output), ranks or ALONE
+    recipe, rules, output = recipe or Recipe(), rules or Rules(), Path(output)
     plan = make_plan(base, models, recipe, rules)
     refuse([*plan.problems, *output_problems(plan, output, overwrite)])
     partial = output.with_name(f".{output.name}.partial")

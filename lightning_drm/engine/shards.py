@@ -64,9 +64,9 @@ class ShardWriter:
         headers: Mapping[str, TensorHeader],
         max_shard_size: str,
         identity: str,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._ranks = ranks or ALONE
+        self._ranks = ranks
         self.folder = folder
         self.headers = headers
         meta = {name: torch.empty(h.shape, dtype=h.dtype, device="meta") for name, h in headers.items()}

@@ -149,7 +149,7 @@ class Method(ABC):
 
     def _merge_low_rank(self, deltas: list[LowRank], coefficients: list[float]) -> LowRank:
         """Merge checked low-rank deltas of one precision; only called where `supports_low_rank`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} leaves not_low_rank empty, but merges no factors")
 
     def _check(self, deltas: Sequence[Delta], coefficients: Sequence[float] | None) -> tuple[list[Delta], list[float]]:
         name = type(self).__name__

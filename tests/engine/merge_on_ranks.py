@@ -4,12 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic  # noqa: F401 - named in the file
-from lightning_drm.engine import Override, Recipe, Rules, merge_files  # noqa: F401
+from lightning_drm import engine, merging
 from lightning_drm.launch import started_together
 
 if __name__ == "__main__":
+    names = {**vars(merging), **vars(engine)}
     with Path(sys.argv[1]).open() as file, started_together() as ranks:
         for case in json.load(file):
             paths = {key: case[key] for key in ("base", "models", "output", "max_shard_size", "device")}
-            merge_files(**paths, recipe=eval(case["recipe"]), rules=eval(case["rules"]), ranks=ranks)
+            recipe, rules = eval(case["recipe"], names), eval(case["rules"], names)
+            engine.merge_files(**paths, recipe=recipe, rules=rules, ranks=ranks)

@@ -71,6 +71,22 @@ def finetune(name: str, base: PreTrainedModel, seed: int, size: float = 0.02) ->
     return model
 
 
+def save_llamas(folder: Path, **sizes: int) -> LlamaForCausalLM:
+    """Writes a base and finetunes ``a`` and ``b`` of a Llama of some size; returns the base."""
+    config = LlamaConfig(**{**TEXT, **sizes})
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(folder / "base")
+    for seed, task in enumerate("ab", 1):
+        torch.manual_seed(seed)
+        tuned = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter, start in zip(tuned.parameters(), base.parameters(), strict=True):
+                parameter.copy_(start + 0.01 * torch.randn_like(start))
+        tuned.save_pretrained(folder / task)
+    return base
+
+
 def adapter(name: str, base: PreTrainedModel, seed: int, **settings: object) -> nn.Module:
     """The base under a LoRA adapter whose factors are all random."""
     torch.manual_seed(seed)

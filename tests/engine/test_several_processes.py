@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic, cli_files
 from lightning_drm.engine import Override, Recipe, Rules, merge_files
@@ -44,17 +43,8 @@ def one_thread():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks")
-    config = LlamaConfig(**{**models.TEXT, **SIZES})
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(config)
-    base.save_pretrained(path / "base")
+    base = models.save_llamas(path, **SIZES)
     for seed, task in enumerate("ab", 1):
-        torch.manual_seed(seed)
-        tuned = LlamaForCausalLM(config)
-        with torch.no_grad():
-            for parameter, start in zip(tuned.parameters(), base.parameters(), strict=True):
-                parameter.copy_(start + 0.01 * torch.randn_like(start))
-        tuned.save_pretrained(path / task)
         models.adapter("llama", base, seed).save_pretrained(path / f"adapter_{task}")
     return path
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_drm import DRM, TIES
 from lightning_drm.engine import Recipe, merge_files
@@ -27,17 +26,7 @@ import models
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("streaming")
-    config = LlamaConfig(**{**models.TEXT, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3})
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(config)
-    base.save_pretrained(path / "base")
-    for seed, task in enumerate("ab", 1):
-        torch.manual_seed(seed)
-        tuned = LlamaForCausalLM(config)
-        with torch.no_grad():
-            for parameter, start in zip(tuned.parameters(), base.parameters(), strict=True):
-                parameter.copy_(start + 0.01 * torch.randn_like(start))
-        tuned.save_pretrained(path / task)
+    models.save_llamas(path, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
     return path
 
 

@@ -45,12 +45,12 @@ def test_more_than_one_chunk(dtype, density):
     assert found(values, density) == sorted_threshold(values, density)
 
 
-def test_single_precision_needs_two_passes_double_needs_four():
-    for dtype, passes in ((torch.float32, 2), (torch.float64, 4)):
-        calls = []
-        values = torch.randn(1000, dtype=dtype, generator=torch.Generator().manual_seed(0))
-        thresholds(lambda: calls.append(1) or [[values]], 0.3, num_tasks=1)  # noqa: B023
-        assert len(calls) == passes
+@pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 2), (torch.float64, 4)])
+def test_single_precision_needs_two_passes_double_needs_four(dtype, passes):
+    calls = []
+    values = torch.randn(1000, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    thresholds(lambda: calls.append(1) or [[values]], 0.3, num_tasks=1)
+    assert len(calls) == passes
 
 
 def test_ties_with_the_threshold_are_kept():
