@@ -14,15 +14,7 @@ from typing import Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import Progress
 from torch import Tensor
@@ -46,6 +38,7 @@ from lightning_drm.merging import DRM, LowRank, Method
 from lightning_drm.modules import MultiTaskModule, data_parallel, head_names_of, is_sharded, without_weights
 from lightning_drm.names import check_task_name
 from lightning_drm.ranks import ALONE, Ranks
+from lightning_drm.strategies import refuse_strategy
 
 
 class DRMMergeCallback(Callback):
@@ -365,34 +358,6 @@ class DRMMergeCallback(Callback):
         parameters = backbone_parameters(module, head)
         names = [name for vector in self.task_vectors.values() for name in vector.deltas]
         self._owners.share_out({name: parameters[name] for name in names}, self._ranks.size)
-
-
-def refuse_strategy(strategy: Strategy) -> None:
-    """Refuses, by name, strategies under which no process holds the whole weights or the callback's state is lost.
-
-    Args:
-        strategy: The Trainer's strategy.
-
-    Raises:
-        ValueError: If the strategy is not supported.
-    """
-    name = type(strategy).__name__
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
-        method = strategy.launcher._start_method
-        raise ValueError(
-            f"{name} starts its processes by {method}, which loses the callback's deltas when they end; "
-            "use strategy 'ddp', which starts scripts."
-        )
-    if isinstance(strategy, FSDPStrategy):
-        raise ValueError(
-            f"{name} (FSDP1) keeps a layer's weights in one flat tensor, of which DRMMergeCallback takes no deltas; "
-            "use ModelParallelStrategy (FSDP2), as in configs/strategy/fsdp2.yaml."
-        )
-    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
-    if not supported or isinstance(strategy, DeepSpeedStrategy):
-        raise ValueError(
-            f"{name} is not supported by DRMMergeCallback; use a single device, 'ddp' or ModelParallelStrategy."
-        )
 
 
 def _settings_of(module: LightningModule) -> Mapping[str, object]:

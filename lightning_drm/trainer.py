@@ -24,7 +24,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from typing_extensions import override
 
-from lightning_drm.callback import DRMMergeCallback, refuse_strategy
+from lightning_drm.callback import DRMMergeCallback
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.deltas import head_state, write_tensors
 from lightning_drm.engine import RunFolder, read_merged
@@ -33,6 +33,7 @@ from lightning_drm.modules import MultiTaskModule, data_parallel, duplicate, hea
 from lightning_drm.progress import TaskProgressBar
 from lightning_drm.ranks import ALONE, Ranks
 from lightning_drm.settings import changed_settings, finetune_settings
+from lightning_drm.strategies import refuse_strategy
 
 Accuracies = dict[str, float | None]
 T = TypeVar("T")

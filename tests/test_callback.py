@@ -12,8 +12,8 @@ from tiny import Vectors, VectorTask, quiet_trainer
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from lightning_drm import DRM, TIES, Average, DRMMergeCallback, MultiTaskModule, TaskArithmetic
-from lightning_drm.callback import refuse_strategy
 from lightning_drm.engine import Override
+from lightning_drm.strategies import refuse_strategy
 
 TASKS = ("first", "second", "third")
 
