@@ -224,15 +224,14 @@ class DRMMergeCallback(Callback):
             self._base.require(vector.base_hashes, task)
             self._vectors[task] = vector
 
-    def fuse(
-        self, module: LightningModule, *, device: torch.device | None = None, write: bool = True
-    ) -> MultiTaskModule:
-        """Merges all task vectors; called by itself when the last task has arrived. All ranks call it together.
+    def fuse(self, module: LightningModule, *, device: torch.device | None = None) -> MultiTaskModule:
+        """Merges all task vectors, and writes the merged model if there is a run folder; all ranks call it together.
+
+        It is called by itself when the last task has arrived.
 
         Args:
             module: Any task's module, trained or not; it stays as it is.
             device: Where to compute; the module's if left out.
-            write: Whether to write the merged model into the run folder, if there is one. One rank does.
 
         Returns:
             The merged model, on the module's device or sharded as the module is, also available as `merged_module`.
@@ -244,7 +243,7 @@ class DRMMergeCallback(Callback):
             raise RuntimeError(f"Cannot merge: tasks {', '.join(self.missing)} have not arrived.")
         head = head_names_of(module, self.head)
         heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
-        writes = write and self.run_folder is not None and self._ranks.is_first
+        writes = self.run_folder is not None and self._ranks.is_first
         backbone, written = self._merged_backbone(module, head, device or module.device, writes)
         template = self._template if is_sharded(module) else module
         assert template is not None, "a module that is sharded went through setup"

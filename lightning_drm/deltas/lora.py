@@ -21,7 +21,7 @@ from lightning_drm.deltas.sharded import whole
 from lightning_drm.merging import Delta, LowRank
 
 # Initialisations that leave the base weight as it was; every other one subtracts something from it.
-_INITS_KEEPING_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+INITS_KEEPING_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
@@ -121,7 +121,7 @@ def refuse_unsupported_adapters(module: nn.Module) -> None:
                 tuner = PeftType(config.peft_type).value
                 problems.append(f"adapter {adapter!r}: {tuner} is not supported, only LoRA is.")
             init = getattr(config, "init_lora_weights", True)
-            if init not in _INITS_KEEPING_THE_BASE:
+            if init not in INITS_KEEPING_THE_BASE:
                 problems.append(
                     f"adapter {adapter!r}: init_lora_weights={init!r} changes the base weights; use true or gaussian."
                 )

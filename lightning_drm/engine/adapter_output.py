@@ -69,7 +69,7 @@ def _write(folder: Path, plan: Plan, merged: Mapping[str, Delta]) -> None:
     write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
     # peft writes them in the order of a set, which differs from process to process.
-    written = json.loads((folder / CONFIG_FILE).read_text())
+    written = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     written["target_modules"] = sorted(written["target_modules"])
     write_json(folder / CONFIG_FILE, written)
 

@@ -36,13 +36,13 @@ def copy_companions(base: Path, output: Path, dtype: str, *, dequantised: bool =
         shutil.copyfile(file, output / file.name)
     config = output / "config.json"
     if config.is_file() and (dtype != "auto" or dequantised):
-        content = json.loads(config.read_text())
+        content = json.loads(config.read_text(encoding="utf-8"))
         if dtype != "auto":
             content.pop("torch_dtype", None)
             content["dtype"] = str(getattr(torch, dtype)).removeprefix("torch.")
         if dequantised:
             content.pop("quantization_config", None)
-        config.write_text(json.dumps(content, indent=2) + "\n")
+        config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return sorted(file.name for file in files)
 
 

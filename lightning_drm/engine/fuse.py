@@ -77,10 +77,6 @@ class Fusion:
         if recipe.overrides and shapes is not None and (problems := recipe.problems(self.kinds, shapes)):
             raise ValueError("\n".join(problems))
 
-    def __len__(self) -> int:
-        """How many parameters have a delta in some task."""
-        return len(self.kinds)
-
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Name and merged delta of each parameter, in the parameter's own shape, on the device."""
         return ((merged.name, merged.delta) for merged in self.merge(self.kinds))
@@ -125,13 +121,6 @@ class Fusion:
             limit = min(merged.rank if rank is None else rank, *merged.shape)
             factors, error = merged.truncate(limit) if merged.rank > limit else (merged, 0.0)
             yield name, factors, error
-
-    def is_low_rank(self, name: str) -> bool:
-        """Whether a parameter's deltas and the method give factors."""
-        deltas = [vector.deltas[name] for vector in self.vectors if name in vector.deltas]
-        method, split = self.treatments[name].method, self.treatments[name].split
-        exact = method is not None and method.supports_low_rank and split is None
-        return exact and all(isinstance(delta, LowRank) for delta in deltas)
 
     @cached_property
     def _calibrated(self) -> dict[str, Method | None]:

@@ -181,7 +181,7 @@ def _write(
         licence=licence_of(plan.base.folder),
         facts=_facts(result),
     )
-    (partial / "README.md").write_text(card)
+    (partial / "README.md").write_text(card, encoding="utf-8")
     return result
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_drm.deltas import written_whole
 from lightning_drm.engine import write_json, write_text
 from lightning_drm.evaluation.comparison import ROWS, Comparison
 
@@ -88,9 +89,8 @@ def write_plot(comparison: Comparison, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.axvline(len(groups) - 1.5, color="0.8", linewidth=1)
     figure.legend(loc="outside lower center", ncols=len(ROWS), frameon=False)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=150, format="png")
-    partial.replace(path)
+    with written_whole(path) as place:
+        figure.savefig(place, dpi=150, format="png")
 
 
 def logged_metrics(comparison: Comparison) -> dict[str, float]:

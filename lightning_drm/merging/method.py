@@ -88,11 +88,6 @@ class Method(ABC):
         """Whether `merge_low_rank` is exact for this method."""
         return not self.not_low_rank
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether `calibrate` changes what this method does."""
-        return False
-
     def calibrate(
         self,
         stream: Callable[[], Iterable[Sequence[Delta]]],

@@ -57,11 +57,6 @@ class TIES(Method):
         self.scale = scale
         self.thresholds: tuple[float, ...] | None = None
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether the thresholds over the whole task vectors are still to be found."""
-        return self.scope == "global" and self.thresholds is None
-
     def calibrate(
         self,
         stream: Callable[[], Iterable[Sequence[Delta]]],

@@ -34,7 +34,6 @@ def test_methods_differ_by_parameters_and_class():
 def test_defaults_do_nothing():
     for method in (DRM(), TaskArithmetic(), TIES(scope="tensor")):
         assert method.calibrate(lambda: [deltas(4)]) is method
-        assert not method.needs_calibration
         assert method.keyed(["a"]) is method
 
 
@@ -98,8 +97,6 @@ class TestTIESCalibration:
             return iter(self.model)
 
         method = TIES(0.3).calibrate(stream)
-        assert TIES(0.3).needs_calibration
-        assert not method.needs_calibration
         expected = TIES(0.3, "tensor").merge(self.whole())
         merged = torch.cat([method.merge(parameter).flatten() for parameter in self.model])
         assert torch.equal(merged, expected)

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from typing_extensions import override
 
+from lightning_drm.deltas.lora import INITS_KEEPING_THE_BASE
 from lightning_drm.engine.inputs.source import Entry, TaskInput
 from lightning_drm.engine.inputs.tensors import PickleFiles, SafetensorsFiles, Tensors
 from lightning_drm.merging import Delta, LowRank
@@ -28,7 +29,6 @@ _EXACT_FIELDS = {
     "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "loftq_config",
     "eva_config", "qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-_EXACT_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 _NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "alora_invocation_tokens": "aLoRA"}
 
 
@@ -113,7 +113,7 @@ class AdapterInput(LoraInput):
     format = "adapter"
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, _tensors(path), json.loads((path / CONFIG_FILE).read_text()), path)
+        super().__init__(path, _tensors(path), json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")), path)
         self.base_name = self.config.get("base_model_name_or_path") or None
         self._read_headers()
 
@@ -156,7 +156,7 @@ def inexact_settings(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for name, value in config.items():
         if name == "init_lora_weights":
-            if value not in _EXACT_INITS:
+            if value not in INITS_KEEPING_THE_BASE:
                 problems.append(f"init_lora_weights={value!r} changes the base weights, so the delta is unknown")
         elif name not in _EXACT_FIELDS and value and value != defaults.get(name):
             variant = _NAMES.get(name, name)

@@ -134,7 +134,7 @@ def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
 
 def _meta_model(folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    named = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     model_class = getattr(transformers, named[0], None) if named else None
     with torch.device("meta"):
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):

@@ -141,7 +141,7 @@ def _checkpoint(path: Path, dequantize: bool) -> TaskInput:
 
 def _config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return config
 
 

@@ -167,7 +167,7 @@ def indexed_files(index: Path) -> list[Path]:
     Raises:
         ValueError: If shards are missing, naming them.
     """
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ValueError(f"{index} names files that are not there: {', '.join(missing)}.")
