@@ -56,7 +56,6 @@ def weighted_average(deltas: list[Tensor], scale: float) -> Tensor:
 def assert_merged(fusion: Fusion, expected: dict[str, Tensor]) -> None:
     merged = dict(fusion)
     assert merged.keys() == expected.keys()
-    assert merged.keys() == expected.keys()
     for name, tensor in expected.items():
         assert merged[name].shape == tensor.shape
         torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
