@@ -107,7 +107,7 @@ def merge_files(
     recipe, rules, output = recipe or Recipe(), rules or Rules(), Path(output)
     plan = make_plan(base, models, recipe, rules)
     refuse([*plan.problems, *output_problems(plan, output, overwrite)])
-    partial = output.with_name(f".{output.name}.partial")
+    partial = _partial_of(output)
     with only_one(output, f"merging into {output}") if ranks.is_first else nullcontext():
         if ranks.is_first:  # again: another merge may have ended before this one got the lock
             refuse(output_problems(plan, output, overwrite))
@@ -200,7 +200,7 @@ def output_problems(plan: Plan, output: Path, overwrite: bool) -> list[str]:
     if any(folder is not None and folder.exists() and output.exists() and output.samefile(folder) for folder in inputs):
         problems.append(f"{output} is one of the inputs.")
     parent = next(folder for folder in output.absolute().parents if folder.exists())
-    free, needed = shutil.disk_usage(parent).free, written_bytes(plan)
+    free, needed = shutil.disk_usage(parent).free + _held_by(_partial_of(output)), written_bytes(plan)
     if plan.output_format == "full" and needed > free:
         problems.append(f"{output} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB left.")
     return problems
@@ -342,6 +342,19 @@ def _clear_leftovers(partial: Path) -> None:
     elif partial.is_dir():
         for folder in [entry for entry in partial.iterdir() if entry.is_dir()]:
             shutil.rmtree(folder)
+
+
+def _partial_of(output: Path) -> Path:
+    """The hidden folder in which an output is written."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def _held_by(partial: Path) -> int:
+    """Bytes of the disk that an interrupted merge has; they are there for the next one, which takes them up or over."""
+    try:
+        return sum(file.stat().st_blocks * 512 for file in partial.rglob("*"))
+    except FileNotFoundError:  # the merge was not interrupted, and has just ended
+        return 0
 
 
 def _show(partial: Path, output: Path) -> None:

@@ -107,6 +107,19 @@ def test_taken_up_after_some_tensors(after, method, folder, tmp_path, monkeypatc
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_what_an_interrupted_merge_wrote_is_not_asked_of_the_disk_again(folder, tmp_path, monkeypatch):
+    interrupted(folder, tmp_path / "out", monkeypatch)
+    held = sum(file.stat().st_blocks * 512 for file in (tmp_path / ".out.partial").iterdir())
+    needed = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
+    assert 0 < held < needed
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=0))
+    with pytest.raises(ValueError, match="but its disk has"):
+        merge(folder, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=needed - held))
+    assert merge(folder, tmp_path / "out").num_resumed > 0
+
+
 def interrupted(folder, output, monkeypatch, after=9):
     write, count = ShardWriter.write, iter(range(1000))
 
