@@ -1,20 +1,22 @@
 """The command line, ``lightning-drm``: which of its two forms is meant, and how mistakes are told.
 
 A merge of files needs neither Lightning nor data, so what the other commands need is imported for them only: that takes
-as long as merging a small model.
+as long as merging a small model. Imports are in functions here so that they run without the garbage collector.
 """
 
+import atexit
+import gc
 import inspect
 import json
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
-from transformers.utils.logging import disable_progress_bar
-
-from lightning_drm import cli_files, merging
+atexit.register(gc.freeze)  # or an interpreter that ends would look through a million objects once more
 
 
 def with_own_defaults(words: list[str]) -> list[str]:
@@ -26,6 +28,8 @@ def with_own_defaults(words: list[str]) -> list[str]:
     Args:
         words: The command line.
     """
+    from lightning_drm import merging
+
     methods = {method.__name__: method for method in vars(merging).values() if isinstance(method, type)}
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--drm.method=") else [word])]
     for index, (option, name) in enumerate(pairwise(words)):
@@ -37,6 +41,16 @@ def with_own_defaults(words: list[str]) -> list[str]:
     return words
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """For imports: they make a million objects, none of which is garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning-drm``.
 
@@ -45,6 +59,10 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Command-line arguments; those of the process if left out.
     """
+    with _collector_paused():
+        from transformers.utils.logging import disable_progress_bar
+
+        from lightning_drm import cli_files
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn when data loaders fork
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -62,8 +80,8 @@ def main(args: list[str] | None = None) -> None:
         if cli_files.is_file_merge(words):
             cli_files.run(words[1:])
         else:
-            from lightning_drm import cli_trainer
-
+            with _collector_paused():
+                from lightning_drm import cli_trainer
             cli_trainer.run(args)
     except (ValueError, FileNotFoundError, ImportError) as error:
         if os.environ.get("LIGHTNING_DRM_TRACEBACK"):

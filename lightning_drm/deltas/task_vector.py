@@ -2,11 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lightning_drm.deltas.parameters import Kind
 from lightning_drm.merging import Delta
+from lightning_drm.merging.low_rank import rows_of
+
+
+@runtime_checkable
+class ReadsRows(Protocol):
+    """Deltas by name that give some rows of one without computing the others."""
+
+    def read(self, name: str, rows: slice | None = None) -> Delta:
+        """A delta, or some rows of it."""
 
 
 @dataclass(frozen=True)
@@ -29,3 +39,11 @@ class TaskVector:
     head: Mapping[str, Tensor]
     base_hashes: Mapping[str, str]
     settings: Mapping[str, object] = field(default_factory=dict)
+
+    def read(self, name: str, rows: slice | None = None) -> Delta | None:
+        """A parameter's delta, or some rows of it; ``None`` if the task did not train it."""
+        if rows is None or name not in self.deltas:
+            return self.deltas.get(name)
+        if isinstance(self.deltas, ReadsRows):
+            return self.deltas.read(name, rows)
+        return rows_of(self.deltas[name], rows)

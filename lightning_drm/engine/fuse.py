@@ -1,37 +1,44 @@
 """Laying a recipe over task vectors: one parameter of all tasks at a time, its merged delta out.
 
 Deltas are read when their turn comes and dropped after, so at no time are more than two parameters' deltas on the
-device: the one that is merged, and the next, which a thread reads ahead. Tasks are taken in the order of their names,
-whatever order they came in, so that rounding, too, is the same.
+device: the one that is merged, and the next, which a thread reads ahead. Where entries are merged one by one and deltas
+can be read in part, it is a piece of a parameter. Tasks are taken in the order of their names, whatever order they came
+in, so that rounding, too, is the same.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import prod
 
 import torch
 from torch import Tensor
 
 from lightning_drm.deltas import Kind, TaskVector, describe_difference
+from lightning_drm.engine.pieces import pieces
 from lightning_drm.engine.read_ahead import read_ahead
 from lightning_drm.engine.recipe import Recipe, Treatment, split_sizes
 from lightning_drm.merging import Delta, LowRank, Method
+from lightning_drm.merging.inputs import peak
+from lightning_drm.merging.low_rank import rows_of
 from lightning_drm.merging.selection import Reduce, identity
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One merged parameter.
+    """One merged parameter, or some rows of it.
 
     Attributes:
         name: Its name.
         delta: Its merged delta, in the parameter's own shape.
         parts: The tasks' deltas that it was merged from.
+        rows: Which rows these are; ``None`` for all of a parameter.
     """
 
     name: str
     delta: Tensor
     parts: Sequence[Delta]
+    rows: slice | None = None
 
 
 class Fusion:
@@ -43,6 +50,8 @@ class Fusion:
         device: Where to compute; deltas that are elsewhere are brought there one parameter at a time.
         transposed: Names of matrices stored ``(in, out)``, which are split along their columns.
         shapes: Shape of each parameter by name, where they are known without asking for deltas.
+        in_pieces: Whether rows of a delta can be read without the others, so that what is merged entry by entry need
+            never be whole in memory; wants ``shapes``.
         share: Names of the parameters that this rank merges, where several ranks share them; all if left out.
         reduce: Sums a tensor over these ranks.
 
@@ -59,6 +68,7 @@ class Fusion:
         *,
         transposed: Set[str] = frozenset(),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        in_pieces: bool = False,
         share: Set[str] | None = None,
         reduce: Reduce = identity,
     ) -> None:
@@ -72,6 +82,7 @@ class Fusion:
         self.reduce = reduce
         self.kinds = _agreed_kinds(self.vectors)
         self.treatments = {name: recipe.treatment(name, kind, self.tasks) for name, kind in self.kinds.items()}
+        self._shapes = (shapes or {}) if in_pieces else {}
         if recipe.overrides and shapes is None:
             shapes = {name: tuple(self._first(name).shape) for name in self.kinds}
         if recipe.overrides and shapes is not None and (problems := recipe.problems(self.kinds, shapes)):
@@ -91,17 +102,48 @@ class Fusion:
             Each parameter's merged delta, on the device. A parameter that keeps the base's value has a delta of 0.
         """
         names = list(names)
-        calibrated = self._calibrated
-        for name, deltas in zip(names, self._stream(names), strict=True):
-            method = calibrated.get(name)
-            if method is None:
-                yield Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas)
-            else:
-                keyed = method.keyed([f"{task}/{name}" for task in self.tasks])
-                merged = _merge_in_shape(keyed, deltas, self.treatments[name], name in self.transposed)
-                yield Merged(name, merged, deltas)
-                del merged
-            del deltas  # before the next ones come, or a third parameter's would be in memory
+        self.calibrate()
+        for name, deltas in zip(names, self._stream((name, None) for name in names), strict=True):
+            merged = self._merge(name, deltas, None)
+            yield merged
+            del merged, deltas  # before the next ones come, or a third parameter's would be in memory
+
+    def comes_in_pieces(self, name: str) -> bool:
+        """Whether a parameter can be merged a few rows at a time."""
+        return name in self._shapes and self.treatments[name].works_in_pieces
+
+    def merge_in_pieces(self, name: str) -> Iterator[Merged]:
+        """Merges a parameter that `comes_in_pieces`; several threads may do so at once after `calibrate`.
+
+        Args:
+            name: Which.
+
+        Yields:
+            Its pieces in order.
+        """
+        for rows in self._pieces(name):
+            yield self._merge(name, self._deltas(name, rows), rows)
+
+    def calibrate(self) -> None:
+        """Shows whole task vectors to the methods that need to see them first; on all ranks, before any merges."""
+        _ = self._calibrated
+
+    def _merge(self, name: str, deltas: Sequence[Delta], rows: slice | None) -> Merged:
+        treatment, method = self.treatments[name], self._calibrated[name]
+        if method is None:
+            return Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas, rows)
+        start = rows.start * prod(deltas[0].shape[1:]) if rows is not None else 0
+        keyed = method.keyed([f"{task}/{name}" for task in self.tasks], start=start)
+        try:
+            merged = _merge_in_shape(keyed, deltas, treatment, name in self.transposed)
+        except ValueError as error:
+            raise ValueError(self._explained(error, name)) from error
+        return Merged(name, merged, deltas, rows)
+
+    def _explained(self, error: ValueError, name: str) -> str:
+        """A method's complaint, which counts tasks, with the names of what it is about."""
+        tasks = ", ".join(f"{index} is {task}" for index, task in enumerate(self.tasks))
+        return f"{name}: {error} (task {tasks})."
 
     def merge_low_rank(self, names: Iterable[str], rank: int | None = None) -> Iterator[tuple[str, LowRank, float]]:
         """Merges parameters whose deltas are all low-rank, exactly, without a dense matrix.
@@ -132,18 +174,31 @@ class Fusion:
         methods = {name: treatment.method for name, treatment in self.treatments.items()}
         for method, names in groups.items():
             own = [name for name in names if self.share is None or name in self.share]
-            ready = method.calibrate(partial(self._stream, own), reduce=self.reduce, num_tasks=len(self.tasks))
+            parts = [(name, rows) for name in own for rows in self._pieces(name)]
+            try:
+                ready = method.calibrate(partial(self._stream, parts), reduce=self.reduce, num_tasks=len(self.tasks))
+            except ValueError as error:
+                raise ValueError(self._explained(error, self._not_finite(parts))) from error
             methods.update(dict.fromkeys(names, ready))
         return methods
+
+    def _not_finite(self, parts: Sequence[tuple[str, slice | None]]) -> str:
+        """The first parameter with a delta that is not finite; all of them, if there is none."""
+        streamed = zip(parts, self._stream(parts), strict=True)
+        found = (name for (name, _), deltas in streamed if not all(peak(delta).isfinite() for delta in deltas))
+        return next(found, "the task vectors")
 
     def _first(self, name: str) -> Delta:
         return next(vector.deltas[name] for vector in self.vectors if name in vector.deltas)
 
-    def _stream(self, names: Sequence[str]) -> Iterator[list[Delta]]:
-        return read_ahead(map(self._deltas, names))
+    def _pieces(self, name: str) -> list[slice | None]:
+        return pieces(self._shapes[name], self.device) if self.comes_in_pieces(name) else [None]
 
-    def _deltas(self, name: str) -> list[Delta]:
-        deltas = [vector.deltas.get(name) for vector in self.vectors]
+    def _stream(self, parts: Iterable[tuple[str, slice | None]]) -> Iterator[list[Delta]]:
+        return read_ahead(self._deltas(name, rows) for name, rows in parts)
+
+    def _deltas(self, name: str, rows: slice | None = None) -> list[Delta]:
+        deltas = [vector.read(name, rows) for vector in self.vectors]
         present = [delta for delta in deltas if delta is not None]
         shapes = {tuple(delta.shape) for delta in present}
         if len(shapes) > 1:
@@ -179,8 +234,8 @@ def _merge_in_parts(method: Method, deltas: Sequence[Delta], treatment: Treatmen
     merged, start = [], 0
     for size in split_sizes(treatment.split, rows[0].shape[0]):
         part = slice(start, start + size)
-        pieces = [LowRank(d.up[part], d.down) if isinstance(d, LowRank) else d[part] for d in rows]
-        merged.append(method.merge([p.T if transposed else p for p in pieces], treatment.coefficients))
+        blocks = [rows_of(delta, part) for delta in rows]
+        merged.append(method.merge([b.T if transposed else b for b in blocks], treatment.coefficients))
         start += size
     return torch.cat(merged, dim=1 if transposed else 0)
 

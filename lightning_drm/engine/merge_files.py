@@ -11,10 +11,12 @@ they belong; the first of them does what is done once. Nothing but counts and jo
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from torch import Tensor
@@ -23,11 +25,12 @@ from lightning_drm.deltas import TaskVector, fingerprint, write_tensors
 from lightning_drm.engine.adapter_output import read_adapter, write_adapter
 from lightning_drm.engine.companions import copy_companions, licence_of
 from lightning_drm.engine.file_deltas import BaseValues, FileDeltas
-from lightning_drm.engine.fuse import Fusion
+from lightning_drm.engine.fuse import Fusion, Merged
 from lightning_drm.engine.inputs import quick_fingerprint
 from lightning_drm.engine.inputs.tensors import SafetensorsFiles
 from lightning_drm.engine.locks import only_one
 from lightning_drm.engine.model_card import model_card
+from lightning_drm.engine.pieces import side_by_side
 from lightning_drm.engine.plan import Plan, Rules, make_plan, plan_costs, refuse, written_bytes
 from lightning_drm.engine.presence import measure, measure_factors, summary
 from lightning_drm.engine.recipe import Recipe
@@ -146,6 +149,7 @@ def _write(
         device,
         transposed=plan.transposed,
         shapes=plan.shapes,
+        in_pieces=plan.is_mapped,
         share=set(share),
         reduce=ranks.sum,
     )
@@ -218,19 +222,9 @@ def _write_model(
 ) -> MergeResult:
     partial, num_resumed = writer.folder, len(writer.done)
     shares = share_out({name: costs[name] for name in writer.order if name not in writer.done}, ranks.size)
-    left, num_done = shares[ranks.rank], 0
-    for name in (name for name in left if name not in plan.kinds):
-        writer.write(name, plan.base.tensors.read(name).to(plan.headers[name].dtype))
-        num_done += 1
-    for merged in fusion.merge([name for name in left if name in plan.kinds]):
-        base = values[merged.name].to(merged.delta.device, merged.delta.dtype)
-        exact = base + merged.delta if plan.treatments[merged.name].method is not None else base
-        written = exact.to(plan.headers[merged.name].dtype)
-        _require_finite(merged.name, written, exact)
-        record = measure(exact, written, base, fusion.tasks, merged.parts)
-        writer.write(merged.name, written, record)
-        del merged, base, exact, written  # before the next parameter comes
-        num_done += 1
+    left = sorted(shares[ranks.rank], key=lambda name: -prod(plan.headers[name].shape))
+    done = _written(left, plan, fusion, values, writer)
+    for num_done, _ in enumerate(done, start=1):
         if progress is not None:
             progress(num_done, len(left))
     kept, rounding = summary(writer.collect(), fusion.tasks)
@@ -244,6 +238,45 @@ def _write_model(
     num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
     num_merged = len(plan.headers) - num_kept
     return MergeResult(output, "full", num_merged, num_kept, num_resumed, kept, rounding, notes=notes)
+
+
+def _written(
+    names: Sequence[str], plan: Plan, fusion: Fusion, values: BaseValues, writer: ShardWriter
+) -> Iterator[None]:
+    """Writes some tensors, and gives a sign after each."""
+
+    def write(name: str, pieces: Iterable[Merged]) -> None:
+        record: dict[str, Any] = {}
+        writer.write(name, _finished(name, pieces, plan, fusion, values, record), record)
+
+    def write_in_pieces(name: str) -> None:
+        if name in plan.kinds:
+            write(name, fusion.merge_in_pieces(name))
+        else:
+            writer.write(name, [plan.base.tensors.read(name).to(plan.headers[name].dtype)])
+
+    whole = [name for name in names if name in plan.kinds and not fusion.comes_in_pieces(name)]
+    fusion.calibrate()
+    yield from side_by_side(write_in_pieces, [name for name in names if name not in whole])
+    for merged in fusion.merge(whole):
+        write(merged.name, [merged])
+        del merged  # before the next parameter comes
+        yield
+
+
+def _finished(
+    name: str, pieces: Iterable[Merged], plan: Plan, fusion: Fusion, values: BaseValues, record: dict[str, Any]
+) -> Iterator[Tensor]:
+    """The values to be written of one parameter; what is measured on the first piece of it goes into ``record``."""
+    for merged in pieces:
+        base = values.read(name, merged.rows).to(merged.delta.device, merged.delta.dtype)
+        exact = base + merged.delta if plan.treatments[name].method is not None else base
+        written = exact.to(plan.headers[name].dtype)
+        _require_finite(name, written, exact)
+        if not record:
+            record.update(measure(exact, written, base, fusion.tasks, merged.parts))
+        yield written
+        del merged, base, exact, written  # before the next piece comes
 
 
 def _write_adapter(

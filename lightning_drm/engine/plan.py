@@ -10,6 +10,7 @@ import torch
 from lightning_drm.deltas import Kind
 from lightning_drm.engine.inputs import Architecture, BaseModel, TensorHeader, open_base, open_input
 from lightning_drm.engine.inputs.adapter import AdapterInput
+from lightning_drm.engine.pieces import largest_piece, num_threads
 from lightning_drm.engine.planned_task import Matcher, MismatchPolicy, PlannedTask
 from lightning_drm.engine.recipe import Recipe, Treatment
 from lightning_drm.engine.share_out import costs
@@ -77,6 +78,11 @@ class Plan:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each merged parameter by name."""
         return {name: self.base.tensors.headers[name].shape for name in self.kinds}
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether some rows of every tensor can be read without the others."""
+        return self.base.tensors.is_mapped and all(task.input.is_mapped for task in self.tasks)
 
     @property
     def kept(self) -> list[str]:
@@ -238,9 +244,19 @@ def written_bytes(plan: Plan) -> int:
 
 
 def memory_bytes(plan: Plan) -> int:
-    """About how much memory a merge needs: two stacks of the largest parameter, and the method's copies of one."""
-    largest = max((prod(shape) for shape in plan.shapes.values()), default=0)
-    return 4 * largest * (3 * len(plan.tasks) + 4)
+    """About how much memory a merge needs beside the interpreter and its libraries.
+
+    Of what is merged as a whole it is two stacks of the largest parameter, and the method's copies of one; of what is
+    merged in pieces, one stack for each thread.
+    """
+    num_tasks = len(plan.tasks)
+    whole, piece = 0, 0
+    for name, shape in plan.shapes.items():
+        if plan.is_mapped and plan.treatments[name].works_in_pieces:
+            piece = max(piece, largest_piece(shape))
+        else:
+            whole = max(whole, prod(shape))
+    return 4 * max(whole * (3 * num_tasks + 4), piece * (num_tasks + 4) * num_threads())
 
 
 def table(plan: Plan) -> list[tuple[str, str, int, int, str]]:

@@ -48,6 +48,11 @@ class Treatment:
     coefficients: tuple[float, ...]
     split: int | list[int] | None = None
 
+    @property
+    def works_in_pieces(self) -> bool:
+        """Whether some rows can be merged without the others."""
+        return self.split is None and (self.method is None or self.method.works_in_pieces)
+
 
 @dataclass(frozen=True)
 class Recipe:

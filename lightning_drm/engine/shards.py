@@ -9,11 +9,12 @@ processes, takes up those whose bytes are still what the journal says, after a c
 
 import fcntl
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_drm.engine.inputs import TensorHeader
+from lightning_drm.engine.pieces import side_by_side
 from lightning_drm.engine.run_folder import write_json, write_text
 from lightning_drm.ranks import ALONE, Ranks
 
@@ -90,6 +92,7 @@ class ShardWriter:
         self._journal = folder / _journal_of(self._ranks.rank)
         self._journal.write_text(first)
         self._written: list[str] = []
+        self._lock = Lock()
 
     @property
     def order(self) -> list[str]:
@@ -120,7 +123,8 @@ class ShardWriter:
         same = [lines[1:] for lines in journals if lines and lines[0].get("identity") == identity]
         if same and all(file.is_file() for file in self._prefixes):
             records = {r["name"]: r for lines in same for r in lines if r.get("name") in self._places}
-            return {name: record for name, record in records.items() if self._hash(name) == record["hash"]}
+            found = dict(side_by_side(lambda name: (name, self._hash(name)), list(records)))
+            return {name: record for name, record in records.items() if found[name] == record["hash"]}
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.iterdir():
             old.unlink()
@@ -131,30 +135,39 @@ class ShardWriter:
                 stream.truncate(end)
         return {}
 
-    def write(self, name: str, tensor: Tensor, record: Mapping[str, Any] | None = None) -> None:
-        """Writes one tensor and notes it.
+    def write(self, name: str, parts: Iterable[Tensor], record: Mapping[str, Any] | None = None) -> None:
+        """Writes one tensor and notes it; several threads may write different ones.
 
         Args:
             name: Its name.
-            tensor: Its values, of the announced shape and type.
-            record: What else to keep in the journal.
+            parts: Its values, of the announced type: some rows after the others, or all at once.
+            record: What else to keep in the journal; looked at after the last part.
         """
         header, place = self.headers[name], self._places[name]
-        assert tuple(tensor.shape) == header.shape, f"{name}: {tuple(tensor.shape)} is not {header.shape}"
-        assert tensor.dtype == header.dtype, f"{name}: {tensor.dtype} is not {header.dtype}"
-        data = _bytes(tensor)
-        with place.file.open("r+b", buffering=0) as stream:
+        digest, offset = xxhash.xxh3_128(), place.offset
+        for part in parts:
+            assert part.dtype == header.dtype, f"{name}: {part.dtype} is not {header.dtype}"
+            data = _bytes(part)
+            self._put(place.file, offset, data)
+            digest.update(data.data)
+            offset += data.size
+        assert offset == place.offset + place.size, f"{name}: {offset - place.offset} bytes do not fill {header.shape}"
+        line = {"name": name, "hash": digest.hexdigest(), **(record or {})}
+        with self._lock:
+            with self._journal.open("a") as journal:
+                journal.write(json.dumps(line) + "\n")
+            self.done[name] = line
+            self._written.append(name)
+
+    def _put(self, file: Path, offset: int, data: NDArray[np.uint8]) -> None:
+        # Closing a file drops this process' locks on it, also those that another thread has just taken.
+        with self._lock if self._ranks.size > 1 else nullcontext(), file.open("r+b", buffering=0) as stream:
             if self._ranks.size > 1:
-                _lock(stream, place)
-            stream.seek(place.offset)
+                _lock(stream, offset, data.size)
+            stream.seek(offset)
             view = data.data
             while view:  # the kernel takes at most 2 GB at once
                 view = view[stream.write(view) :]
-        line = {"name": name, "hash": xxhash.xxh3_128(data.data).hexdigest(), **(record or {})}
-        with self._journal.open("a") as journal:
-            journal.write(json.dumps(line) + "\n")
-        self.done[name] = line
-        self._written.append(name)
 
     def collect(self) -> list[dict[str, Any]]:
         """Reads back what this process wrote, and waits for all others to have done the same.
@@ -165,7 +178,8 @@ class ShardWriter:
         Raises:
             ValueError: If files are not what was written.
         """
-        changed = [name for name in self._written if self._hash(name) != self.done[name]["hash"]]
+        found = side_by_side(lambda name: (name, self._hash(name)), self._written)
+        changed = sorted(name for name, digest in found if digest != self.done[name]["hash"])
         if changed:
             raise ValueError(
                 f"{self.folder} was changed by someone else while it was written: {', '.join(changed[:3])}."
@@ -198,13 +212,13 @@ def _journal_of(rank: int | str) -> str:
     return f"{JOURNAL_FILE}.{rank}"
 
 
-def _lock(stream: IO[bytes], place: _Place) -> None:
-    """Keeps a network file system from writing more of this process' cached pages than the tensor itself.
+def _lock(stream: IO[bytes], offset: int, size: int) -> None:
+    """Keeps a network file system from writing more of this process' cached pages than the bytes themselves.
 
     Other processes may be writing what comes before and after it in the same page. The lock ends with the file.
     """
     with suppress(OSError):  # a file system without locks, such as a Lustre that is mounted so, is coherent without
-        fcntl.lockf(stream, fcntl.LOCK_EX, place.size, place.offset)
+        fcntl.lockf(stream, fcntl.LOCK_EX, size, offset)
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import finite, refuse, share
-from lightning_drm.merging.method import Method
+from lightning_drm.merging.method import PIECE_STEP, Method
 
 
 class DARETIES(Method):
@@ -37,6 +37,7 @@ class DARETIES(Method):
     """
 
     elementwise: ClassVar[bool] = True
+    works_in_pieces = True
     not_low_rank: ClassVar[str] = "dropping single entries leaves a matrix of full rank"
 
     def __init__(self, density: float = 0.2, seed: int = 0, scale: float = 1.0) -> None:
@@ -45,17 +46,18 @@ class DARETIES(Method):
         self.seed = seed
         self.scale = scale
         self.keys: tuple[str, ...] | None = None
+        self.start = 0
 
-    def keyed(self, keys: Sequence[str]) -> Self:
+    def keyed(self, keys: Sequence[str], *, start: int = 0) -> Self:
         """A copy whose draws for task i depend on the seed and `keys[i]` only; without it, keys are "0", "1", …."""
-        return self._with(keys=tuple(keys))
+        return self._with(keys=tuple(keys), start=start)
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         keys = self.keys or tuple(str(task) for task in range(len(deltas)))
         if len(keys) != len(deltas):
             raise ValueError(f"DARETIES has keys for {len(keys)} tasks, got {len(deltas)} deltas")
         flat = [delta.flatten() for delta in deltas]
-        draws = [Draws(self.seed, key, self.density) for key in keys]
+        draws = [Draws(self.seed, key, self.density, self.start) for key in keys]
         merged = torch.empty_like(flat[0])
         size = slice_size(len(deltas), merged.device)
         for start in range(0, merged.numel(), size):
@@ -81,11 +83,12 @@ class Draws:
         seed: Start of the draws.
         key: Name that tells this task and parameter from others.
         density: Probability of keeping an entry, resolved to 2⁻³².
+        start: How many draws to skip, a multiple of `PIECE_STEP`: the generator counts by four numbers of 64 bits.
     """
 
-    def __init__(self, seed: int, key: str, density: float) -> None:
+    def __init__(self, seed: int, key: str, density: float, start: int = 0) -> None:
         digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
-        self._generator = np.random.Philox(key=int.from_bytes(digest, "little"))
+        self._generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=start // PIECE_STEP)
         self._limit = round(density * 2**32)
 
     def kept(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

@@ -42,6 +42,7 @@ class TaskArithmetic(Method):
     """
 
     elementwise: ClassVar[bool] = True
+    works_in_pieces = True
 
     def __init__(self, scale: float = 0.4) -> None:
         refuse("TaskArithmetic", [finite("scale", scale)])
@@ -63,6 +64,7 @@ class Average(Method):
     """
 
     elementwise: ClassVar[bool] = True
+    works_in_pieces = True
 
     def __init__(self) -> None:
         self.scale = 1.0

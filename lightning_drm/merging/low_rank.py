@@ -115,6 +115,11 @@ def densify(delta: Delta) -> Tensor:
     return delta.dense() if isinstance(delta, LowRank) else delta
 
 
+def rows_of(delta: Delta, rows: slice) -> Delta:
+    """Some rows of a delta, as views."""
+    return LowRank(delta.up[rows], delta.down) if isinstance(delta, LowRank) else delta[rows]
+
+
 def row_coordinates(deltas: Sequence[LowRank]) -> tuple[Tensor, list[Tensor]]:
     """Write every delta in one orthonormal basis of all their columns.
 

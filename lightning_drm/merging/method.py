@@ -20,6 +20,10 @@ COST_PER_VALUE = 500.0
 """What reading, moving and comparing one value of one task costs, in the unit of `Method.cost`: about 10 ns."""
 
 
+PIECE_STEP = 8
+"""Pieces of a parameter start at a multiple of this many entries: random numbers are drawn by so many."""
+
+
 class Method(ABC):
     """Base of all merging methods.
 
@@ -35,6 +39,14 @@ class Method(ABC):
 
     scale: float
     """Factor on the merged delta."""
+
+    @property
+    def works_in_pieces(self) -> bool:
+        """Whether an entry of the result depends on the same entry of the deltas only, once the method is calibrated.
+
+        Then a parameter may be merged a few rows at a time.
+        """
+        return False
 
     def merge(self, deltas: Sequence[Delta], coefficients: Sequence[float] | None = None) -> Tensor:
         """Merge one parameter's deltas.
@@ -98,7 +110,8 @@ class Method(ABC):
         """Fix what depends on the whole model; nothing, for most methods.
 
         Args:
-            stream: Called once or more; yields the N tasks' deltas of one parameter after another.
+            stream: Called once or more; yields the N tasks' deltas of one parameter after another; of one piece after
+                another if the method works in pieces.
             reduce: Sums a tensor over ranks, where each rank streams only its share of the parameters.
             num_tasks: Number of tasks; only needed by a rank whose share may be empty.
 
@@ -107,11 +120,12 @@ class Method(ABC):
         """
         return self
 
-    def keyed(self, keys: Sequence[str]) -> Self:
+    def keyed(self, keys: Sequence[str], *, start: int = 0) -> Self:
         """Tie random draws to names instead of positions; nothing, for methods that draw nothing.
 
         Args:
             keys: One name for each task, such as "task/parameter".
+            start: How many entries of the parameter come before those that will be merged: a multiple of `PIECE_STEP`.
 
         Returns:
             A method whose draws for task i depend on its seed and `keys[i]` only.

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import check_deltas, choice, finite, refuse, share
@@ -56,6 +57,12 @@ class TIES(Method):
         self.scope = scope
         self.scale = scale
         self.thresholds: tuple[float, ...] | None = None
+
+    @property
+    @override
+    def works_in_pieces(self) -> bool:
+        """Whether thresholds are not those of single tensors."""
+        return self.scope == "global" or self.density == 1
 
     def calibrate(
         self,

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_drm.deltas import TaskVector
 from lightning_drm.deltas.parameters import Kind
+from lightning_drm.engine import pieces
 from lightning_drm.merging import Delta, LowRank
 
 SHAPES: dict[str, tuple[Kind, tuple[int, ...]]] = {
@@ -18,6 +19,12 @@ SHAPES: dict[str, tuple[Kind, tuple[int, ...]]] = {
     "scale": ("other", ()),
 }
 BASE = dict.fromkeys([*SHAPES, "frozen"], "same")
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces so small that parameters of tiny models have several."""
+    monkeypatch.setattr(pieces, "PIECE", 256)
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ WEIGHTS = {  # what is done to a finetune's tensors, the rules, and the message
     "not_finite": (
         lambda t: t[QUERY].view(-1)[3].fill_(float("nan")),
         Rules(),
-        "holds NaN or infinite values",
+        r"query\.weight: Average: delta of task 0 holds NaN or infinite values \(task 0 is x\)",
     ),
     "adapter_of_folders": (
         lambda t: None,

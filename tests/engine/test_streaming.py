@@ -1,5 +1,6 @@
 """Shards written tensor by tensor: what a kill leaves, and what the next run makes of it."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from threading import Lock
 
 import pytest
 import torch
@@ -89,19 +91,11 @@ def test_taken_up_after_some_tensors(after, method, folder, tmp_path, monkeypatc
     paths = {task: str(folder / task) for task in "ab"}
     base = str(folder / "base")
     merge_files(base, paths, tmp_path / "whole", Recipe(method), max_shard_size="150KB")
-    write, written = ShardWriter.write, []
-
-    def stop(self, name, *arguments):
-        if len(written) == after:
-            raise KeyboardInterrupt
-        written.append(name)
-        write(self, name, *arguments)
-
-    monkeypatch.setattr(ShardWriter, "write", stop)
-    with pytest.raises(KeyboardInterrupt):
-        merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", stops(after))
+        with pytest.raises(KeyboardInterrupt):
+            merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
     assert not (tmp_path / "out").exists()
-    monkeypatch.undo()
     result = merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
     assert result.num_resumed == after
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -120,16 +114,22 @@ def test_what_an_interrupted_merge_wrote_is_not_asked_of_the_disk_again(folder, 
     assert merge(folder, tmp_path / "out").num_resumed > 0
 
 
-def interrupted(folder, output, monkeypatch, after=9):
-    write, count = ShardWriter.write, iter(range(1000))
+def stops(after):
+    """`ShardWriter.write`, which several threads call, but interrupted after so many tensors."""
+    write, count, lock = ShardWriter.write, iter(range(1000)), Lock()
 
     def stop(self, *arguments):
-        if next(count) == after:
-            raise KeyboardInterrupt
+        with lock:
+            if next(count) >= after:
+                raise KeyboardInterrupt
         write(self, *arguments)
 
+    return stop
+
+
+def interrupted(folder, output, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "write", stop)
+        patch.setattr(ShardWriter, "write", stops(9))
         with pytest.raises(KeyboardInterrupt):
             merge(folder, output)
 
@@ -138,10 +138,14 @@ def test_bytes_that_were_damaged_are_written_again(folder, tmp_path, monkeypatch
     merge(folder, tmp_path / "whole")
     interrupted(folder, tmp_path / "out", monkeypatch)
     partial = tmp_path / ".out.partial"
-    shard = sorted(partial.glob("*.safetensors"))[0]
-    damaged = bytearray(shard.read_bytes())
-    damaged[len(damaged) // 3] ^= 1
-    shard.write_bytes(damaged)
+    record = json.loads((partial / ".journal.jsonl.0").read_text().splitlines()[1])
+    for shard in partial.glob("*.safetensors"):
+        damaged = bytearray(shard.read_bytes())
+        start = 8 + int.from_bytes(damaged[:8], "little")
+        place = json.loads(damaged[8:start]).get(record["name"])
+        if place:
+            damaged[start + place["data_offsets"][1] - 1] ^= 1
+            shard.write_bytes(damaged)
     with (partial / ".journal.jsonl").open("a") as journal:
         journal.write('{"name": "model.norm.we')  # as a kill would cut it
     result = merge(folder, tmp_path / "out")
@@ -180,7 +184,7 @@ def test_shards_of_all_types(tmp_path):
     writer = ShardWriter(tmp_path / "out", headers, "5GB", "x")
     assert sorted(writer.order) == sorted(tensors)
     for name in writer.order:
-        writer.write(name, tensors[name])
+        writer.write(name, [tensors[name]])
     writer.finish()
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     written = load_file(tmp_path / "out" / "model.safetensors")

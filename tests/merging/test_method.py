@@ -31,6 +31,25 @@ def test_methods_differ_by_parameters_and_class():
     assert TIES() != TIES().calibrate(lambda: [deltas(4)])
 
 
+@pytest.mark.parametrize("method", [TaskArithmetic(0.3), Average(), TIES(0.4), DARETIES(0.5, seed=2)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pieces_are_parts_of_the_whole(method, dtype):
+    values = [delta.to(dtype) for delta in deltas(1003, num_tasks=3)]
+    method = method.calibrate(lambda: [values])
+    assert method.works_in_pieces
+    keys, coefficients = ["a", "b", "c"], [1.0, 0.5, 2.0]
+    whole = method.keyed(keys).merge(values, coefficients)
+    for start, stop in ((0, 8), (8, 520), (520, 1003)):
+        part = [delta[start:stop] for delta in values]
+        merged = method.keyed(keys, start=start).merge(part, coefficients)
+        assert torch.equal(merged, whole[start:stop])
+
+
+@pytest.mark.parametrize("method", [DRM(), TIES(0.4, "tensor"), IsoC(), IsoCTS(), TSVM()], ids=repr)
+def test_methods_that_see_a_whole_parameter_say_so(method):
+    assert not method.works_in_pieces
+
+
 def test_defaults_do_nothing():
     for method in (DRM(), TaskArithmetic(), TIES(scope="tensor")):
         assert method.calibrate(lambda: [deltas(4)]) is method

@@ -54,6 +54,11 @@ class LoraInput(TaskInput):
         self._factors: dict[str, tuple[str, str]] = {}
         self._values: dict[str, str] = {}
 
+    @property
+    @override
+    def is_mapped(self) -> bool:
+        return self._tensors.is_mapped  # what is computed from factors is small
+
     def _add_value(self, name: str, raw: str) -> None:
         header = self._tensors.headers[raw]
         self._values[name] = raw

@@ -61,6 +61,11 @@ class TaskInput(ABC):
         self.entries: dict[str, Entry] = {}
         self.head: Mapping[str, Tensor] = {}
 
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `read` costs next to nothing until values are looked at, and then only for those."""
+        return False
+
     @abstractmethod
     def read(self, name: str) -> Delta:
         """A parameter's value or delta, as the entry's form says."""
@@ -91,6 +96,11 @@ class WeightsInput(TaskInput):
             if header.dtype.is_floating_point:
                 self.entries[name] = Entry(header.shape, header.dtype)
 
+    @property
+    @override
+    def is_mapped(self) -> bool:
+        return self._tensors.is_mapped
+
     @override
     def read(self, name: str) -> Delta:
         return self._tensors.read(self._raw[name])
@@ -118,6 +128,11 @@ class StoredInput(TaskInput):
             rank = delta.rank if isinstance(delta, LowRank) else 0
             form: Form = "low_rank" if isinstance(delta, LowRank) else "delta"
             self.entries[name] = Entry(tuple(delta.shape), delta.dtype, form, rank)
+
+    @property
+    @override
+    def is_mapped(self) -> bool:
+        return True
 
     @override
     def read(self, name: str) -> Delta:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import xxhash
@@ -44,6 +44,9 @@ class Tensors(ABC):
         headers: What they say of each tensor.
     """
 
+    is_mapped: ClassVar[bool] = False
+    """Whether `read` costs next to nothing until values are looked at, and then only for those."""
+
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
         self.headers: dict[str, TensorHeader] = {}
@@ -63,6 +66,8 @@ class SafetensorsFiles(Tensors):
     Raises:
         ValueError: If a file is not a safetensors file, or a tensor has a type that torch does not know.
     """
+
+    is_mapped = True
 
     def __init__(self, files: Sequence[Path]) -> None:
         super().__init__(files)

@@ -1,0 +1,83 @@
+"""Large tensors a few rows at a time, and several of them at once.
+
+Where every entry is merged by itself, a parameter need not be in memory: a piece of it is read, merged and written
+while it is in the cache, in memory that the piece before it has just left. Whole parameters would cost a page fault for
+every 4 KB of every delta, which takes longer than their arithmetic. Such work has little to compute and much to wait
+for, so several threads do it side by side, each on a tensor of its own and with a single CPU core.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from math import prod
+from typing import TypeVar
+
+import torch
+
+from lightning_drm.merging.method import PIECE_STEP
+
+PIECE = 1 << 20  # entries of a piece on the CPU
+DEVICE_PIECE = 1 << 24  # and elsewhere: enough to occupy an accelerator
+_MOST_THREADS = 8  # no more are needed to use all of a memory's bandwidth
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def pieces(shape: tuple[int, ...], device: torch.device) -> list[slice | None]:
+    """Divides a tensor's rows into pieces of about the same number of entries.
+
+    Args:
+        shape: The tensor's shape.
+        device: Where pieces are worked on.
+
+    Returns:
+        The rows of each piece, or ``None`` for the tensor as it is. Pieces depend on nothing else, and start at a
+        multiple of `PIECE_STEP` entries.
+
+    Example:
+        >>> pieces((40_000, 64), torch.device("cpu"))
+        [slice(0, 16384, None), slice(16384, 32768, None), slice(32768, 40000, None)]
+    """
+    entries = PIECE if device.type == "cpu" else DEVICE_PIECE
+    if prod(shape) <= entries:
+        return [None]
+    step = _rows(shape, entries)
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def largest_piece(shape: tuple[int, ...]) -> int:
+    """How many entries the largest of a tensor's pieces has on the CPU."""
+    return min(prod(shape), _rows(shape, PIECE) * prod(shape[1:]))
+
+
+def _rows(shape: tuple[int, ...], entries: int) -> int:
+    return max(PIECE_STEP, entries // max(1, prod(shape[1:])) // PIECE_STEP * PIECE_STEP)
+
+
+def num_threads() -> int:
+    """How many tensors `side_by_side` works on at once: two at least, since one may wait for the disk."""
+    return min(max(2, torch.get_num_threads()), _MOST_THREADS)
+
+
+def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Does the same with every item, several at once, each in a thread of its own in which torch uses one CPU core.
+
+    Args:
+        work: What to do.
+        items: With what; the first ones are begun first.
+
+    Yields:
+        The results, as they come. The first error ends everything that has not begun.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(num_threads(), "lightning_drm-side-by-side", torch.set_num_threads, (1,)) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+    finally:
+        torch.set_num_threads(threads)  # those that are started later would take over the last setting
