@@ -252,7 +252,8 @@ def memory_bytes(plan: Plan) -> int:
     num_tasks = len(plan.tasks)
     whole, piece = 0, 0
     for name, shape in plan.shapes.items():
-        if plan.is_mapped and plan.treatments[name].works_in_pieces:
+        treatment = plan.treatments.get(name)
+        if plan.is_mapped and treatment is not None and treatment.works_in_pieces:
             piece = max(piece, largest_piece(shape))
         else:
             whole = max(whole, prod(shape))

@@ -21,7 +21,7 @@ SHAPES: dict[str, tuple[Kind, tuple[int, ...]]] = {
 BASE = dict.fromkeys([*SHAPES, "frozen"], "same")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces so small that parameters of tiny models have several."""
     monkeypatch.setattr(pieces, "PIECE", 256)

@@ -20,6 +20,7 @@ from lightning_drm.merging import LowRank
 sys.path.insert(0, str(Path(__file__).parent))
 import models
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
 SUM = Recipe(TaskArithmetic(scale=1.0))
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import models
 import reference
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
 DENSITY = 0.4
 
 
