@@ -39,6 +39,7 @@ from lightning_drm.modules import MultiTaskModule, data_parallel, head_names_of,
 from lightning_drm.names import check_task_name
 from lightning_drm.ranks import ALONE, Ranks
 from lightning_drm.strategies import refuse_strategy
+from lightning_drm.watch import watched
 
 
 class DRMMergeCallback(Callback):
@@ -238,13 +239,15 @@ class DRMMergeCallback(Callback):
 
         Raises:
             RuntimeError: If tasks are missing.
+            ValueError: If what is to be merged does not fit together; or if another rank was killed, naming it.
         """
         if self.missing:
             raise RuntimeError(f"Cannot merge: tasks {', '.join(self.missing)} have not arrived.")
         head = head_names_of(module, self.head)
         heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
         writes = self.run_folder is not None and self._ranks.is_first
-        backbone, written = self._merged_backbone(module, head, device or module.device, writes)
+        with watched(self._ranks):
+            backbone, written = self._merged_backbone(module, head, device or module.device, writes)
         template = self._template if is_sharded(module) else module
         assert template is not None, "a module that is sharded went through setup"
         here = {

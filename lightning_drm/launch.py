@@ -1,8 +1,7 @@
 """Processes that were started together, for a merge: by torchrun, by srun, by Lightning's launcher, or by hand.
 
-They find each other through a key-value store. There each also has a pulse, and listens for the next one's: a process
-that was killed can tell nobody, and one that computes for minutes would not ask. When one ends before the others, all
-end: one of them says why, once.
+They find each other through a key-value store, and watch each other there: when one ends before the others, all end,
+and one of them says why, once.
 
 Lightning knows how to start processes and what SLURM's variables mean; it is imported where it is asked, since most
 merges are of one process and would wait longer for the import than for the merge.
@@ -10,27 +9,17 @@ merges are of one process and would wait longer for the import than for the merg
 
 from __future__ import annotations
 
-import _thread
-import atexit
-import json
 import os
-import socket
-import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, but not in its __all__
 from torch.distributed.rendezvous import rendezvous
 
 from lightning_drm.ranks import ALONE, Ranks
-
-PULSE = 2.0  # seconds between two beats
-SILENCE = 20.0  # seconds without a beat after which a process counts as dead
-GRACE = 10.0  # seconds that a process gets to end by itself, which a long computation does not let it
+from lightning_drm.watch import watched
 
 _ASSEMBLY = timedelta(minutes=10)  # for all processes to start
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -69,19 +58,12 @@ def started_together() -> Iterator[Ranks]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=_ASSEMBLY))
-        watch = _Watch(rank, size)
         dist.init_process_group("gloo", store=PrefixStore("gloo", store), rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"Rank {rank} of {size} found not all others at {where}: {_first_line(error)}") from error
-    watch.start()
-    try:
-        ranks = Ranks.of_process_group()
+    with watched(Ranks.of_process_group(), one_speaks=True) as ranks:
         yield ranks
-        ranks.wait()
-    except BaseException as error:
-        watch.end_with(error)
-    watch.stop()
     dist.destroy_process_group()
 
 
@@ -114,108 +96,6 @@ def _read_slurm() -> None:
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(slurm.global_rank()), str(slurm.world_size())
     os.environ["LOCAL_RANK"] = str(slurm.local_rank())
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
-
-
-class _Watch(threading.Thread):
-    """Keeps this process' pulse and listens for the next one's; ends this process when another one has ended.
-
-    Args:
-        rank: This process.
-        size: How many there are.
-    """
-
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__(daemon=True, name="lightning_drm-watch")
-        self._rank, self._next = rank, (rank + 1) % size
-        # A connection of its own: those who wait on another one hold it.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        connection = TCPStore(address, port, is_master=False, timeout=_ASSEMBLY, wait_for_workers=False)
-        self._store = PrefixStore("watch", connection)
-        self._store.set(f"who {rank}", f"process {os.getpid()} on {socket.gethostname()}")
-        self._who = {other: self._store.get(f"who {other}").decode() for other in {0, self._next}}
-        self._keeps_store = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
-        self._stopped = threading.Event()
-        self._known = threading.Event()
-        self._ending = False
-        self._verdict = ""  # what this process is to say; empty where another one does
-
-    def stop(self) -> None:
-        """Ends the watch: all processes are done."""
-        self._stopped.set()
-        self.join()
-
-    def end_with(self, error: BaseException) -> None:
-        """Ends this process, and with it all others.
-
-        Args:
-            error: What happened here: an error, an interruption by `run`, or a connection that another one's end broke.
-        """
-        self._ending = True
-        if self._keeps_store:
-            atexit.register(time.sleep, 2 * PULSE)  # until all others have heard that it is over
-        if isinstance(error, RuntimeError | KeyboardInterrupt):
-            self._known.wait(SILENCE + 2 * PULSE if _is_broken_connection(error) else 0)
-        if not self._known.is_set() and self._claim(f"rank {self._rank}"):
-            self._stopped.set()
-            raise error
-        self._stopped.set()
-        if self._verdict:
-            raise ValueError(self._verdict) from None
-        time.sleep(1)  # torchrun stops all when the first one exits: let it be the one that says why
-        sys.exit(2)
-
-    def run(self) -> None:
-        """Beats and listens until the watch is stopped or another process has ended."""
-        last, heard = -1, time.monotonic()
-        while not self._stopped.wait(PULSE):
-            try:
-                self._store.add(f"pulse {self._rank}", 1)
-                pulse = self._store.add(f"pulse {self._next}", 0)
-                if pulse != last:
-                    last, heard = pulse, time.monotonic()
-                is_over = self._store.check(["end"])
-                if not is_over and time.monotonic() - heard > SILENCE and self._claim(self._next):
-                    self._verdict = self._sentence(self._next)
-                    is_over = True
-            except RuntimeError:  # the store is gone, which rank 0 has, or torchrun
-                if self._stopped.wait(1):
-                    return
-                self._verdict = self._sentence(0)
-                is_over = True
-            if is_over:
-                self._end_this()
-                return
-
-    def _end_this(self) -> None:
-        self._known.set()
-        if not self._ending:
-            _thread.interrupt_main()
-        if not self._stopped.wait(GRACE):
-            # In the middle of a long computation. What is written is safe: a journal tells what is whole.
-            if self._verdict:
-                print(f"lightning-drm: {self._verdict}", file=sys.stderr, flush=True)
-            os._exit(2)
-
-    def _claim(self, why: object) -> bool:
-        """Whether it falls to this process to say why all end: the first one that wants to."""
-        mine = json.dumps([self._rank, str(why)])
-        try:
-            return bool(self._store.compare_set("end", "", mine).decode() == mine)
-        except RuntimeError:
-            return True
-
-    def _sentence(self, rank: int) -> str:
-        return (
-            f"Rank {rank} ({self._who[rank]}) ended without a word, so the others ended too. What they wrote is kept: "
-            "give the same command again, with any number of processes."
-        )
-
-
-def _is_broken_connection(error: BaseException) -> bool:
-    """Whether a collective failed, and not what this process does by itself."""
-    return isinstance(error, dist.DistError) or any(
-        word in str(error).lower() for word in ("connection", "gloo", "socket", "peer")
-    )
 
 
 def _first_line(error: Exception) -> str:

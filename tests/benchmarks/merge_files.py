@@ -1,11 +1,13 @@
 """Merging whole checkpoints of a Llama beside a plain streaming loop: seconds, throughput and peak memory of each.
 
     python tests/benchmarks/merge_files.py                                  # 271 M parameters, 4 tasks, float32
-    python tests/benchmarks/merge_files.py --layers 24 --width 2048 --inner 5632 --methods "TaskArithmetic(0.4)"
+    python tests/benchmarks/merge_files.py --layers 24 --width 2048 --inner 5632 --methods TaskArithmetic
 
 The checkpoints are random and seeded, written to a temporary folder and deleted after. Each run is a process of its
-own, from its first import to its last byte, after the files were read once; so peak memory is that process's.
-The loop reads all, averages, and writes, one parameter at a time: what no merge of these files can avoid.
+own, from its first import to its last byte, after the files were read once; so peak memory is that process's. A merge
+is the command that a user gives. The loop reads all, averages, and writes, one parameter at a time and no more than
+torch and safetensors imported: what no merge of these files can avoid. ``start`` is the command with ``--dry_run``:
+what it takes before the first byte is merged, most of it imports of torch and transformers.
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+METHODS = ["TaskArithmetic", "DARETIES --drm.method.density 0.5", "TIES"]
 
 
 def shapes(layers: int, width: int, inner: int, words: int) -> list[dict[str, tuple[int, ...]]]:
@@ -85,41 +90,39 @@ def loop(folder: Path, tasks: int) -> None:
                 stream.write(total.div_(len(models)).numpy().data)
 
 
-def merge(folder: Path, tasks: int, method: str) -> None:
+def merge_command(folder: Path, tasks: int, method: str) -> list[str]:
     """The same files, merged."""
-    from lightning_drm import merging
-    from lightning_drm.engine import Recipe, merge_files
-
-    paths = {f"task{i}": str(folder / f"task{i}") for i in range(tasks)}
-    merge_files(str(folder / "base"), paths, folder / "out", Recipe(eval(method, vars(merging))))
+    paths = [f"--models.task{i}={folder / f'task{i}'}" for i in range(tasks)]
+    where = [f"--base={folder / 'base'}", f"--output={folder / 'out'}"]
+    return [sys.executable, "-m", "lightning_drm", "merge", *where, *paths, "--drm.method", *method.split()]
 
 
-def measure(folder: Path, what: str, tasks: int) -> tuple[float, float]:
+def measure(folder: Path, command: list[str]) -> tuple[float, float]:
     """Seconds and peak memory in GB of one run in a process of its own, interpreter and imports included."""
     start = time.perf_counter()
-    command = [sys.executable, __file__, "--folder", str(folder), "--run", what, "--tasks", str(tasks)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    subprocess.run(["rm", "-r", str(folder / "out")], check=True)
-    return seconds, float(done.stdout.split()[-1])
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    return seconds, usage.ru_maxrss * 1024 / 1e9
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in {"layers": 16, "width": 1024, "inner": 2816, "words": 32_000, "tasks": 4}.items():
+    for name, value in {"layers": 16, "width": 1024, "inner": 2816, "words": 32_000, "tasks": 4, "rounds": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--methods", nargs="+", default=["TaskArithmetic(0.4)", "DARETIES(0.5)", "TIES(0.2)"])
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="Methods with their options.")
+    parser.add_argument("--loop", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.run:
-        folder = Path(given.folder)
-        loop(folder, given.tasks) if given.run == "loop" else merge(folder, given.tasks, given.run)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    if given.loop:
+        loop(Path(given.loop), given.tasks)
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        size = write_checkpoints(folder, given)
+        # In another process: one that is started begins with its parent's peak memory.
+        size = get_context("spawn").Pool(1).apply(write_checkpoints, (folder, given))
         moved = (given.tasks + 2) * size / 1e9
         largest = max(
             4 * torch.Size(s).numel()
@@ -134,12 +137,16 @@ def main() -> None:
             with file.open("rb", buffering=0) as stream:
                 while stream.read(1 << 24):
                     pass
-        floor, peak = measure(folder, "loop", given.tasks)
-        print(f"plain loop: {floor:.1f} s, {moved / floor:.2f} GB/s, peak {peak:.2f} GB")
-        for method in given.methods:
-            seconds, peak = measure(folder, method, given.tasks)
-            rate = f"{seconds / floor:.2f} × the loop, {moved / seconds:.2f} GB/s"
-            print(f"{method}: {seconds:.1f} s = {rate}, peak {peak:.2f} GB")
+        plain = [sys.executable, __file__, "--loop", str(folder), "--tasks", str(given.tasks)]
+        for _ in range(given.rounds):
+            floor, peak = measure(folder, plain)
+            print(f"plain loop: {floor:.1f} s, {moved / floor:.2f} GB/s, peak {peak:.2f} GB", flush=True)
+            start, _ = measure(folder, [*merge_command(folder, given.tasks, given.methods[0]), "--dry_run"])
+            print(f"start: {start:.1f} s", flush=True)
+            for method in given.methods:
+                seconds, peak = measure(folder, merge_command(folder, given.tasks, method))
+                rate = f"{seconds / floor:.2f} × the loop, {moved / seconds:.2f} GB/s"
+                print(f"{method}: {seconds:.1f} s = {rate}, peak {peak:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

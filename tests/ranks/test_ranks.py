@@ -1,7 +1,9 @@
 """Ranks that are late, or that do not fit together."""
 
 import json
+import re
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,31 @@ def test_merging_may_take_longer_than_the_time_out_of_training(tmp_path: Path, l
         if not name.startswith("head"):
             torch.testing.assert_close(merged[name], base.detach() + deltas[name], rtol=0, atol=0)
             assert deltas[name].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("num_processes", [1, 2], ids=["lightning's launcher", "torchrun"])
+def test_a_rank_that_is_killed_while_it_merges_is_named(
+    num_processes: int, victim: int, tmp_path: Path, launch: Launch
+):
+    """Also to a rank that is busy for minutes; and the next run finishes."""
+    script = HERE / "killed_rank.py"
+    start = time.monotonic()
+    done = launch([script, tmp_path, victim], num_processes, check=False)
+    assert time.monotonic() - start < 90  # a minute, and some seconds to import and train
+    assert done.returncode
+    named = [
+        rf"\[rank: {victim}\] Child process with PID \d+ terminated with code -9",  # Lightning
+        rf"rank +: {victim} .*\n +exitcode +: -9",  # torchrun
+        rf"Rank {victim} \(process \d+ on .*\) ended without a word",
+    ]
+    assert any(re.search(pattern, done.stdout + done.stderr) for pattern in named), done.stderr[-3000:]
+    assert not (tmp_path / "merged").exists()
+    launch([script, tmp_path, -1], num_processes)
+    deltas = load_file(tmp_path / "tasks/task/deltas.safetensors")
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    base = dict(VectorTask().named_parameters())
+    assert all(torch.equal(merged[name], base[name].detach() + delta) for name, delta in deltas.items())
 
 
 REFUSALS = {
