@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_drm.deltas import Kind, TaskVector, describe_difference
-from lightning_drm.engine.pieces import pieces
+from lightning_drm.engine.pieces import num_threads, pieces, together
 from lightning_drm.engine.read_ahead import read_ahead
 from lightning_drm.engine.recipe import Recipe, Treatment, split_sizes
 from lightning_drm.merging import Delta, LowRank, Method
@@ -176,11 +176,23 @@ class Fusion:
             own = [name for name in names if self.share is None or name in self.share]
             parts = [(name, rows) for name in own for rows in self._pieces(name)]
             try:
-                ready = method.calibrate(partial(self._stream, parts), reduce=self.reduce, num_tasks=len(self.tasks))
+                ready = self._calibrate(method, parts)
             except ValueError as error:
                 raise ValueError(self._explained(error, self._not_finite(parts))) from error
             methods.update(dict.fromkeys(names, ready))
         return methods
+
+    def _calibrate(self, method: Method, parts: Sequence[tuple[str, slice | None]]) -> Method:
+        num_tasks = len(self.tasks)
+        if not self._shapes:  # whole parameters: one at a time, and the next
+            return method.calibrate(partial(self._stream, parts), reduce=self.reduce, num_tasks=num_tasks)
+
+        def calibrate(part: int, reduce: Reduce) -> Method:
+            own = parts[part :: num_threads()]
+            stream = partial(map, self._deltas, [name for name, _ in own], [rows for _, rows in own])
+            return method.calibrate(stream, reduce=reduce, num_tasks=num_tasks)
+
+        return together(calibrate, self.reduce)
 
     def _not_finite(self, parts: Sequence[tuple[str, slice | None]]) -> str:
         """The first parameter with a delta that is not finite; all of them, if there is none."""

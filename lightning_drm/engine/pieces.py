@@ -9,11 +9,14 @@ for, so several threads do it side by side, each on a tensor of its own and with
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from math import prod
+from threading import Barrier, BrokenBarrierError, Lock
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from lightning_drm.merging.method import PIECE_STEP
+from lightning_drm.merging.selection import Reduce
 
 PIECE = 1 << 20  # entries of a piece on the CPU
 DEVICE_PIECE = 1 << 24  # and elsewhere: enough to occupy an accelerator
@@ -81,3 +84,43 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
                     future.cancel()
     finally:
         torch.set_num_threads(threads)  # those that are started later would take over the last setting
+
+
+def together(work: Callable[[int, Reduce], R], reduce: Reduce) -> R:
+    """Does a part of the same work in each of `num_threads` threads, which meet to add up what they found.
+
+    Args:
+        work: Called with the number of its part, and with what sums a tensor over all parts; every part sums as often
+            as the others, and gets the same result.
+        reduce: Sums further, over ranks; called by one thread.
+
+    Returns:
+        The result of one part.
+    """
+    count = num_threads()
+    barrier, lock = Barrier(count), Lock()
+    sums: list[Tensor] = []
+
+    def add_up(tensor: Tensor) -> Tensor:
+        with lock:
+            sums[:] = [sums[0] + tensor if sums else tensor]
+        if barrier.wait() == 0:
+            sums[0] = reduce(sums[0])
+        barrier.wait()
+        total = sums[0].clone()  # each thread may change its own
+        if barrier.wait() == 0:
+            sums.clear()
+        barrier.wait()
+        return total
+
+    def one(part: int) -> list[R]:
+        try:
+            return [work(part, add_up)]
+        except BrokenBarrierError:  # another one has said why
+            return []
+        except BaseException:
+            barrier.abort()
+            raise
+
+    results = [result for found in side_by_side(one, range(count)) for result in found]
+    return results[0]

@@ -1,8 +1,8 @@
 """DARE-TIES (arXiv 2311.03099): drop entries at random, rescale the rest, elect signs, average what agrees.
 
-Which entries are dropped depends on the seed and the task's key alone: the key's hash starts a counter-based generator
-whose raw output numpy keeps stable across releases. So neither the order of parameters, nor the device, nor the number
-of processes changes a merge. The rescaling is 1 / density, as in the paper.
+Which entries are dropped depends on the seed and the task's key alone: the key's hash starts a generator that can be
+advanced at no cost, and whose raw output numpy keeps stable across releases. So neither the order of parameters, nor
+the device, nor the number of processes changes a merge. The rescaling is 1 / density, as in the paper.
 """
 
 from __future__ import annotations
@@ -61,19 +61,21 @@ class DARETIES(Method):
         merged = torch.empty_like(flat[0])
         size = slice_size(len(deltas), merged.device)
         for start in range(0, merged.numel(), size):
-            stack = torch.stack(
-                [drop(delta[start : start + size], draw) for delta, draw in zip(flat, draws, strict=True)]
-            )
+            parts = [delta[start : start + size] for delta in flat]
+            stack = torch.empty(len(parts), len(parts[0]), dtype=merged.dtype, device=merged.device)
+            for row, part, draw in zip(stack, parts, draws, strict=True):
+                drop(part, draw, out=row)
             merged[start : start + size] = elect_and_average(stack, coefficients)
         return merged.mul_(self.scale / self.density).view(deltas[0].shape)
 
 
-def drop(values: Tensor, draws: Draws) -> Tensor:
-    """A copy of `values` with zeros where the next draws say so; their number is even but for the last call."""
+def drop(values: Tensor, draws: Draws, out: Tensor) -> None:
+    """Copies `values`, with zeros where the next draws say so; their number is even but for the last call."""
     kept = draws.kept(len(values))
     if values.device.type == "cpu":
-        return torch.from_numpy(np.multiply(values.numpy(), kept))  # torch would turn the mask into floats first
-    return values * torch.from_numpy(kept).to(values.device)
+        np.multiply(values.numpy(), kept, out=out.numpy())  # torch would turn the mask into floats first
+    else:
+        torch.mul(values, torch.from_numpy(kept).to(values.device), out=out)
 
 
 class Draws:
@@ -83,12 +85,13 @@ class Draws:
         seed: Start of the draws.
         key: Name that tells this task and parameter from others.
         density: Probability of keeping an entry, resolved to 2⁻³².
-        start: How many draws to skip, a multiple of `PIECE_STEP`: the generator counts by four numbers of 64 bits.
+        start: How many draws to skip, a multiple of `PIECE_STEP`: two come out of one number of 64 bits.
     """
 
     def __init__(self, seed: int, key: str, density: float, start: int = 0) -> None:
         digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
-        self._generator = np.random.Philox(key=int.from_bytes(digest, "little"), counter=start // PIECE_STEP)
+        self._generator = np.random.PCG64DXSM(int.from_bytes(digest, "little"))
+        self._generator.advance(start // PIECE_STEP)
         self._limit = round(density * 2**32)
 
     def kept(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 def slice_size(num_tasks: int, device: torch.device) -> int:
     """How many positions of N tasks to hand over at once, an even number: a cacheful, or an accelerator's fill."""
-    entries = 1 << 17 if device.type == "cpu" else 1 << 24
+    entries = 1 << 19 if device.type == "cpu" else 1 << 24
     return max(2, entries // num_tasks // 2 * 2)
 
 

@@ -20,7 +20,7 @@ COST_PER_VALUE = 500.0
 """What reading, moving and comparing one value of one task costs, in the unit of `Method.cost`: about 10 ns."""
 
 
-PIECE_STEP = 8
+PIECE_STEP = 2
 """Pieces of a parameter start at a multiple of this many entries: random numbers are drawn by so many."""
 
 

@@ -121,7 +121,7 @@ def _near_a_sample(stream: Stream, density: float, num_tasks: int, reduce: Reduc
     histogram = reduce(histogram)
     prefixes, ranks = [], []
     for row, first in zip(histogram, firsts, strict=True):
-        counts = row[3:].cumsum(0) + row[1]
+        counts = row[3:].cumsum_(0).add_(row[1])  # in place: there are megabytes of them
         rank = _rank(int(row[0]), density)
         if rank > counts[-1] or (rank <= row[1] and (first or row[1])):
             return None

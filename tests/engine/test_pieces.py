@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from lightning_drm import DARETIES, DRM, TIES, Average, TaskArithmetic
 from lightning_drm.engine import Recipe, Rules, merge_files
 from lightning_drm.engine import pieces as module
-from lightning_drm.engine.pieces import num_threads, pieces, side_by_side
+from lightning_drm.engine.pieces import num_threads, pieces, side_by_side, together
 from lightning_drm.merging.method import PIECE_STEP
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,6 +60,36 @@ def test_side_by_side_ends_with_the_first_error():
     with pytest.raises(ValueError, match="item 3"):
         list(side_by_side(work, range(1000)))
     assert len(begun) < 100
+
+
+def test_together_adds_up_what_all_parts_found():
+    """Several times, and what a part does to its sum is its own."""
+    calls = []
+
+    def reduce(tensor):
+        calls.append(tensor.clone())
+        return tensor * 10
+
+    def work(part, add_up):
+        first = add_up(torch.tensor([float(part), 1.0])).mul_(2)
+        return first, add_up(torch.tensor([3.0 * part]))
+
+    count = num_threads()
+    first, second = together(work, reduce)
+    total = sum(range(count))
+    assert first.tolist() == [20.0 * total, 20.0 * count]
+    assert second.tolist() == [30.0 * total]
+    assert [call.tolist() for call in calls] == [[total, count], [3.0 * total]]
+
+
+def test_together_tells_the_error_of_the_part_that_failed():
+    def work(part, add_up):
+        if part == 1:
+            raise ValueError("part 1")
+        return add_up(torch.ones(1))
+
+    with pytest.raises(ValueError, match="part 1"):
+        together(work, lambda tensor: tensor)
 
 
 RECIPES = {
