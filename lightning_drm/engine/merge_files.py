@@ -1,8 +1,9 @@
 """Merging models from files: plan, stream, check, and only then show the result under its name.
 
-One parameter of all tasks is in memory at a time, and the next one, which is read meanwhile. Everything is written into
-a hidden folder beside the output; a merge that was killed is taken up there by the next one with the same arguments,
-and the folder gets its name when it is whole and checked.
+At no time are more than two parameters of all tasks in memory: the one that is merged, and the next, which is read
+meanwhile; of those that are merged entry by entry, some pieces. Everything is written into a hidden folder beside the
+output; a merge that was killed is taken up there by the next one with the same arguments, and the folder gets its name
+when it is whole and checked.
 
 Several processes share a merge: each plans it by itself, merges its share of the parameters and writes them to where
 they belong; the first of them does what is done once. Nothing but counts and journals passes between them.
@@ -11,35 +12,30 @@ they belong; the first of them does what is done once. Nothing but counts and jo
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from torch import Tensor
 
 from lightning_drm.deltas import TaskVector, fingerprint, write_tensors
 from lightning_drm.engine.adapter_output import read_adapter, write_adapter
-from lightning_drm.engine.companions import copy_companions, licence_of
+from lightning_drm.engine.companions import licence_of
 from lightning_drm.engine.file_deltas import BaseValues, FileDeltas
-from lightning_drm.engine.fuse import Fusion, Merged
+from lightning_drm.engine.fuse import Fusion
 from lightning_drm.engine.inputs import quick_fingerprint
-from lightning_drm.engine.inputs.tensors import SafetensorsFiles
 from lightning_drm.engine.locks import only_one
 from lightning_drm.engine.model_card import model_card
-from lightning_drm.engine.pieces import side_by_side
+from lightning_drm.engine.model_output import write_model
 from lightning_drm.engine.plan import Plan, Rules, make_plan, plan_costs, refuse, written_bytes
-from lightning_drm.engine.presence import measure, measure_factors, summary
+from lightning_drm.engine.presence import measure_factors, require_finite, require_present, summary
 from lightning_drm.engine.recipe import Recipe
 from lightning_drm.engine.shards import JOURNAL_FILE, ShardWriter
 from lightning_drm.engine.share_out import share_out
 from lightning_drm.pretrained import resolve_pretrained
 from lightning_drm.ranks import ALONE, Ranks
-
-_TRACE = 1e-6  # less than this share of a task's delta is nothing but rounding
 
 Progress = Callable[[int, int], None]
 
@@ -161,7 +157,12 @@ def _write(
     else:
         identity = fingerprint({**fingerprints, "recipe": f"{recipe!r} {plan.rules!r} {max_shard_size}"})
         writer = ShardWriter(partial, plan.headers, max_shard_size, identity, ranks)
-        result = _write_model(plan, fusion, values, writer, costs, output, progress, ranks)
+        num_resumed = len(writer.done)
+        kept, rounding = write_model(plan, fusion, values, writer, progress, ranks)
+        num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
+        counts = len(plan.headers) - num_kept, num_kept, num_resumed
+        notes = (*plan.notes, *_without_deltas(kept))
+        result = MergeResult(output, "full", *counts, kept, rounding, notes=notes)
     if not ranks.is_first:
         return result
     changed = [task or "the base" for task, found in _fingerprints(plan).items() if found != fingerprints[task]]
@@ -210,75 +211,6 @@ def output_problems(plan: Plan, output: Path, overwrite: bool) -> list[str]:
     return problems
 
 
-def _write_model(
-    plan: Plan,
-    fusion: Fusion,
-    values: BaseValues,
-    writer: ShardWriter,
-    costs: Mapping[str, float],
-    output: Path,
-    progress: Progress | None,
-    ranks: Ranks,
-) -> MergeResult:
-    partial, num_resumed = writer.folder, len(writer.done)
-    shares = share_out({name: costs[name] for name in writer.order if name not in writer.done}, ranks.size)
-    left = sorted(shares[ranks.rank], key=lambda name: -prod(plan.headers[name].shape))
-    done = _written(left, plan, fusion, values, writer)
-    for num_done, _ in enumerate(done, start=1):
-        if progress is not None:
-            progress(num_done, len(left))
-    kept, rounding = summary(writer.collect(), fusion.tasks)
-    _require_present(plan, kept)
-    if ranks.is_first:
-        writer.finish()
-        if plan.base.folder is not None:
-            copy_companions(plan.base.folder, partial, plan.rules.dtype, dequantised=plan.base.is_dequantised)
-        _require_headers(plan, partial)
-    notes = (*plan.notes, *_without_deltas(kept))
-    num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
-    num_merged = len(plan.headers) - num_kept
-    return MergeResult(output, "full", num_merged, num_kept, num_resumed, kept, rounding, notes=notes)
-
-
-def _written(
-    names: Sequence[str], plan: Plan, fusion: Fusion, values: BaseValues, writer: ShardWriter
-) -> Iterator[None]:
-    """Writes some tensors, and gives a sign after each."""
-
-    def write(name: str, pieces: Iterable[Merged]) -> None:
-        record: dict[str, Any] = {}
-        writer.write(name, _finished(name, pieces, plan, fusion, values, record), record)
-
-    def write_in_pieces(name: str) -> None:
-        if name in plan.kinds:
-            write(name, fusion.merge_in_pieces(name))
-        else:
-            writer.write(name, [plan.base.tensors.read(name).to(plan.headers[name].dtype)])
-
-    whole = [name for name in names if name in plan.kinds and not fusion.comes_in_pieces(name)]
-    fusion.calibrate()
-    yield from side_by_side(write_in_pieces, [name for name in names if name not in whole])
-    for merged in fusion.merge(whole):
-        write(merged.name, [merged])
-        del merged  # before the next parameter comes
-        yield
-
-
-def _finished(
-    name: str, pieces: Iterable[Merged], plan: Plan, fusion: Fusion, values: BaseValues, record: dict[str, Any]
-) -> Iterator[Tensor]:
-    """The values to be written of one parameter; what is measured on the first piece of it goes into ``record``."""
-    for merged in pieces:
-        base = values.read(name, merged.rows).to(merged.delta.device, merged.delta.dtype)
-        exact = base + merged.delta if plan.treatments[name].method is not None else base
-        written = exact.to(plan.headers[name].dtype)
-        _require_finite(name, written, exact)
-        if not record:
-            record.update(measure(exact, written, base, fusion.tasks, merged.parts))
-        yield written
-        del merged, base, exact, written  # before the next piece comes
-
-
 def _write_adapter(
     plan: Plan, fusion: Fusion, share: Sequence[str], partial: Path, output: Path, ranks: Ranks
 ) -> MergeResult:
@@ -297,11 +229,11 @@ def _check_adapter(plan: Plan, fusion: Fusion, folder: Path) -> dict[str, float]
     records = []
     for name, factors in read_adapter(folder, plan):
         for part in (factors.up, factors.down):
-            _require_finite(name, part, None)
+            require_finite(name, part)
         parts = {vector.task: vector.deltas[name] for vector in fusion.vectors if name in vector.deltas}
         records.append(measure_factors(factors, list(parts), list(parts.values())))
     shares, _ = summary(records, fusion.tasks)
-    _require_present(plan, shares)
+    require_present(plan, shares)
     return shares
 
 
@@ -319,40 +251,6 @@ def _write_heads(plan: Plan, partial: Path) -> None:
             tensors[raw] = value.clone()
         if tensors:
             write_tensors(partial / "heads" / f"{task.name}.safetensors", tensors, {"task": task.name})
-
-
-def _require_finite(name: str, written: Tensor, exact: Tensor | None) -> None:
-    if _is_finite(written):
-        return
-    if exact is not None and _is_finite(exact):
-        raise ValueError(f"{name} does not fit into {written.dtype}: its largest value is {exact.abs().max():.3g}.")
-    raise ValueError(f"{name} is not finite after merging: the base or a finetune has NaN or infinite values there.")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """By the extremes, which reads every entry once and writes none."""
-    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
-
-
-def _require_present(plan: Plan, shares: Mapping[str, float]) -> None:
-    active = {
-        task.name
-        for index, task in enumerate(plan.tasks)
-        if any(treatment.method is not None and treatment.coefficients[index] for treatment in plan.treatments.values())
-    }
-    gone = [task for task, share in shares.items() if abs(share) < _TRACE and task in active]
-    if gone and plan.recipe.method.scale:
-        raise ValueError(
-            f"Nothing of task {', '.join(gone)} is left in the merged weights: its deltas are pruned away or smaller "
-            "than the output's rounding; use a higher density or rank, or --dtype float32."
-        )
-
-
-def _require_headers(plan: Plan, partial: Path) -> None:
-    found = SafetensorsFiles(sorted(partial.glob("model*.safetensors"))).headers
-    if found != plan.headers:
-        wrong = sorted(name for name in found.keys() | plan.headers.keys() if found.get(name) != plan.headers.get(name))
-        raise ValueError(f"{partial} is not what was planned: {', '.join(wrong[:3])}.")
 
 
 def _facts(result: MergeResult) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether every task is still there in what was written, and how much rounding took.
+"""Whether every task is still there in what was written, all of it is finite, and how much rounding took.
 
 In a whole model, both are measured as a parameter is written, on the values that end up in the file: base + merged
 delta, rounded to the output's precision. An adapter is small, so all of it is read back and compared.
@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_drm.engine.plan import Plan
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.merging.low_rank import densify
 
+TRACE = 1e-6  # less than this share of a task's delta is nothing but rounding
 SAMPLE = 1 << 16  # entries of each parameter that are compared with each task
 
 
@@ -89,6 +91,52 @@ def summary(records: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> tuple
     change = sum(record.get("change", 0.0) for record in records)
     rounding = sum(record.get("rounding", 0.0) for record in records)
     return kept, (rounding / change) ** 0.5 if change else 0.0
+
+
+def require_finite(name: str, written: Tensor, exact: Tensor | None = None) -> None:
+    """Refuses what is not a number.
+
+    Args:
+        name: The parameter.
+        written: Its merged value, as it is written.
+        exact: The same before rounding, if it was rounded.
+
+    Raises:
+        ValueError: If rounding made it infinite, or it is not finite.
+    """
+    if _is_finite(written):
+        return
+    if exact is not None and _is_finite(exact):
+        raise ValueError(f"{name} does not fit into {written.dtype}: its largest value is {exact.abs().max():.3g}.")
+    raise ValueError(f"{name} is not finite after merging: the base or a finetune has NaN or infinite values there.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By the extremes, which reads every entry once and writes none."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
+def require_present(plan: Plan, shares: Mapping[str, float]) -> None:
+    """Refuses a result in which nothing is left of a task.
+
+    Args:
+        plan: What was to be merged.
+        shares: From `summary`.
+
+    Raises:
+        ValueError: Naming the tasks.
+    """
+    active = {
+        task.name
+        for index, task in enumerate(plan.tasks)
+        if any(treatment.method is not None and treatment.coefficients[index] for treatment in plan.treatments.values())
+    }
+    gone = [task for task, share in shares.items() if abs(share) < TRACE and task in active]
+    if gone and plan.recipe.method.scale:
+        raise ValueError(
+            f"Nothing of task {', '.join(gone)} is left in the merged weights: its deltas are pruned away or smaller "
+            "than the output's rounding; use a higher density or rank, or --dtype float32."
+        )
 
 
 def _sample(delta: Delta) -> Tensor:
