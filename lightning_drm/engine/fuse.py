@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_drm.deltas import Kind, TaskVector, describe_difference
-from lightning_drm.engine.pieces import num_threads, pieces, together
+from lightning_drm.engine.pieces import pieces, together
 from lightning_drm.engine.read_ahead import read_ahead
 from lightning_drm.engine.recipe import Recipe, Treatment, split_sizes
 from lightning_drm.merging import Delta, LowRank, Method
@@ -187,12 +187,11 @@ class Fusion:
         if not self._shapes:  # whole parameters: one at a time, and the next
             return method.calibrate(partial(self._stream, parts), reduce=self.reduce, num_tasks=num_tasks)
 
-        def calibrate(part: int, reduce: Reduce) -> Method:
-            own = parts[part :: num_threads()]
+        def calibrate(own: Sequence[tuple[str, slice | None]], reduce: Reduce) -> Method:
             stream = partial(map, self._deltas, [name for name, _ in own], [rows for _, rows in own])
             return method.calibrate(stream, reduce=reduce, num_tasks=num_tasks)
 
-        return together(calibrate, self.reduce)
+        return together(calibrate, parts, self.reduce)
 
     def _not_finite(self, parts: Sequence[tuple[str, slice | None]]) -> str:
         """The first parameter with a delta that is not finite; all of them, if there is none."""

@@ -86,16 +86,17 @@ def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         torch.set_num_threads(threads)  # those that are started later would take over the last setting
 
 
-def together(work: Callable[[int, Reduce], R], reduce: Reduce) -> R:
-    """Does a part of the same work in each of `num_threads` threads, which meet to add up what they found.
+def together(work: Callable[[Sequence[T], Reduce], R], items: Sequence[T], reduce: Reduce) -> R:
+    """Does one work in `num_threads` threads, each on its share of the items, which meet to add up what they found.
 
     Args:
-        work: Called with the number of its part, and with what sums a tensor over all parts; every part sums as often
-            as the others, and gets the same result.
+        work: Called with a share, and with what sums a tensor over all shares; every call sums as often as the others,
+            and gets the same results.
+        items: What is shared out.
         reduce: Sums further, over ranks; called by one thread.
 
     Returns:
-        The result of one part.
+        What one call returned.
     """
     count = num_threads()
     barrier, lock = Barrier(count), Lock()
@@ -107,20 +108,20 @@ def together(work: Callable[[int, Reduce], R], reduce: Reduce) -> R:
         if barrier.wait() == 0:
             sums[0] = reduce(sums[0])
         barrier.wait()
-        total = sums[0].clone()  # each thread may change its own
+        total = sums[0].clone()  # as its caller may change it
         if barrier.wait() == 0:
             sums.clear()
         barrier.wait()
         return total
 
-    def one(part: int) -> list[R]:
+    def one(share: Sequence[T]) -> list[R]:
         try:
-            return [work(part, add_up)]
+            return [work(share, add_up)]
         except BrokenBarrierError:  # another one has said why
             return []
         except BaseException:
             barrier.abort()
             raise
 
-    results = [result for found in side_by_side(one, range(count)) for result in found]
+    results = [result for found in side_by_side(one, [items[part::count] for part in range(count)]) for result in found]
     return results[0]

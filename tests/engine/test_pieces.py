@@ -62,34 +62,42 @@ def test_side_by_side_ends_with_the_first_error():
     assert len(begun) < 100
 
 
-def test_together_adds_up_what_all_parts_found():
-    """Several times, and what a part does to its sum is its own."""
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_together_adds_up_what_all_shares_found():
+    """Several times, and what a share does to its sum is its own."""
     calls = []
 
     def reduce(tensor):
         calls.append(tensor.clone())
         return tensor * 10
 
-    def work(part, add_up):
-        first = add_up(torch.tensor([float(part), 1.0])).mul_(2)
-        return first, add_up(torch.tensor([3.0 * part]))
+    def work(share, add_up):
+        first = add_up(torch.tensor([float(sum(share)), 1.0])).mul_(2)
+        return first, add_up(torch.tensor([3.0 * len(share)]))
 
-    count = num_threads()
-    first, second = together(work, reduce)
-    total = sum(range(count))
-    assert first.tolist() == [20.0 * total, 20.0 * count]
-    assert second.tolist() == [30.0 * total]
-    assert [call.tolist() for call in calls] == [[total, count], [3.0 * total]]
+    first, second = together(work, range(10), reduce)
+    assert first.tolist() == [20.0 * 45, 20.0 * num_threads()]
+    assert second.tolist() == [30.0 * 10]
+    assert [call.tolist() for call in calls] == [[45.0, num_threads()], [30.0]]
 
 
-def test_together_tells_the_error_of_the_part_that_failed():
-    def work(part, add_up):
-        if part == 1:
-            raise ValueError("part 1")
+@pytest.mark.usefixtures("threads")
+def test_together_tells_the_error_of_the_share_that_failed():
+    def work(share, add_up):
+        if 1 in share:
+            raise ValueError("share with 1")
         return add_up(torch.ones(1))
 
-    with pytest.raises(ValueError, match="part 1"):
-        together(work, lambda tensor: tensor)
+    with pytest.raises(ValueError, match="share with 1"):
+        together(work, range(3), lambda tensor: tensor)
 
 
 RECIPES = {
@@ -102,6 +110,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_merge_in_pieces_is_one_of_whole_parameters(name, dtype, tmp_path, monkeypatch):
