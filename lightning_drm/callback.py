@@ -246,7 +246,7 @@ class DRMMergeCallback(Callback):
         head = head_names_of(module, self.head)
         heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
         writes = self.run_folder is not None and self._ranks.is_first
-        with watched(self._ranks):
+        with watched(self._ranks, _advice(self.run_folder)):
             backbone, written = self._merged_backbone(module, head, device or module.device, writes)
         template = self._template if is_sharded(module) else module
         assert template is not None, "a module that is sharded went through setup"
@@ -365,3 +365,10 @@ class DRMMergeCallback(Callback):
 def _settings_of(module: LightningModule) -> Mapping[str, object]:
     settings = getattr(module, "finetune_settings", None)
     return settings if settings is not None else {}
+
+
+def _advice(run_folder: RunFolder | None) -> str:
+    """What to do when a rank was killed while all of them merged."""
+    if run_folder is None:
+        return "Nothing was stored, since there is no dirpath: the fits have to be done again."
+    return f"The deltas of all tasks are in {run_folder.path}: fit or merge again, and no task is trained twice."

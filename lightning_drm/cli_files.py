@@ -151,7 +151,7 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
     console = Console(highlight=False)
     if config.dry_run:
         plan = make_plan(config.base, config.models, recipe, rules)
-        _print_plan(console, plan, ranks)
+        _print_plan(console, plan, ranks, memory_bytes(plan, torch.device(config.device)))
         refuse([*plan.problems, *output_problems(plan, Path(config.output), config.overwrite)])
         return
     with Progress(transient=True) as bar:
@@ -195,7 +195,7 @@ def _refuse_dotted_tasks(args: Sequence[str]) -> None:
             )
 
 
-def _print_plan(console: Console, plan: Plan, ranks: Ranks) -> None:
+def _print_plan(console: Console, plan: Plan, ranks: Ranks, memory: int) -> None:
     rules = Table("rule", "method", "parameters", "values", "such as")
     for rule, method, count, values, example in table(plan):
         rules.add_row(rule, method, str(count), f"{values:,}", example)
@@ -205,9 +205,7 @@ def _print_plan(console: Console, plan: Plan, ranks: Ranks) -> None:
         tasks.add_row(task.name, task.input.format, str(len(task.names)), str(len(task.head)), str(task.input.path))
     console.print(tasks)
     size = f"writes {written_bytes(plan) / 1e9:.2f} GB" if plan.output_format == "full" else "writes an adapter"
-    console.print(
-        f"Reads {read_bytes(plan) / 1e9:.2f} GB, {size}, needs about {memory_bytes(plan) / 1e9:.2f} GB of memory."
-    )
+    console.print(f"Reads {read_bytes(plan) / 1e9:.2f} GB, {size}, needs about {memory / 1e9:.2f} GB of memory.")
     if ranks.size > 1 and not plan.problems:
         reached = balance(plan_costs(plan), ranks.size)
         console.print(

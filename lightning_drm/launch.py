@@ -62,7 +62,8 @@ def started_together() -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"Rank {rank} of {size} found not all others at {where}: {_first_line(error)}") from error
-    with watched(Ranks.of_process_group(), one_speaks=True) as ranks:
+    advice = "What they wrote is kept: give the same command again, with any number of processes."
+    with watched(Ranks.of_process_group(), advice, one_speaks=True) as ranks:
         yield ranks
     dist.destroy_process_group()
 

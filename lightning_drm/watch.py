@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
@@ -28,17 +29,19 @@ SILENCE = 20.0  # seconds without a beat after which a process counts as dead
 GRACE = 10.0  # seconds that a process gets to end by itself, which a long computation does not let it
 
 _CONNECTING = timedelta(minutes=2)
+_NUMBERS = count()
 
 
 @contextmanager
-def watched(ranks: Ranks, *, one_speaks: bool = False) -> Iterator[Ranks]:
+def watched(ranks: Ranks, advice: str, *, one_speaks: bool = False) -> Iterator[Ranks]:
     """Lets some processes watch each other while they work; all enter it together, and all leave it together.
 
     Leaving it with an error ends the work of the others too.
 
     Args:
-        ranks: The processes. Where they did not find each other through ``MASTER_ADDR`` and ``MASTER_PORT``, there is
-            no store, and a process that is gone is noticed at the next meeting only.
+        ranks: The processes. Where there is no store at ``MASTER_ADDR`` and ``MASTER_PORT``, through which processes
+            find each other as a rule, one that is gone is noticed at the next meeting only.
+        advice: What to do after a process was killed; ends the message.
         one_speaks: Whether one process raises an error for all, and the rest exit quietly: for a command line, which
             would print it as often as there are processes.
 
@@ -48,11 +51,14 @@ def watched(ranks: Ranks, *, one_speaks: bool = False) -> Iterator[Ranks]:
     Raises:
         ValueError: If another process was killed or failed, naming it.
     """
-    if ranks.size == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if ranks.size == 1:
         yield ranks
         return
     ranks.wait()
-    watch = _Watch(ranks.rank, ranks.size)
+    watch = _watch(ranks, advice)
+    if not all(ranks.gather(watch is not None)) or watch is None:
+        yield ranks
+        return
     watch.start()
     try:
         yield ranks
@@ -62,24 +68,35 @@ def watched(ranks: Ranks, *, one_speaks: bool = False) -> Iterator[Ranks]:
     watch.stop()
 
 
+def _watch(ranks: Ranks, advice: str) -> _Watch | None:
+    """A watch that has not started; ``None`` where there is no store."""
+    try:
+        return _Watch(ranks.rank, ranks.size, advice)
+    except (RuntimeError, KeyError):
+        return None
+
+
 class _Watch(threading.Thread):
     """Keeps this process' pulse and listens for the next one's; ends this process when another one has ended.
 
     Args:
         rank: This process.
         size: How many there are.
+        advice: What to do after a process was killed.
     """
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, advice: str) -> None:
         super().__init__(daemon=True, name="lightning_drm-watch")
-        self._rank, self._next = rank, (rank + 1) % size
+        self._rank, self._next, self._advice = rank, (rank + 1) % size, advice
         # A connection of its own: those who wait on another one hold it.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         connection = TCPStore(address, port, is_master=False, timeout=_CONNECTING, wait_for_workers=False)
-        self._store = PrefixStore("watch", connection)
+        # Keys of its own: an earlier watch has left its, also one before torchrun started the processes again.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"watch {attempt} {next(_NUMBERS)}", connection)
         self._store.set(f"who {rank}", f"process {os.getpid()} on {socket.gethostname()}")
         self._who = {other: self._store.get(f"who {other}").decode() for other in {0, self._next}}
-        self._keeps_store = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+        self._keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._stopped = threading.Event()
         self._known = threading.Event()
         self._ending = False
@@ -162,10 +179,7 @@ class _Watch(threading.Thread):
 
     def _sentence(self, rank: int) -> str:
         who = self._who.get(rank) or self._store.get(f"who {rank}").decode()
-        return (
-            f"Rank {rank} ({who}) ended without a word, so the others ended too. What they wrote is kept: "
-            "give the same command again, with any number of processes."
-        )
+        return f"Rank {rank} ({who}) ended without a word, so the others ended too. {self._advice}"
 
 
 def _is_broken_connection(error: BaseException) -> bool:

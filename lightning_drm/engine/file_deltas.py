@@ -56,6 +56,7 @@ class FileDeltas(Mapping[str, Delta]):
     def __init__(self, task: PlannedTask, base: BaseValues) -> None:
         self._task = task
         self._base = base
+        self._last = threading.local()
 
     @override
     def __getitem__(self, name: str) -> Delta:
@@ -65,7 +66,7 @@ class FileDeltas(Mapping[str, Delta]):
         """A parameter's delta, or some rows of it; no more is computed than is asked for."""
         task = self._task
         raw = task.names[name]
-        found = task.input.read(raw)
+        found = self._found(raw)
         self._check_base(name, raw, rows)
         if isinstance(found, LowRank):
             turned = found.T if name in task.transposed else found
@@ -81,6 +82,17 @@ class FileDeltas(Mapping[str, Delta]):
         known = sources >= 0
         delta[known] = precise(found[sources[known]]) - base[known]
         return delta
+
+    def _found(self, raw: str) -> Delta:
+        """What the finetune says of a parameter. What was computed serves the next pieces; what is mapped is let go."""
+        if self._task.input.entries[raw].form == "value":
+            return self._task.input.read(raw)
+        if getattr(self._last, "raw", None) != raw:
+            self._last.raw = None
+            self._last.found = self._task.input.read(raw)
+            self._last.raw = raw
+        found: Delta = self._last.found
+        return found
 
     def _check_base(self, name: str, raw: str, rows: slice | None) -> None:
         expected = self._task.input.base_hashes.get(raw)

@@ -6,22 +6,27 @@ can be read in part, it is a piece of a parameter. Tasks are taken in the order 
 in, so that rounding, too, is the same.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import starmap
 from math import prod
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_drm.deltas import Kind, TaskVector, describe_difference
-from lightning_drm.engine.pieces import pieces, together
+from lightning_drm.engine.pieces import num_threads, pieces, together
 from lightning_drm.engine.read_ahead import read_ahead
 from lightning_drm.engine.recipe import Recipe, Treatment, split_sizes
 from lightning_drm.merging import Delta, LowRank, Method
-from lightning_drm.merging.inputs import peak
+from lightning_drm.merging.inputs import check_deltas
 from lightning_drm.merging.low_rank import rows_of
 from lightning_drm.merging.selection import Reduce, identity
+
+Part: TypeAlias = tuple[str, slice | None]
+"""A parameter's name and the rows that are meant; ``None`` for all of them."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class Fusion:
         device: Where to compute; deltas that are elsewhere are brought there one parameter at a time.
         transposed: Names of matrices stored ``(in, out)``, which are split along their columns.
         shapes: Shape of each parameter by name, where they are known without asking for deltas.
-        in_pieces: Whether rows of a delta can be read without the others, so that what is merged entry by entry need
-            never be whole in memory; wants ``shapes``.
+        in_pieces: Names of the parameters that are merged a few rows at a time, of which no more need be read; their
+            shapes must be given.
         share: Names of the parameters that this rank merges, where several ranks share them; all if left out.
         reduce: Sums a tensor over these ranks.
 
@@ -68,7 +73,7 @@ class Fusion:
         *,
         transposed: Set[str] = frozenset(),
         shapes: Mapping[str, tuple[int, ...]] | None = None,
-        in_pieces: bool = False,
+        in_pieces: Set[str] = frozenset(),
         share: Set[str] | None = None,
         reduce: Reduce = identity,
     ) -> None:
@@ -82,7 +87,7 @@ class Fusion:
         self.reduce = reduce
         self.kinds = _agreed_kinds(self.vectors)
         self.treatments = {name: recipe.treatment(name, kind, self.tasks) for name, kind in self.kinds.items()}
-        self._shapes = (shapes or {}) if in_pieces else {}
+        self._in_pieces = {name: shape for name, shape in (shapes or {}).items() if name in in_pieces}
         if recipe.overrides and shapes is None:
             shapes = {name: tuple(self._first(name).shape) for name in self.kinds}
         if recipe.overrides and shapes is not None and (problems := recipe.problems(self.kinds, shapes)):
@@ -109,8 +114,8 @@ class Fusion:
             del merged, deltas  # before the next ones come, or a third parameter's would be in memory
 
     def comes_in_pieces(self, name: str) -> bool:
-        """Whether a parameter can be merged a few rows at a time."""
-        return name in self._shapes and self.treatments[name].works_in_pieces
+        """Whether a parameter is merged a few rows at a time."""
+        return name in self._in_pieces
 
     def merge_in_pieces(self, name: str) -> Iterator[Merged]:
         """Merges a parameter that `comes_in_pieces`; several threads may do so at once after `calibrate`.
@@ -177,35 +182,38 @@ class Fusion:
             parts = [(name, rows) for name in own for rows in self._pieces(name)]
             try:
                 ready = self._calibrate(method, parts)
-            except ValueError as error:
-                raise ValueError(self._explained(error, self._not_finite(parts))) from error
+            except ValueError:
+                self._refuse_first(method, parts)
+                raise
             methods.update(dict.fromkeys(names, ready))
         return methods
 
     def _calibrate(self, method: Method, parts: Sequence[tuple[str, slice | None]]) -> Method:
         num_tasks = len(self.tasks)
-        if not self._shapes:  # whole parameters: one at a time, and the next
+        if not self._in_pieces:  # whole parameters: one at a time, and the next
             return method.calibrate(partial(self._stream, parts), reduce=self.reduce, num_tasks=num_tasks)
 
-        def calibrate(own: Sequence[tuple[str, slice | None]], reduce: Reduce) -> Method:
-            stream = partial(map, self._deltas, [name for name, _ in own], [rows for _, rows in own])
-            return method.calibrate(stream, reduce=reduce, num_tasks=num_tasks)
+        def calibrate(share: Callable[[], Iterator[Part]], reduce: Reduce) -> Method:
+            stream = partial(starmap, self._deltas)
+            return method.calibrate(lambda: stream(share()), reduce=reduce, num_tasks=num_tasks)
 
-        return together(calibrate, parts, self.reduce)
+        return together(calibrate, parts, self.reduce, num_threads(self.device))
 
-    def _not_finite(self, parts: Sequence[tuple[str, slice | None]]) -> str:
-        """The first parameter with a delta that is not finite; all of them, if there is none."""
-        streamed = zip(parts, self._stream(parts), strict=True)
-        found = (name for (name, _), deltas in streamed if not all(peak(delta).isfinite() for delta in deltas))
-        return next(found, "the task vectors")
+    def _refuse_first(self, method: Method, parts: Sequence[Part]) -> None:
+        """Refuses the first deltas that a method cannot take, by name: a calibration sees them in any order."""
+        for (name, _), deltas in zip(parts, self._stream(parts), strict=True):
+            try:
+                check_deltas(type(method).__name__, deltas, matrices=not method.elementwise)
+            except ValueError as error:
+                raise ValueError(self._explained(error, name)) from error
 
     def _first(self, name: str) -> Delta:
         return next(vector.deltas[name] for vector in self.vectors if name in vector.deltas)
 
     def _pieces(self, name: str) -> list[slice | None]:
-        return pieces(self._shapes[name], self.device) if self.comes_in_pieces(name) else [None]
+        return pieces(self._in_pieces[name], self.device) if self.comes_in_pieces(name) else [None]
 
-    def _stream(self, parts: Iterable[tuple[str, slice | None]]) -> Iterator[list[Delta]]:
+    def _stream(self, parts: Iterable[Part]) -> Iterator[list[Delta]]:
         return read_ahead(self._deltas(name, rows) for name, rows in parts)
 
     def _deltas(self, name: str, rows: slice | None = None) -> list[Delta]:

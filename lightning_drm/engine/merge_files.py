@@ -145,7 +145,7 @@ def _write(
         device,
         transposed=plan.transposed,
         shapes=plan.shapes,
-        in_pieces=plan.is_mapped,
+        in_pieces=plan.in_pieces,
         share=set(share),
         reduce=ranks.sum,
     )

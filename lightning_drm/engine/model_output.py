@@ -15,7 +15,7 @@ from lightning_drm.engine.companions import copy_companions
 from lightning_drm.engine.file_deltas import BaseValues
 from lightning_drm.engine.fuse import Fusion, Merged
 from lightning_drm.engine.inputs.tensors import SafetensorsFiles
-from lightning_drm.engine.pieces import side_by_side
+from lightning_drm.engine.pieces import num_threads, side_by_side
 from lightning_drm.engine.plan import Plan, plan_costs
 from lightning_drm.engine.presence import measure, require_finite, require_present, summary
 from lightning_drm.engine.shards import ShardWriter
@@ -74,15 +74,17 @@ def _written(
         record: dict[str, Any] = {}
         writer.write(name, _finished(name, pieces, plan, fusion, values, record), record)
 
-    def write_in_pieces(name: str) -> None:
-        if name in plan.kinds:
-            write(name, fusion.merge_in_pieces(name))
-        else:
-            writer.write(name, [plan.base.tensors.read(name).to(plan.headers[name].dtype)])
-
+    for name in [name for name in names if name not in plan.kinds]:
+        writer.write(name, [plan.base.tensors.read(name).to(plan.headers[name].dtype)])
+        yield
+    merged_names = [name for name in names if name in plan.kinds]
     fusion.calibrate()
-    yield from side_by_side(write_in_pieces, [n for n in names if n not in plan.kinds or fusion.comes_in_pieces(n)])
-    for merged in fusion.merge([n for n in names if n in plan.kinds and not fusion.comes_in_pieces(n)]):
+    yield from side_by_side(
+        lambda name: write(name, fusion.merge_in_pieces(name)),
+        [name for name in merged_names if fusion.comes_in_pieces(name)],
+        num_threads(fusion.device),
+    )
+    for merged in fusion.merge([name for name in merged_names if not fusion.comes_in_pieces(name)]):
         write(merged.name, [merged])
         del merged  # before the next parameter comes
         yield

@@ -44,62 +44,68 @@ def pieces(shape: tuple[int, ...], device: torch.device) -> list[slice | None]:
     entries = PIECE if device.type == "cpu" else DEVICE_PIECE
     if prod(shape) <= entries:
         return [None]
-    step = _rows(shape, entries)
+    step = max(PIECE_STEP, entries // max(1, prod(shape[1:])) // PIECE_STEP * PIECE_STEP)
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def largest_piece(shape: tuple[int, ...]) -> int:
-    """How many entries the largest of a tensor's pieces has on the CPU."""
-    return min(prod(shape), _rows(shape, PIECE) * prod(shape[1:]))
+def largest_piece(shape: tuple[int, ...], device: torch.device) -> int:
+    """How many entries the largest of a tensor's pieces has."""
+    found = pieces(shape, device)
+    return prod(shape) if found[0] is None else (found[0].stop - found[0].start) * prod(shape[1:])
 
 
-def _rows(shape: tuple[int, ...], entries: int) -> int:
-    return max(PIECE_STEP, entries // max(1, prod(shape[1:])) // PIECE_STEP * PIECE_STEP)
+def num_threads(device: torch.device) -> int:
+    """How many tensors are worked on at once: two at least, since one may wait for the disk."""
+    return min(max(2, torch.get_num_threads()), _MOST_THREADS) if device.type == "cpu" else 2
 
 
-def num_threads() -> int:
-    """How many tensors `side_by_side` works on at once: two at least, since one may wait for the disk."""
-    return min(max(2, torch.get_num_threads()), _MOST_THREADS)
-
-
-def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+def side_by_side(
+    work: Callable[[T], R], items: Sequence[T], threads: int, *, stop: Callable[[], None] | None = None
+) -> Iterator[R]:
     """Does the same with every item, several at once, each in a thread of its own in which torch uses one CPU core.
 
     Args:
         work: What to do.
         items: With what; the first ones are begun first.
+        threads: How many at once.
+        stop: Called after an error or an interruption, before those that have begun are waited for.
 
     Yields:
         The results, as they come. The first error ends everything that has not begun.
     """
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(num_threads(), "lightning_drm-side-by-side", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(threads, "lightning_drm-side-by-side", torch.set_num_threads, (1,)) as pool:
             futures = [pool.submit(work, item) for item in items]
             try:
                 for future in as_completed(futures):
                     yield future.result()
-            finally:
+            except BaseException:
                 for future in futures:
                     future.cancel()
+                if stop is not None:
+                    stop()
+                raise
     finally:
-        torch.set_num_threads(threads)  # those that are started later would take over the last setting
+        torch.set_num_threads(before)  # those that are started later would take over the last setting
 
 
-def together(work: Callable[[Sequence[T], Reduce], R], items: Sequence[T], reduce: Reduce) -> R:
-    """Does one work in `num_threads` threads, each on its share of the items, which meet to add up what they found.
+def together(
+    work: Callable[[Callable[[], Iterator[T]], Reduce], R], items: Sequence[T], reduce: Reduce, threads: int
+) -> R:
+    """Does one work in several threads, each on its share of the items, which meet to add up what they found.
 
     Args:
-        work: Called with a share, and with what sums a tensor over all shares; every call sums as often as the others,
-            and gets the same results.
+        work: Called with what iterates over a share, and with what sums a tensor over all shares; every call sums as
+            often as the others, and gets the same results.
         items: What is shared out.
         reduce: Sums further, over ranks; called by one thread.
+        threads: How many.
 
     Returns:
         What one call returned.
     """
-    count = num_threads()
-    barrier, lock = Barrier(count), Lock()
+    barrier, lock = Barrier(threads), Lock()
     sums: list[Tensor] = []
 
     def add_up(tensor: Tensor) -> Tensor:
@@ -114,7 +120,13 @@ def together(work: Callable[[Sequence[T], Reduce], R], items: Sequence[T], reduc
         barrier.wait()
         return total
 
-    def one(share: Sequence[T]) -> list[R]:
+    def one(part: int) -> list[R]:
+        def share() -> Iterator[T]:
+            for item in items[part::threads]:
+                if barrier.broken:
+                    raise BrokenBarrierError
+                yield item
+
         try:
             return [work(share, add_up)]
         except BrokenBarrierError:  # another one has said why
@@ -123,5 +135,6 @@ def together(work: Callable[[Sequence[T], Reduce], R], items: Sequence[T], reduc
             barrier.abort()
             raise
 
-    results = [result for found in side_by_side(one, [items[part::count] for part in range(count)]) for result in found]
+    parts = side_by_side(one, range(threads), threads, stop=barrier.abort)
+    results = [result for found in parts for result in found]
     return results[0]

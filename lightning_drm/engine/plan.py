@@ -80,9 +80,11 @@ class Plan:
         return {name: self.base.tensors.headers[name].shape for name in self.kinds}
 
     @property
-    def is_mapped(self) -> bool:
-        """Whether some rows of every tensor can be read without the others."""
-        return self.base.tensors.is_mapped and all(task.input.is_mapped for task in self.tasks)
+    def in_pieces(self) -> frozenset[str]:
+        """Names of the parameters that are merged a few rows at a time: by entry, and where all files can be mapped."""
+        if not (self.base.tensors.is_mapped and all(task.input.is_mapped for task in self.tasks)):
+            return frozenset()
+        return frozenset(name for name, treatment in self.treatments.items() if treatment.works_in_pieces)
 
     @property
     def kept(self) -> list[str]:
@@ -243,21 +245,16 @@ def written_bytes(plan: Plan) -> int:
     return sum(prod(header.shape) * header.dtype.itemsize for header in plan.headers.values())
 
 
-def memory_bytes(plan: Plan) -> int:
+def memory_bytes(plan: Plan, device: torch.device) -> int:
     """About how much memory a merge needs beside the interpreter and its libraries.
 
     Of what is merged as a whole it is two stacks of the largest parameter, and the method's copies of one; of what is
     merged in pieces, one stack for each thread.
     """
-    num_tasks = len(plan.tasks)
-    whole, piece = 0, 0
-    for name, shape in plan.shapes.items():
-        treatment = plan.treatments.get(name)
-        if plan.is_mapped and treatment is not None and treatment.works_in_pieces:
-            piece = max(piece, largest_piece(shape))
-        else:
-            whole = max(whole, prod(shape))
-    return 4 * max(whole * (3 * num_tasks + 4), piece * (num_tasks + 4) * num_threads())
+    num_tasks, in_pieces = len(plan.tasks), plan.in_pieces
+    whole = max((prod(shape) for name, shape in plan.shapes.items() if name not in in_pieces), default=0)
+    piece = max((largest_piece(plan.shapes[name], device) for name in in_pieces), default=0)
+    return 4 * max(whole * (3 * num_tasks + 4), piece * (num_tasks + 4) * num_threads(device))
 
 
 def table(plan: Plan) -> list[tuple[str, str, int, int, str]]:

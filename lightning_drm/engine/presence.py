@@ -107,7 +107,7 @@ def require_finite(name: str, written: Tensor, exact: Tensor | None = None) -> N
     if _is_finite(written):
         return
     if exact is not None and _is_finite(exact):
-        raise ValueError(f"{name} does not fit into {written.dtype}: its largest value is {exact.abs().max():.3g}.")
+        raise ValueError(f"{name} does not fit into {written.dtype}: it has a value of {exact.abs().max():.3g}.")
     raise ValueError(f"{name} is not finite after merging: the base or a finetune has NaN or infinite values there.")
 
 

@@ -9,7 +9,7 @@ processes, takes up those whose bytes are still what the journal says, after a c
 
 import fcntl
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from math import prod
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_drm.engine.inputs import TensorHeader
-from lightning_drm.engine.pieces import side_by_side
+from lightning_drm.engine.pieces import num_threads, side_by_side
 from lightning_drm.engine.run_folder import write_json, write_text
 from lightning_drm.ranks import ALONE, Ranks
 
@@ -123,8 +123,8 @@ class ShardWriter:
         same = [lines[1:] for lines in journals if lines and lines[0].get("identity") == identity]
         if same and all(file.is_file() for file in self._prefixes):
             records = {r["name"]: r for lines in same for r in lines if r.get("name") in self._places}
-            found = dict(side_by_side(lambda name: (name, self._hash(name)), list(records)))
-            return {name: record for name, record in records.items() if found[name] == record["hash"]}
+            hashes = self._hashes(list(records))
+            return {name: record for name, record in records.items() if hashes[name] == record["hash"]}
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in self.folder.iterdir():
             old.unlink()
@@ -178,8 +178,8 @@ class ShardWriter:
         Raises:
             ValueError: If files are not what was written.
         """
-        found = side_by_side(lambda name: (name, self._hash(name)), self._written)
-        changed = sorted(name for name, digest in found if digest != self.done[name]["hash"])
+        hashes = self._hashes(self._written)
+        changed = [name for name in self._written if hashes[name] != self.done[name]["hash"]]
         if changed:
             raise ValueError(
                 f"{self.folder} was changed by someone else while it was written: {', '.join(changed[:3])}."
@@ -187,6 +187,9 @@ class ShardWriter:
         for written in self._ranks.gather([self.done[name] for name in self._written]):
             self.done.update({record["name"]: record for record in written})
         return [self.done[name] for name in self.order]
+
+    def _hashes(self, names: Sequence[str]) -> dict[str, str]:
+        return dict(side_by_side(lambda name: (name, self._hash(name)), names, num_threads(torch.device("cpu"))))
 
     def _hash(self, name: str) -> str:
         """The hash of what is in the file where a tensor belongs."""

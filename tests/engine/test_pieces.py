@@ -1,5 +1,6 @@
 """Tensors in pieces and side by side: nothing of it shows in a result."""
 
+import copy
 import math
 import sys
 import threading
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_drm import DARETIES, DRM, TIES, Average, TaskArithmetic
-from lightning_drm.engine import Recipe, Rules, merge_files
+from lightning_drm.engine import Recipe, Rules, make_plan, memory_bytes, merge_files
 from lightning_drm.engine import pieces as module
 from lightning_drm.engine.pieces import num_threads, pieces, side_by_side, together
 from lightning_drm.merging.method import PIECE_STEP
@@ -42,10 +45,9 @@ def test_side_by_side_does_everything_in_threads_with_one_core():
             barrier.wait(timeout=60)  # two are at work at once
         return item, torch.get_num_threads()
 
-    done = sorted(side_by_side(work, range(20)))
+    done = sorted(side_by_side(work, range(20), 2))
     assert done == [(item, 1) for item in range(20)]
     assert torch.get_num_threads() == before
-    assert 2 <= num_threads() <= 8
 
 
 def test_side_by_side_ends_with_the_first_error():
@@ -58,20 +60,25 @@ def test_side_by_side_ends_with_the_first_error():
             raise ValueError("item 3")
 
     with pytest.raises(ValueError, match="item 3"):
-        list(side_by_side(work, range(1000)))
+        list(side_by_side(work, range(1000), 2))
     assert len(begun) < 100
 
 
-@pytest.fixture(params=[1, 3])
+def test_threads_are_two_at_least_and_no_crowd(threads):
+    assert num_threads(CPU) == {1: 2, 3: 3, 20: 8}[threads]
+    assert num_threads(torch.device("cuda")) == 2
+
+
+@pytest.fixture(params=[1, 3, 20])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield
+    yield request.param
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("threads")
-def test_together_adds_up_what_all_shares_found():
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_together_adds_up_what_all_shares_found(count):
     """Several times, and what a share does to its sum is its own."""
     calls = []
 
@@ -80,24 +87,49 @@ def test_together_adds_up_what_all_shares_found():
         return tensor * 10
 
     def work(share, add_up):
-        first = add_up(torch.tensor([float(sum(share)), 1.0])).mul_(2)
-        return first, add_up(torch.tensor([3.0 * len(share)]))
+        first = add_up(torch.tensor([float(sum(share())), 1.0])).mul_(2)
+        return first, add_up(torch.tensor([3.0 * len(list(share()))]))
 
-    first, second = together(work, range(10), reduce)
-    assert first.tolist() == [20.0 * 45, 20.0 * num_threads()]
+    first, second = together(work, range(10), reduce, count)
+    assert first.tolist() == [20.0 * 45, 20.0 * count]
     assert second.tolist() == [30.0 * 10]
-    assert [call.tolist() for call in calls] == [[45.0, num_threads()], [30.0]]
+    assert [call.tolist() for call in calls] == [[45.0, count], [30.0]]
 
 
-@pytest.mark.usefixtures("threads")
-def test_together_tells_the_error_of_the_share_that_failed():
+def test_together_ends_with_the_share_that_failed():
+    seen = []
+
     def work(share, add_up):
-        if 1 in share:
-            raise ValueError("share with 1")
+        for item in share():
+            seen.append(item)
+            time.sleep(0.01)
+            if item == 1:
+                raise ValueError("item 1")
         return add_up(torch.ones(1))
 
-    with pytest.raises(ValueError, match="share with 1"):
-        together(work, range(3), lambda tensor: tensor)
+    with pytest.raises(ValueError, match="item 1"):
+        together(work, range(1000), lambda tensor: tensor, 2)
+    assert len(seen) < 20, "the other share went on"
+
+
+def test_together_can_be_interrupted(monkeypatch):
+    """While all threads are busy, and the main one waits for them."""
+    seen = []
+
+    def work(share, add_up):
+        for item in share():
+            seen.append(item)
+            time.sleep(0.01)
+        return add_up(torch.ones(1))
+
+    def interrupt(futures):
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "as_completed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        together(work, range(1000), lambda tensor: tensor, 2)
+    assert len(seen) < 100
 
 
 RECIPES = {
@@ -110,7 +142,6 @@ RECIPES = {
 }
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_merge_in_pieces_is_one_of_whole_parameters(name, dtype, tmp_path, monkeypatch):
@@ -129,3 +160,57 @@ def test_a_merge_in_pieces_is_one_of_whole_parameters(name, dtype, tmp_path, mon
     assert all(torch.equal(found[0][key], value) for key, value in found[1].items())
     start = load_file(tmp_path / "base" / "model.safetensors")
     assert not torch.equal(found[0]["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+
+
+def test_memory_is_that_of_pieces_where_all_can_be_mapped(tmp_path):
+    base = models.base_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    models.finetune("llama", base, 1).save_pretrained(tmp_path / "a")
+    torch.save(models.finetune("llama", base, 2).state_dict(), tmp_path / "b.ckpt")
+    sums = Recipe(TaskArithmetic())
+    mapped = make_plan(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, sums, Rules())
+    assert mapped.in_pieces == mapped.kinds.keys()
+    assert make_plan(str(tmp_path / "base"), {"b": str(tmp_path / "b.ckpt")}, sums, Rules()).in_pieces == frozenset()
+    matrices = make_plan(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, Recipe(), Rules())
+    assert matrices.in_pieces == {name for name, kind in matrices.kinds.items() if kind != "matrix"}
+    largest = max(math.prod(shape) for shape in mapped.shapes.values())
+    assert memory_bytes(mapped, CPU) == 4 * largest * (1 + 4) * num_threads(CPU)  # smaller than a piece
+
+
+def test_transposed_adapters_in_pieces(tmp_path, monkeypatch):
+    """GPT-2's Conv1D stores (in, out), and peft's factors make (out, in)."""
+    monkeypatch.setattr(module, "PIECE", 64)
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=8)).eval()
+    base.save_pretrained(tmp_path / "base")
+    expected = {name: value.double() for name, value in base.state_dict().items()}
+    for seed, task in enumerate("ab", 1):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn", "wte"], fan_in_fan_out=True)
+        model = get_peft_model(copy.deepcopy(base), config)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_()
+        model.save_pretrained(tmp_path / task, save_embedding_layers=False)
+        for name, value in model.merge_and_unload().state_dict().items():
+            expected[name] += 0.5 * (value.double() - base.state_dict()[name].double())
+    paths = {task: str(tmp_path / task) for task in "ab"}
+    merge_files(str(tmp_path / "base"), paths, tmp_path / "out", Recipe(Average()), Rules(output_format="full"))
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
+    for name in ("transformer.h.0.attn.c_attn.weight", "transformer.wte.weight"):
+        assert not torch.allclose(merged[name], base.state_dict()[name])
+        torch.testing.assert_close(merged[name].double(), expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_calibration_names_the_first_parameter_that_it_refuses(tmp_path):
+    base = models.base_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    wrong = {"a": "layers.0.mlp.up_proj.weight", "b": "layers.1.mlp.up_proj.weight"}
+    for seed, task in enumerate("ab", 1):
+        model = models.finetune("llama", base, seed)
+        dict(model.named_parameters())[f"model.{wrong[task]}"].data[0, 0] = float("nan")
+        model.save_pretrained(tmp_path / task)
+    paths = {task: str(tmp_path / task) for task in "ab"}
+    message = rf"{wrong['a']}: TIES: delta of task 0 holds NaN or infinite values \(task 0 is a, 1 is b\)"
+    with pytest.raises(ValueError, match=message):
+        merge_files(str(tmp_path / "base"), paths, tmp_path / "out", Recipe(TIES()))

@@ -57,7 +57,7 @@ class LoraInput(TaskInput):
     @property
     @override
     def is_mapped(self) -> bool:
-        return self._tensors.is_mapped  # what is computed from factors is small
+        return self._tensors.is_mapped  # factors are read once for all pieces
 
     def _add_value(self, name: str, raw: str) -> None:
         header = self._tensors.headers[raw]
