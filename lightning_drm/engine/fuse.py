@@ -188,9 +188,9 @@ class Fusion:
             methods.update(dict.fromkeys(names, ready))
         return methods
 
-    def _calibrate(self, method: Method, parts: Sequence[tuple[str, slice | None]]) -> Method:
+    def _calibrate(self, method: Method, parts: Sequence[Part]) -> Method:
         num_tasks = len(self.tasks)
-        if not self._in_pieces:  # whole parameters: one at a time, and the next
+        if not (self._in_pieces and method.works_in_pieces):  # whole parameters: one at a time, and the next
             return method.calibrate(partial(self._stream, parts), reduce=self.reduce, num_tasks=num_tasks)
 
         def calibrate(share: Callable[[], Iterator[Part]], reduce: Reduce) -> Method:

@@ -44,7 +44,8 @@ class Method(ABC):
     def works_in_pieces(self) -> bool:
         """Whether an entry of the result depends on the same entry of the deltas only, once the method is calibrated.
 
-        Then a parameter may be merged a few rows at a time.
+        Then a parameter may be merged a few rows at a time, and several threads may calibrate, each on its share of the
+        stream: what they find must be summed by `reduce`, as over ranks.
         """
         return False
 

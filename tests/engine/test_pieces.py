@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_drm import DARETIES, DRM, TIES, Average, TaskArithmetic
-from lightning_drm.engine import Recipe, Rules, make_plan, memory_bytes, merge_files
+from lightning_drm.engine import Override, Recipe, Rules, make_plan, memory_bytes, merge_files
 from lightning_drm.engine import pieces as module
 from lightning_drm.engine.pieces import num_threads, pieces, side_by_side, together
 from lightning_drm.merging.method import PIECE_STEP
@@ -214,3 +214,34 @@ def test_a_calibration_names_the_first_parameter_that_it_refuses(tmp_path):
     message = rf"{wrong['a']}: TIES: delta of task 0 holds NaN or infinite values \(task 0 is a, 1 is b\)"
     with pytest.raises(ValueError, match=message):
         merge_files(str(tmp_path / "base"), paths, tmp_path / "out", Recipe(TIES()))
+
+
+class Largest(Average):
+    """A method of a user's own: scales by the largest entry of the whole model, and knows of no ranks."""
+
+    works_in_pieces = False
+    factor = 0.0
+
+    def calibrate(self, stream, *, reduce=None, num_tasks=None):
+        calibrated = copy.copy(self)
+        calibrated.factor = max(float(delta.abs().max()) for deltas in stream() for delta in deltas)
+        return calibrated
+
+    def _merge(self, deltas, coefficients):
+        return super()._merge(deltas, coefficients) * self.factor
+
+
+def test_only_methods_that_work_in_pieces_calibrate_in_shares(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 64)
+    base = models.base_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    tuned = models.finetune("llama", base, 1)
+    tuned.save_pretrained(tmp_path / "a")
+    recipe = Recipe(Largest(), overrides=[Override("*.q_proj.weight", "average")])
+    merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", recipe)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    deltas = {name: value - base.state_dict()[name] for name, value in tuned.state_dict().items()}
+    largest = max(float(value.abs().max()) for name, value in deltas.items() if "q_proj" not in name)
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        expected = base.state_dict()[name] + largest * deltas[name]
+        torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-7)
