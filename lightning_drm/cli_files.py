@@ -126,8 +126,8 @@ def run(args: Sequence[str]) -> None:
 def _keep_freed_memory() -> None:
     """Lets what one piece of a parameter has left serve the next one.
 
-    glibc hands large blocks back to the kernel, which clears every page of them before it gives them out again: a third
-    of what task arithmetic takes. Other systems' allocators know nothing of this.
+    glibc hands large blocks back to the kernel, which clears every page of them before it gives them out again; that
+    takes longer than adding up what is in them. Other systems' allocators know nothing of this.
     """
     if sys.platform == "linux" and "glibc" in platform.libc_ver():
         libc = ctypes.CDLL(None)
@@ -148,10 +148,11 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
     rules = Rules(**{name: config[name] for name in names})
     drm = built.instantiate_classes(config).drm
     recipe = Recipe(drm.method, config.coefficients, drm.convolutions, drm.vectors, tuple(drm.overrides))
+    device = _own_device(config.device, ranks)
     console = Console(highlight=False)
     if config.dry_run:
         plan = make_plan(config.base, config.models, recipe, rules)
-        _print_plan(console, plan, ranks, memory_bytes(plan, torch.device(config.device)))
+        _print_plan(console, plan, ranks, memory_bytes(plan, torch.device(device)))
         refuse([*plan.problems, *output_problems(plan, Path(config.output), config.overwrite)])
         return
     with Progress(transient=True) as bar:
@@ -164,7 +165,7 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
             rules,
             overwrite=config.overwrite,
             max_shard_size=config.max_shard_size,
-            device=_own_device(config.device, ranks),
+            device=device,
             push_to_hub=config.push_to_hub,
             progress=lambda done, total: bar.update(row, completed=done, total=total),
             ranks=ranks,
@@ -179,6 +180,10 @@ def _parsed(built: ArgumentParser, args: Sequence[str]) -> Namespace:
 
 def _own_device(device: str, ranks: Ranks) -> str:
     """Where this process computes: of several GPUs, the one that its place on its node gives it."""
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device {device} is none that PyTorch knows, such as cpu, cuda or cuda:1.") from error
     if ranks.size == 1 or device == "cpu" or ":" in device:
         return device
     return f"{device}:{int(os.environ.get('LOCAL_RANK', ranks.rank)) % max(1, torch.accelerator.device_count())}"

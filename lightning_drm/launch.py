@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, but not in its __all__
-from torch.distributed.rendezvous import rendezvous
 
 from lightning_drm.ranks import ALONE, Ranks
 from lightning_drm.watch import watched
@@ -57,8 +55,7 @@ def started_together() -> Iterator[Ranks]:
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=_ASSEMBLY))
-        dist.init_process_group("gloo", store=PrefixStore("gloo", store), rank=rank, world_size=size)
+        dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=size, timeout=_ASSEMBLY)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"Rank {rank} of {size} found not all others at {where}: {_first_line(error)}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import KINDS, save_run_config
 from transformers import AutoModel, AutoTokenizer
 
@@ -159,8 +159,9 @@ def test_lora_goes_the_same_way(config: Path, tmp_path: Path):
     main(["fit", *command])
     before = report(tmp_path / "run")
     assert before["accuracy"]["individual"]["average"] > 0.9
-    with safe_open(tmp_path / "run/tasks/pet/deltas.safetensors", "pt") as file:
-        assert all(name.endswith(("::up", "::down")) for name in file.keys())  # noqa: SIM118 - not a mapping
+    stored = load_file(tmp_path / "run/tasks/pet/deltas.safetensors")
+    assert stored
+    assert all(name.endswith(("::up", "::down")) for name in stored)
     main(["test", *command])
     assert report(tmp_path / "run") == before
 
@@ -237,17 +238,17 @@ def test_strategies_lie_over_any_configuration(overlay: str, subcommand: str, ca
     assert parsed["drm"]["store"] == ("disk" if overlay == "slurm" else "auto")
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
 def test_what_lightning_refuses_is_told_in_a_sentence(config: Path, capsys: pytest.CaptureFixture):
-    files = ["--config", str(config), "--config", str(CONFIGS / "strategy" / "single_gpu.yaml")]
     with pytest.raises(SystemExit) as ended:
-        main(["fit", *files])
+        main(["fit", "--config", str(config), "--trainer.accelerator", "tpu"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "lightning-drm: No supported gpu backend found!"
+    said = capsys.readouterr().err
+    assert said.strip().splitlines()[-1].startswith("lightning-drm: ")
+    assert "Traceback" not in said
 
 
 def test_a_merge_of_files_does_not_wait_for_lightning():
-    program = "import sys, lightning_drm.cli; print({'lightning', 'datasets', 'torchmetrics'} & set(sys.modules))"
+    program = "import sys, lightning_drm.cli_files; print({'lightning', 'datasets', 'torchmetrics'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

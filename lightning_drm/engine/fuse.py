@@ -88,6 +88,7 @@ class Fusion:
         self.kinds = _agreed_kinds(self.vectors)
         self.treatments = {name: recipe.treatment(name, kind, self.tasks) for name, kind in self.kinds.items()}
         self._in_pieces = {name: shape for name, shape in (shapes or {}).items() if name in in_pieces}
+        assert all(self.treatments[name].works_in_pieces for name in self._in_pieces), "some must be merged whole"
         if recipe.overrides and shapes is None:
             shapes = {name: tuple(self._first(name).shape) for name in self.kinds}
         if recipe.overrides and shapes is not None and (problems := recipe.problems(self.kinds, shapes)):

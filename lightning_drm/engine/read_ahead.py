@@ -25,5 +25,5 @@ def read_ahead(items: Iterable[T]) -> Iterator[T]:
         future = thread.submit(next, iterator, end)
         while (item := future.result()) is not end:
             future = thread.submit(next, iterator, end)
-            yield item  # type: ignore[misc]
+            yield item  # type: ignore[misc]  # `end` has no type that mypy could narrow by
             del item

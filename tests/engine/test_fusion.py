@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector
-from lightning_drm.engine import Fusion, Recipe
+from lightning_drm.engine import Fusion, Recipe, pieces
 from lightning_drm.merging import (
     DARETIES,
     DRM,
@@ -275,3 +275,25 @@ def test_rules() -> None:
         "average",
     ]
     assert [Recipe(TIES()).rule(kind) for kind in kinds] == ["method"] * 4
+
+
+@pytest.mark.parametrize("method", [TaskArithmetic(0.3), Average(), TIES(0.3), DARETIES(0.5)], ids=repr)
+def test_pieces_are_those_of_whole_parameters(
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few rows at a time, of task vectors in memory; whole parameters are compared with plain loops above."""
+    expected = dict(Fusion(Recipe(method, COEFFICIENTS), vectors))
+    monkeypatch.setattr(pieces, "PIECE", 8)
+    shapes = {parameter: tuple(deltas[0].shape) for parameter, deltas in dense.items()}
+    fusion = Fusion(Recipe(method, COEFFICIENTS), vectors, shapes=shapes, in_pieces=shapes.keys())
+    fusion.calibrate()
+    parts = {parameter: [merged.delta for merged in fusion.merge_in_pieces(parameter)] for parameter in shapes}
+    assert len(parts["embed.weight"]) > 1
+    for parameter, found in parts.items():
+        merged = torch.cat(found) if shapes[parameter] else found[0]
+        torch.testing.assert_close(merged, expected[parameter], rtol=1e-12, atol=0)
+
+
+def test_a_method_on_matrices_cannot_be_given_pieces(vectors: list[TaskVector]) -> None:
+    with pytest.raises(AssertionError):
+        Fusion(Recipe(DRM()), vectors, shapes={"dense.weight": (9, 7)}, in_pieces={"dense.weight"})

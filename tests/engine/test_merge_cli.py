@@ -136,6 +136,7 @@ def test_dry_run_writes_nothing(bench, tmp_path, capsys):
         (["--drm.overrides", '[{"macth": "*"}]'], "macth"),
         (["--models.gone", "/nowhere/at/all"], "gone: There is no file or folder /nowhere/at/all"),
         (["--drm.method.density", "3"], "density must be in"),
+        (["--device", "gpu"], "--device gpu is none that PyTorch knows, such as cpu, cuda or cuda:1."),
         (["--models.glue.v2", "x"], "--models.glue.v2: on the command line a task's name cannot have a dot; write it"),
         (["--coefficients.glue.v2=2"], "as in --coefficients '{glue.v2: 1.0}', or in a --config file"),
     ],
