@@ -143,41 +143,54 @@ class DRM(Method):
             ),
         )
         with torch.no_grad():
-            return self._fuse(basis, check_coefficients("DRM", coefficients, len(basis.rows)))
+            checked = check_coefficients("DRM", coefficients, len(basis.rows))
+            return self._fuse(basis, checked, torch.empty_like(basis.rows[0]))
 
     @override
     def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:
         height, width = reversed(shape) if self.direction == "vertical" else shape
         rows = height if rank is None else min(height, rank)
         short, long = sorted((rows, num_tasks * width))
-        decompose = eigen_cost(short) + short**2 * long  # half a Gram matrix
+        precision = torch.float32 if rows <= num_tasks * width else torch.float64
+        decompose = eigen_cost(short, precision) + short**2 * long  # half a Gram matrix
         project = short * rows * num_tasks * width  # in single precision, as the product at the end
         product = short * height * width
         return decompose + project + product + COST_PER_VALUE * num_tasks * rows * width
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
-        return self._fuse(JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop), coefficients).dense()
+        basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)
+        into = basis.rows[0]
+        factors = self._fuse(basis, coefficients, into)
+        del basis  # the other rows
+        return factors.dense()
 
     def _merge_low_rank(self, deltas: list[LowRank], coefficients: list[float]) -> LowRank:
-        return self._fuse(JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop), coefficients)
+        basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)
+        return self._fuse(basis, coefficients, basis.rows[0])
 
-    def _fuse(self, basis: JointBasis, coefficients: Sequence[float]) -> LowRank:
-        """Prune, elect and average: slice by slice, so that no temporary is larger than one task's rows."""
+    def _fuse(self, basis: JointBasis, coefficients: Sequence[float], merged: Tensor) -> LowRank:
+        """Prune, elect and average: slice by slice, so that no temporary is larger than one task's rows.
+
+        `merged` takes the outcome, (r, n). It may be the first task's rows, of a basis that nobody needs any more.
+        """
         # Pruning sees unit rows or, without renormalisation, each row at its share of the joint singular value.
         joint = torch.linalg.vector_norm(basis.sigma, dim=0).clamp(min=torch.finfo(basis.sigma.dtype).tiny)
         shares, lengths = (None, basis.sigma) if self.renormalize else ((basis.sigma / joint)[..., None], joint[None])
         limits = self._limits(basis.rows, shares)
-        merged = basis.rows.new_empty(basis.rows.shape[1:])
         for part in _slices(basis.rows):
-            seen = basis.rows[:, part] if shares is None else basis.rows[:, part] * shares[:, part]
-            scaled = prune_each(seen, limits).mul_(lengths[:, part, None])
+            seen = [row[part] for row in basis.rows]
+            if shares is not None:
+                seen = [row * share for row, share in zip(seen, shares[:, part], strict=True)]
             merged[part] = elect_and_average(
-                scaled, coefficients, elect_sign=self.elect_sign, disjoint=self.disjoint
+                prune_each(seen, limits).mul_(lengths[:, part, None]),  # nowhere else: it is gone before the next slice
+                coefficients,
+                elect_sign=self.elect_sign,
+                disjoint=self.disjoint,
             ).mul_(self.scale)
         factors = LowRank(basis.U, merged).to(basis.dtype)
         return factors.T if self.direction == "vertical" else factors
 
-    def _limits(self, rows: Tensor, shares: Tensor | None) -> tuple[float, ...]:
+    def _limits(self, rows: Sequence[Tensor], shares: Tensor | None) -> tuple[float, ...]:
         """One threshold for each task, the same for all where pruning is joint."""
 
         def seen() -> Iterator[Tensor]:
@@ -191,8 +204,8 @@ class DRM(Method):
         return tuple(limit * (1 - TIE) for limit in limits)
 
 
-def _slices(rows: Tensor) -> Iterator[slice]:
+def _slices(rows: Sequence[Tensor]) -> Iterator[slice]:
     """Ranges of basis rows whose entries, over all tasks, fit into the cache."""
-    num_tasks, rank, width = rows.shape
-    size = max(1, slice_size(num_tasks, rows.device) // max(1, width))
+    rank, width = rows[0].shape
+    size = max(1, slice_size(len(rows), rows[0].device) // max(1, width))
     return (slice(start, start + size) for start in range(0, rank, size))

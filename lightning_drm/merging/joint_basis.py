@@ -11,7 +11,7 @@ block V_tᵀ to unit length. What follows from the algebra, and spares the SVD:
 The vertical direction is the same on transposed deltas, which are only ever views.
 
 Cost, for r kept directions: m² N n / 2 products in float64, an eigenproblem of size m, and m r N n products. Memory:
-the projections, which are as large as the stacked deltas, after the eigenproblem's own.
+U and the projections, which are as large as the stacked deltas, after the eigenproblem's own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class JointBasis:
 
     Args:
         U: Left singular vectors of the stacked deltas, shape (m, r); of the transposed deltas if vertical.
-        rows: Each task's rows in that basis, of unit length or zero, shape (N, r, n): ṽ of the paper.
+        rows: Each task's rows in that basis, of unit length or zero, N tensors of shape (r, n): ṽ of the paper.
         sigma: The lengths they had, shape (N, r). Zero where a task has no part in a direction.
         direction: How the deltas were stacked.
         rank_tol: Share of the largest singular value up to which directions were dropped.
@@ -44,7 +44,7 @@ class JointBasis:
     """
 
     U: Tensor
-    rows: Tensor
+    rows: tuple[Tensor, ...]
     sigma: Tensor
     direction: Direction
     rank_tol: float
@@ -65,21 +65,23 @@ class JointBasis:
         return cls(U, rows, sigma, direction, rank_tol, rank_drop, deltas[0].dtype)
 
 
-def _decompose(deltas: Sequence[Tensor], rank_tol: float, rank_drop: float) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, r), unit rows (N, r, n) and their lengths (N, r) of (m, n) matrices stacked side by side."""
-    height, width = deltas[0].shape
-    tolerance = max(rank_tol, rank_tolerance((height, len(deltas) * width), deltas[0].dtype))
-    if needs_svd(deltas[0].dtype, tolerance, 1.0):
+def _decompose(
+    deltas: Sequence[Tensor], rank_tol: float, rank_drop: float
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """U (m, r), N tasks' unit rows (r, n) and their lengths (N, r) of (m, n) matrices stacked side by side."""
+    (height, width), dtype = deltas[0].shape, deltas[0].dtype
+    tolerance = max(rank_tol, rank_tolerance((height, len(deltas) * width), dtype))
+    if needs_svd(dtype, tolerance, 1.0):
         U, S, _ = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
         return _project(U[:, : _num_kept(S, tolerance, rank_drop)], deltas)
+
+    def num_kept(values: Tensor) -> int:
+        return _num_kept(values.sqrt(), tolerance, rank_drop)
+
     if height <= len(deltas) * width:
-        values, U = eigen(lambda: gram(deltas))
-        U = U[:, : _num_kept(values.sqrt(), tolerance, rank_drop)].to(deltas[0].dtype)  # the float64 one may go now
-        return _project(U, deltas)
-    values, V = eigen(lambda: gram(_stacked_rows(deltas)))
-    S = values.sqrt()
-    kept = _num_kept(S, tolerance, rank_drop)
-    return _expand(S[:kept], V[:, :kept], deltas)
+        return _project(eigen(lambda: gram(deltas), dtype, num_kept)[1], deltas)
+    values, V = eigen(lambda: gram(_stacked_rows(deltas)), num_kept=num_kept)
+    return _expand(values[: V.shape[1]].sqrt(), V, deltas)
 
 
 def _num_kept(S: Tensor, tolerance: float, rank_drop: float) -> int:
@@ -88,39 +90,42 @@ def _num_kept(S: Tensor, tolerance: float, rank_drop: float) -> int:
     return max(round((1 - rank_drop) * above), min(above, 1))
 
 
-def _project(U: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _project(U: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """From U alone: the rows are Uᵀ D_t."""
-    rows = U.new_empty(len(deltas), U.shape[1], deltas[0].shape[1])
-    sigma = U.new_empty(rows.shape[:2])
-    for task, delta in enumerate(deltas):
-        torch.mm(U.T, delta, out=rows[task])
-        lengths = torch.linalg.vector_norm(rows[task], dim=1)
-        sigma[task] = _normalize(rows[task], lengths, rounding_error(lengths))
+    rows = tuple(U.T @ delta for delta in deltas)
+    sigma = U.new_empty(len(deltas), U.shape[1])
+    for task, row in enumerate(rows):
+        lengths = torch.linalg.vector_norm(row, dim=1)
+        sigma[task] = _normalize(row, lengths, rounding_error(lengths))
     return U, rows, sigma
 
 
-def _expand(S: Tensor, V: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _expand(S: Tensor, V: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """From Σ and V of a stack that is taller than wide: the rows are Σ V_tᵀ, and U = Σ_t D_t V_t / Σ."""
     dtype = deltas[0].dtype
     blocks = torch.split(V, deltas[0].shape[1])
     U = V.new_zeros(len(deltas[0]), len(S))
     for delta, block in zip(deltas, blocks, strict=True):
         U.addmm_(delta.double(), block / S)
-    rows = torch.stack([(block * S).T for block in blocks])
-    # The rows come from V, so their error is one of the whole stack, also where a task's delta is small.
-    sigma = _normalize(rows, torch.linalg.vector_norm(rows, dim=2), rounding_error(S))
-    return U.to(dtype), rows.to(dtype), sigma.to(dtype)
+    sigma = U.new_empty(len(deltas), len(S))
+    rows = []
+    for task, block in enumerate(blocks):
+        row = (block * S).T.contiguous()
+        # The rows come from V, so their error is one of the whole stack, also where a task's delta is small.
+        sigma[task] = _normalize(row, torch.linalg.vector_norm(row, dim=1), rounding_error(S))
+        rows.append(row.to(dtype))
+    return U.to(dtype), tuple(rows), sigma.to(dtype)
 
 
 def _normalize(rows: Tensor, lengths: Tensor, noise: float) -> Tensor:
-    """Scale rows (…, r, n) of given lengths (…, r) to unit length, in place, and return the lengths.
+    """Scale rows (r, n) of given lengths (r,) to unit length, in place, and return the lengths.
 
     A row that is nothing but rounding error is a task without a part in that direction: it becomes zero, with length
     zero. Scaled up to unit length, it would let noise take part in the pruning.
     """
     lengths = torch.where(lengths > noise, lengths, 0)
     # Not times 1 / length: a row of one entry must become exactly ±1, since pruning compares magnitudes.
-    rows.div_(torch.where(lengths > 0, lengths, torch.inf)[..., None])
+    rows.div_(torch.where(lengths > 0, lengths, torch.inf)[:, None])
     return lengths
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,25 +94,29 @@ def _next_digit(stream: Stream, density: float, state: _Search, reduce: Reduce) 
     return _Search(prefixes, ranks, level + 1, level + 1 == len(DIGITS) or not histogram[:, -1].any())
 
 
+def _sampled_digits(stream: Stream, density: float, num_tasks: int, reduce: Reduce) -> list[int]:
+    """The first of the three leading digits in whose middle a sample of each task puts the threshold."""
+    histogram = torch.zeros(num_tasks, 1 << DIGITS[0], dtype=torch.int64)
+    for piece in stream():
+        for row, values in zip(histogram, piece, strict=True):
+            step = SAMPLE_STEP if values.numel() >= CHUNK else 1
+            for keys in _keys(values.flatten()[::step]):
+                _add_counts(keys >> sum(DIGITS[1:]), row, step)
+    firsts = []
+    for row in reduce(histogram):
+        counts = row.cumsum(0)
+        digit = int(torch.searchsorted(counts, _rank(int(counts[-1]), density)))
+        firsts.append(min(max(digit - 1, 0), len(row) - 3))
+    return firsts
+
+
 def _near_a_sample(stream: Stream, density: float, num_tasks: int, reduce: Reduce) -> _Search | None:
     """The first two digits in a light pass and a full one; ``None`` where the sample misled.
 
     A sample tells the leading digit, or at least its neighbour. The full pass then counts what is below these three and
     looks at the second digit of what is in them, a few entries in a hundred.
     """
-    histogram = torch.zeros(num_tasks, 1 << DIGITS[0], dtype=torch.int64)
-    for piece in stream():
-        for row, values in zip(histogram, piece, strict=True):
-            step = SAMPLE_STEP if values.numel() >= CHUNK else 1
-            for keys in _keys(values.flatten()[::step]):
-                counts = _bincount(keys >> sum(DIGITS[1:]))
-                row[: len(counts)] += counts * step
-    firsts = []
-    for row in reduce(histogram):
-        counts = row.cumsum(0)
-        digit = int(torch.searchsorted(counts, _rank(int(counts[-1]), density)))
-        firsts.append(min(max(digit - 1, 0), len(row) - 3))
-
+    firsts = _sampled_digits(stream, density, num_tasks, reduce)
     width = 3 << DIGITS[1]
     # Before the second digits: how many entries there are, how many are below, and how many have digits after it.
     histogram = torch.zeros(num_tasks, 3 + width, dtype=torch.int64)
@@ -135,35 +140,34 @@ def _rank(count: int, density: float) -> int:
     return count - round(count * density)
 
 
-def prune(values: Tensor, threshold: float) -> Tensor:
-    """A copy of `values` with zeros for the magnitudes strictly below `threshold`."""
+def prune(values: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
+    """A copy of `values`, in `out` if given, with zeros for the magnitudes strictly below `threshold`."""
     number = np.float64 if values.dtype == torch.float64 else np.float32
     # hardshrink also zeroes magnitudes equal to its limit, hence the next smaller number.
-    return torch.nn.functional.hardshrink(values, float(np.nextafter(number(threshold), number(0))))
+    limit = float(np.nextafter(number(threshold), number(0)))
+    return torch.hardshrink(values, limit) if out is None else torch.hardshrink(values, limit, out=out)
 
 
-def prune_each(values: Tensor | Sequence[Tensor], limits: Sequence[float]) -> Tensor:
+def prune_each(values: Sequence[Tensor], limits: Sequence[float]) -> Tensor:
     """Prune N tensors of one shape, each with its own threshold, into a stack (N, …)."""
-    if isinstance(values, Tensor) and len(set(limits)) == 1:
-        return prune(values, limits[0])
-    return torch.stack([prune(task, limit) for task, limit in zip(values, limits, strict=True)])
+    stack = values[0].new_empty(len(values), *values[0].shape)
+    for row, task, limit in zip(stack, values, limits, strict=True):
+        prune(task, limit, out=row)
+    return stack
 
 
 def _count(values: Tensor, level: int, prefix: int, row: Tensor) -> None:
     """Add to `row` how often each digit of a level follows `prefix` among the magnitudes of `values`."""
     width, rest = DIGITS[level], sum(DIGITS[level + 1 :])
+    for keys in _keys(values.flatten()):
+        if level == 0:
+            _add_counts(keys >> rest, row)
+            continue
+        near = keys[keys >> (width + rest) == prefix]
+        _add_counts((near >> rest) & ((1 << width) - 1), row)
+        row[-1] += _num_nonzero(near & ((1 << rest) - 1))
     if level == 0:
-        for keys in _keys(values.flatten()):
-            counts = _bincount(keys >> rest)
-            row[: len(counts)] += counts
         row[-1] += values.numel()  # nearly every entry has digits to come: not worth a look
-        return
-    # Few entries share the prefix, so they are gathered first, and counted once.
-    gathered = [torch.as_tensor(keys[keys >> (width + rest) == prefix]) for keys in _keys(values.flatten())]
-    if gathered:
-        keys = torch.cat(gathered)
-        row[:-1] += torch.bincount((keys >> rest) & ((1 << width) - 1), minlength=1 << width).cpu()
-        row[-1] += int((keys & ((1 << rest) - 1)).count_nonzero())
 
 
 def _count_near(values: Tensor, first: int, row: Tensor) -> None:
@@ -171,15 +175,11 @@ def _count_near(values: Tensor, first: int, row: Tensor) -> None:
     low, high = first << sum(DIGITS[1:]), (first + 3) << sum(DIGITS[1:])
     rest = sum(DIGITS[2:])
     row[0] += values.numel()
-    gathered = []
     for num_under, keys in _between(values.flatten(), low, high):
+        near = keys - low
         row[1] += num_under
-        gathered.append(torch.as_tensor(keys))
-    if gathered:
-        near = torch.cat(gathered) - low
-        counts = torch.bincount(near >> rest).cpu()
-        row[2] += int((near & ((1 << rest) - 1)).count_nonzero())
-        row[3 : 3 + len(counts)] += counts
+        row[2] += _num_nonzero(near & ((1 << rest) - 1))
+        _add_counts(near >> rest, row[3:])
 
 
 def _between(values: Tensor, low: int, high: int) -> Iterator[tuple[int, Tensor | NDArray[np.int64]]]:
@@ -197,8 +197,7 @@ def _between(values: Tensor, low: int, high: int) -> Iterator[tuple[int, Tensor 
             yield int(np.count_nonzero(under)), near.astype(np.float64).view(np.int64)
         return
     for keys in _keys(values):
-        below = torch.as_tensor(keys < low)
-        yield int(below.count_nonzero()), keys[(keys < high) & (keys >= low)]
+        yield _num_nonzero(keys < low), keys[(keys < high) & (keys >= low)]
 
 
 def _keys(values: Tensor) -> Iterator[Tensor | NDArray[np.int64]]:
@@ -216,5 +215,14 @@ def _keys(values: Tensor) -> Iterator[Tensor | NDArray[np.int64]]:
             yield part.abs().double().view(torch.int64)
 
 
-def _bincount(digits: Tensor | NDArray[np.int64]) -> Tensor:
-    return torch.bincount(digits).cpu() if isinstance(digits, Tensor) else torch.from_numpy(np.bincount(digits))
+def _add_counts(digits: Tensor | NDArray[np.int64], row: Tensor, step: int = 1) -> None:
+    """Add to `row` how often each digit occurs where one entry in `step` was looked at."""
+    if isinstance(digits, Tensor):
+        counts = torch.bincount(digits).cpu()
+        row[: len(counts)] += counts * step
+    else:
+        np.add.at(row.numpy(), digits, step)  # no counters but those of `row`, unlike `bincount`, and as fast
+
+
+def _num_nonzero(values: Tensor | NDArray[Any]) -> int:
+    return int(values.count_nonzero() if isinstance(values, Tensor) else np.count_nonzero(values))

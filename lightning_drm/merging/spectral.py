@@ -18,10 +18,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_drm.merging.tearing import LinAlgError, leading_eigenvectors
+
 Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Left singular vectors U (m, r), singular values S (r,), right singular vectors Vᵀ (r, n)."""
 
-STRIP = 384  # rows of a Gram matrix computed at once: large enough for full BLAS speed, small enough to skip half
+TILE = (768, 384)  # of a Gram matrix, computed at once: enough for full BLAS speed, and its buffers stay small
+TORN_SIZE = 1024  # rows from which tearing is quicker than `eigh`, on one core, where float32 will do
 LENGTH = 4096  # columns converted to float64 at once, which bounds the extra memory
 GRAM_RESOLUTION = 1e-4  # share of the largest singular value from which a Gram matrix rivals an SVD in float64
 
@@ -33,73 +36,95 @@ def gram(matrices: Iterable[Tensor]) -> Tensor:
         matrices: Matrices of shape (k, L); L may differ. Transposed views are as good as any.
 
     Returns:
-        The lower triangle of a float64 matrix (k, k), in strips: what lies far above the diagonal stays zero.
+        The upper triangle of a float64 matrix (k, k), in tiles: what lies far below the diagonal stays zero.
     """
     total: Tensor | None = None
     for matrix in matrices:
         if total is None:
             total = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
-        for columns in torch.split(matrix, LENGTH, dim=1):
-            block = columns.double()
-            for start in range(0, len(total), STRIP):
-                stop = min(start + STRIP, len(total))
-                total[start:stop, :stop].addmm_(block[start:stop], block[:stop].T)
+        for part in torch.split(matrix, LENGTH, dim=1):
+            block = part.double()
+            for left in range(0, len(total), TILE[1]):
+                columns = slice(left, left + TILE[1])
+                for top in range(0, left + TILE[1], TILE[0]):
+                    rows = slice(top, min(top + TILE[0], left + TILE[1]))
+                    total[rows, columns].addmm_(block[rows], block[columns].T)
+            del block  # before the next one is made
     assert total is not None
     return total
 
 
-def eigen(build: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a positive semidefinite matrix, the largest first.
+def eigen(
+    build: Callable[[], Tensor], dtype: torch.dtype = torch.float64, num_kept: Callable[[Tensor], int] = len
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and leading eigenvectors of a positive semidefinite matrix, the largest first.
 
-    Divide-and-conquer fails on rare inputs, differently on every device, so there is a ladder: the device's solver,
-    the CPU's, and last an SVD, which for such a matrix is the same thing. Each solver works in the matrix's own memory,
-    and each starts from a fresh one.
+    Divide-and-conquer fails on rare inputs, differently on every device, so there is a ladder: what is quickest, the
+    CPU's solver, and last an SVD, which for such a matrix is the same thing. Each solver works in the matrix's own
+    memory, and each starts from a fresh one.
 
     Args:
-        build: Computes the matrix, of shape (k, k), of which only the lower triangle is read.
+        build: Computes the matrix, of shape (k, k), of which only the upper triangle is read.
+        dtype: The precision in which the eigenvectors are wanted.
+        num_kept: Says, from all eigenvalues (k,), how many eigenvectors are wanted; default all.
 
     Returns:
-        Eigenvalues (k,), none below zero, and eigenvectors in the columns of a (k, k) matrix.
+        Eigenvalues (k,), none below zero, and eigenvectors in the columns of a (k, r) matrix.
 
     Raises:
         ArithmeticError: If no solver converges, or the input is not finite.
     """
+
+    def wanted(values: Tensor) -> int:
+        return num_kept(values.clamp(min=0))
+
     for solve in _SOLVERS:
         matrix = build()
         size, device = len(matrix), matrix.device
         try:
-            values, vectors = solve(matrix)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # missing from torch's stubs
+            values, vectors = solve(matrix, dtype, wanted)
+        except LinAlgError:
             continue
         if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
             return values.clamp(min=0).to(device), vectors.to(device)
     raise ArithmeticError(f"no eigensolver converged on a {(size, size)} Gram matrix")
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _is_torn(size: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and size >= TORN_SIZE
+
+
+def _quickest(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    if matrix.device.type == "cpu" and _is_torn(len(matrix), dtype):
+        return leading_eigenvectors(matrix, num_kept)
+    return _eigh(matrix, dtype, num_kept)
+
+
+def _eigh(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
     # Transposed, the matrix is laid out as the solver wants it. Then the input is the output too, and nothing is
     # copied: with the solver's workspace, twice the matrix's size, a copy would be the peak of a whole merge.
     columns, values = matrix.T, matrix.new_empty(len(matrix))
-    torch.linalg.eigh(columns, UPLO="U", out=(values, columns))
-    return values.flip(0), columns.flip(1)
+    torch.linalg.eigh(columns, UPLO="L", out=(values, columns))
+    values = values.flip(0)
+    return values, columns[:, len(columns) - num_kept(values) :].flip(1).to(dtype)
 
 
-def _eigh_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    return _eigh(matrix.cpu())
+def _eigh_cpu(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    return _eigh(matrix.cpu(), dtype, num_kept)
 
 
-def _svd_symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    lower = matrix.cpu().tril()
-    vectors, values, _ = torch.linalg.svd(lower + lower.tril(-1).T)
-    return values, vectors
+def _svd_symmetric(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    upper = matrix.cpu().triu()
+    vectors, values, _ = torch.linalg.svd(upper + upper.triu(1).T)
+    return values, vectors[:, : num_kept(values)].to(dtype)
 
 
-_SOLVERS: tuple[Callable[[Tensor], tuple[Tensor, Tensor]], ...] = (_eigh, _eigh_cpu, _svd_symmetric)
+_SOLVERS = (_quickest, _eigh_cpu, _svd_symmetric)
 
 
-def eigen_cost(size: int) -> float:
+def eigen_cost(size: int, dtype: torch.dtype = torch.float64) -> float:
     """Operations that `eigen` of a (size, size) matrix is worth on one core; measured, since few of them are BLAS-3."""
-    return 9.0 * size**3
+    return (6.5 if _is_torn(size, dtype) else 10.0) * size**3
 
 
 def thin_svd_cost(shape: tuple[int, int]) -> float:

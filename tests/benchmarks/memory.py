@@ -27,9 +27,9 @@ def main(expression: str, rows: int, columns: int, num_tasks: int) -> None:
     method = eval(expression, vars(merging))
     # Freed memory goes back at once, so that the resident size is what is in use.
     ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-    method.merge([torch.randn(64, 64) for _ in range(num_tasks)])  # what libraries allocate once
+    for size in (64, 1200):  # what libraries load and allocate once for each process, for small matrices and for large
+        method.merge([torch.randn(size, size) for _ in range(num_tasks)])
     deltas = [torch.randn(rows, columns) for _ in range(num_tasks)]
-    torch.linalg.eigh(torch.eye(256, dtype=torch.float64))
     statm = Path("/proc/self/statm").read_text().split()
     before = int(statm[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
