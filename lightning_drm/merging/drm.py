@@ -159,8 +159,7 @@ class DRM(Method):
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)
-        into = basis.rows[0]
-        factors = self._fuse(basis, coefficients, into)
+        factors = self._fuse(basis, coefficients, basis.rows[0])
         del basis  # the other rows
         return factors.dense()
 

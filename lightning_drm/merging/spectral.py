@@ -5,7 +5,7 @@ k × k, and its eigenvectors are the left singular vectors. Squaring costs half 
 accumulated in float64 even where the data are float32: that resolves singular values down to 1e-8 of the largest, which
 no float32 SVD does. Where float64 data need directions below 1e-4, a real SVD takes over.
 
-Cost: one product of k² L, of which the half above the diagonal is skipped, and one symmetric eigenproblem of size k,
+Cost: one product of k² L, of which the half below the diagonal is skipped, and one symmetric eigenproblem of size k,
 against about 20 k² L for the SVD.
 """
 
@@ -24,7 +24,7 @@ Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Left singular vectors U (m, r), singular values S (r,), right singular vectors Vᵀ (r, n)."""
 
 TILE = (768, 384)  # of a Gram matrix, computed at once: enough for full BLAS speed, and its buffers stay small
-TORN_SIZE = 1024  # rows from which tearing is quicker than `eigh`, on one core, where float32 will do
+TORN_SIZE = 1024  # rows from which tearing saves enough to be worth its float32
 LENGTH = 4096  # columns converted to float64 at once, which bounds the extra memory
 GRAM_RESOLUTION = 1e-4  # share of the largest singular value from which a Gram matrix rivals an SVD in float64
 

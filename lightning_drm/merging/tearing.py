@@ -1,8 +1,8 @@
-"""The leading eigenvectors of a large symmetric matrix, in half of the memory and of the time of LAPACK's `syevd`.
+"""Leading eigenvectors of a large symmetric matrix, in half of the memory and two thirds of the time of `syevd`.
 
-`syevd` holds three matrices of doubles at its peak, which for a tall layer is twice the merge's own data. Here the
-steps that decide which eigenvectors there are run in float64; what only rotates them afterwards runs in float32, the
-precision in which they are wanted:
+LAPACK's `syevd` holds three matrices of doubles at its peak, which for a tall layer is twice the merge's own data. Here
+the steps that decide which eigenvectors there are run in float64; what only rotates them afterwards runs in float32,
+the precision in which they are wanted:
 
 1. Reduce A to a tridiagonal matrix, `A = Q T Qᵀ`.
 2. Tear T at its middle into two halves and one rank-one term, `T = diag(T_1, T_2) + ρ v vᵀ` (Cuppen, Numer. Math. 36,
@@ -13,9 +13,10 @@ precision in which they are wanted:
 4. Make those that the caller keeps a few columns at a time, rotate them by Z, and in the end by Q.
 
 What differs from LAPACK: poles that coincide are moved apart, and entries of z that vanish are moved off zero, by one
-or two units of rounding of the largest eigenvalue, instead of being taken out of the problem ("deflation"). That moves
-eigenvalues by up to 2 k ε of the largest one, no more than rounding in the matrix may, and needs no bookkeeping.
-Within the halves, which LAPACK solves, matrices of low rank still gain from deflation.
+or two units of rounding of the matrix, instead of being taken out of the problem ("deflation"). That moves eigenvalues
+by a few k ε of the largest one, about what rounding in the matrix does, and needs no bookkeeping. The price is that on
+rare matrices that fall apart into blocks a root is not found; callers have another solver for these. Within the halves,
+which LAPACK solves, matrices of low rank still gain from deflation.
 
 Cost for a (k, k) matrix and r vectors: 4/3 k³ operations for the reduction, and in float32 k² r for Z and 2 k² r for Q.
 Memory: the matrix itself and the same in float32, 1.5 times the matrix in all.
@@ -27,6 +28,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,28 +44,30 @@ LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # missing 
 
 COLUMNS = 256  # eigenvectors made at once: enough for full BLAS speed, and few megabytes of doubles
 EPS = float(np.finfo(np.float64).eps)
+_THREADS = Lock()
 
 
 def leading_eigenvectors(matrix: Tensor, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
     """Eigenvalues of a symmetric matrix, the largest first, and eigenvectors of as many as are wanted.
 
     Args:
-        matrix: Contiguous float64 matrix (k, k) on the CPU, k ≥ 4, of which only the upper triangle is read. It is
-            empty afterwards: its memory is needed for other things.
+        matrix: Contiguous float64 matrix (k, k) on the CPU, of which only the upper triangle is read. Each half needs
+            two rows: k ≥ 4. It is empty afterwards: its memory is needed for other things.
         num_kept: Says, from all eigenvalues (k,), how many eigenvectors are wanted.
 
     Returns:
         Eigenvalues (k,) in float64, and eigenvectors in the columns of a float32 matrix (k, r).
 
     Raises:
-        torch.linalg.LinAlgError: If a step does not converge, or the matrix is zero or not finite.
+        torch.linalg.LinAlgError: If a step does not converge, or the matrix is not finite.
     """
-    with threadpool_limits(torch.get_num_threads(), user_api="blas"):  # scipy has threads of its own
+    # scipy has threads of its own, whose number is one for the whole process.
+    with _THREADS, threadpool_limits(torch.get_num_threads(), user_api="blas"):
         diagonal, beside, reflectors, tau = _reduce(matrix)
         norm = float(np.abs(diagonal).max() + 2 * np.abs(beside).max())
-        if not 0 < norm < np.inf:
-            raise LinAlgError("the matrix is zero or not finite")
-        torn = _tear(diagonal / norm, beside / norm)
+        if not norm < np.inf:
+            raise LinAlgError("the matrix is not finite")
+        torn = _tear(diagonal / (norm or 1), beside / (norm or 1))
         roots, weights = torn.solve()
         values = torch.from_numpy(roots[::-1] * norm)
         vectors = torn.vectors(weights, num_kept(values))
@@ -78,14 +82,15 @@ def _reduce(matrix: Tensor) -> tuple[Doubles, Doubles, NDArray[np.float32], NDAr
     packed, diagonal, beside, tau, _ = lapack.dsytrd(matrix.numpy().T, lower=1, lwork=64 * size, overwrite_a=1)
     # One to the right, so that reflector i starts in row i: that is how `ormqr` wants to have them.
     reflectors = np.zeros((size, size), dtype=np.float32, order="F")
-    reflectors[:, 1:] = packed[:, :-1]
+    with np.errstate(over="ignore"):  # on and above the diagonal is something else, of any size
+        reflectors[:, 1:] = packed[:, :-1]
     matrix.data = matrix.new_empty(0)
     return diagonal, beside, reflectors, np.append(0, tau).astype(np.float32)
 
 
 def _rotate(reflectors: NDArray[np.float32], tau: NDArray[np.float32], vectors: Tensor) -> Tensor:
     """Eigenvectors (k, r) of the full matrix from those of the tridiagonal one, in place."""
-    block = 64  # of reflectors that LAPACK applies at once
+    block = 64  # of reflectors that LAPACK applies at once, at most
     lwork = block * max(1, vectors.shape[1]) + block * (block + 1)
     rotated, _, _ = lapack.sormqr("L", "N", reflectors, tau, vectors.numpy(), lwork=lwork, overwrite_c=1)
     return torch.from_numpy(rotated)
@@ -124,7 +129,7 @@ class _Torn:
     def vectors(self, weights: Doubles, count: int) -> Tensor:
         """Eigenvectors of the tridiagonal matrix (k, count), from the largest root down, for ẑ."""
         size = len(self.poles)
-        vectors = torch.empty(count, size).T
+        vectors = torch.empty(count, size, dtype=torch.float32, device="cpu").T
         inside = np.empty((size, COLUMNS), dtype=np.float32)
         upper, lower = self.halves
         for start in range(0, count, COLUMNS):
@@ -191,8 +196,10 @@ def _half(diagonal: Doubles, beside: Doubles, row: int) -> tuple[Tensor, Doubles
 def _secular_equation() -> Callable[..., None]:
     """LAPACK's `dlaed4`, which scipy hands out to Cython and, in the same table, to everybody else."""
     capsule: Any = cython_lapack.__pyx_capi__["dlaed4"]
-    name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
+    signature = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))(capsule)
+    if not signature.startswith(b"void (int *, int *,"):
+        raise LinAlgError(f"scipy's LAPACK has integers of another size: {signature.decode()}")
     pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
         ("PyCapsule_GetPointer", ctypes.pythonapi)
     )
-    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 8)(pointer(capsule, name(capsule)))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 8)(pointer(capsule, signature))

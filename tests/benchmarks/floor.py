@@ -1,4 +1,4 @@
-"""What no implementation of DRM can avoid: its matrix products and one float64 eigenproblem of the smaller side."""
+"""The matrix products of DRM, which nothing avoids, and PyTorch's float64 `eigh` of the smaller side, in one call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Floor:
-    """The unavoidable work for deltas of one shape, with every buffer allocated beforehand.
+    """This work for deltas of one shape, with every buffer allocated beforehand.
 
     Products: the float64 Gram matrix of the stack's shorter side (as plain `S @ S.T`), the projection of every delta,
     and the reconstruction, both in the deltas' precision.

@@ -1,10 +1,12 @@
 """A merge from files on two processes of one thread each, against one: the layers of a ViT-B/32, eight tasks, DRM.
 
 Both are timed from the plan to the finished folder, in processes that have imported everything and found each other:
-starting Python takes the same few seconds for a model of any size.
+starting Python takes the same few seconds for a model of any size. They take turns, and the best of each counts, as in
+the other benchmarks.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -55,14 +57,21 @@ def test_two_processes(benchmark, capsys, files, tmp_path, direction):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
         script = tmp_path / "merge.py"
         script.write_text(SCRIPT)
-        paths = [files / "base.safetensors", tmp_path / str(num_processes), direction, *models]
+        output = tmp_path / str(num_processes)
+        shutil.rmtree(output, ignore_errors=True)  # of the round before
+        paths = [files / "base.safetensors", output, direction, *models]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *torchrun, script, *paths]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         return float(done.stdout)
 
-    times = {1: seconds(1)}
-    times[2] = benchmark.pedantic(lambda: seconds(2), rounds=1)
+    times = {1: float("inf"), 2: float("inf")}
+
+    def take_turns():
+        for count in times:
+            times[count] = min(times[count], seconds(count))
+
+    benchmark.pedantic(take_turns, rounds=2)
     one, two = (load_file(tmp_path / str(count) / "model.safetensors") for count in (1, 2))
     assert all(torch.equal(one[name], two[name]) for name in one)
     benchmark.extra_info.update(speedup=times[1] / times[2])

@@ -52,10 +52,12 @@ def test_full_and_low_rank(size, share, decay):
     "matrix",
     [
         torch.eye(50, dtype=torch.float64),
-        1e-30 * torch.eye(9, dtype=torch.float64),
+        1e-30 * gram(30, 40),
+        1e60 * gram(30, 40),
         torch.diag(torch.tensor([1.0, 0, 0, 0, 0, 0, 0], dtype=torch.float64)),
         torch.diag(torch.arange(40, dtype=torch.float64)),
         torch.ones(30, 30, dtype=torch.float64),
+        torch.zeros(30, 30, dtype=torch.float64),
         rotated([9.0] * 3 + [2.0] * 40 + [1.0] * 57),
         rotated([1 + 1e-15 * i for i in range(60)]),
         rotated([2.0**-i for i in range(80)]),
@@ -64,9 +66,22 @@ def test_full_and_low_rank(size, share, decay):
         + torch.diag(torch.ones(40, dtype=torch.float64), 1)
         + torch.diag(torch.ones(40, dtype=torch.float64), -1),
     ],
-    ids=["identity", "tiny", "one", "diagonal", "ones", "clusters", "one cluster", "graded", "Wilkinson"],
+    ids=[
+        "identity",
+        "tiny",
+        "beyond float32",
+        "one",
+        "diagonal",
+        "ones",
+        "zeros",
+        "clusters",
+        "one cluster",
+        "graded",
+        "Wilkinson",
+    ],
 )
-def test_eigenvalues_that_coincide_or_vanish(matrix):
+@pytest.mark.filterwarnings("error")
+def test_any_scale_and_eigenvalues_that_coincide_or_vanish(matrix):
     check(matrix)
 
 
@@ -87,10 +102,35 @@ def test_takes_the_memory_of_its_input():
     assert matrix.numel() == 0
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_what_it_cannot_do(value):
-    with pytest.raises(LinAlgError, match="zero or not finite"):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite(value):
+    with pytest.raises(LinAlgError, match="not finite"):
         leading_eigenvectors(torch.full((6, 6), value, dtype=torch.float64), len)
+
+
+def test_a_root_that_is_not_found():
+    """Two blocks that only rounding couples, the larger eigenvalues in the block that is cut off."""
+    beside = torch.tensor([1, 1, 0, 1e-17], dtype=torch.float64)
+    with pytest.raises(LinAlgError, match="root 4 of the secular equation"):
+        leading_eigenvectors(
+            torch.diag(torch.tensor([0, 1, 0, 1, 1], dtype=torch.float64)) + torch.diag(beside, 1), len
+        )
+
+
+def test_the_default_dtype_changes_nothing():
+    deltas = [torch.randn(1030, 600, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    expected = DRM().merge(deltas)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = DRM().merge(deltas)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_a_layer_that_was_not_trained():
+    assert not DRM().merge([torch.zeros(1030, 520)] * 2).any()
 
 
 @pytest.mark.parametrize("direction", ["horizontal", "vertical"])
