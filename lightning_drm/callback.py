@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import Progress
 from torch import Tensor
@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_drm.deltas import Base, TaskVector, backbone_parameters, fingerprint
 from lightning_drm.deltas.sharded import shard_like
+from lightning_drm.deltas.wrappers import is_flat, refuse_apart, refuse_flat
 from lightning_drm.engine import (
     Fusion,
     Override,
@@ -35,10 +36,17 @@ from lightning_drm.engine import (
     write_merged,
 )
 from lightning_drm.merging import DRM, LowRank, Method
-from lightning_drm.modules import MultiTaskModule, data_parallel, head_names_of, is_sharded, without_weights
+from lightning_drm.modules import (
+    MultiTaskModule,
+    data_parallel,
+    head_names_of,
+    is_sharded,
+    with_buffers_of,
+    without_weights,
+)
 from lightning_drm.names import check_task_name
 from lightning_drm.ranks import ALONE, Ranks
-from lightning_drm.strategies import refuse_strategy
+from lightning_drm.strategies import refuse_rounded_buffers, refuse_strategy, whole_weights
 from lightning_drm.watch import watched
 
 
@@ -48,8 +56,10 @@ class DRMMergeCallback(Callback):
     One callback object serves one fit per task, each with a fresh Trainer. A fit belongs to the task that the module's
     ``task_name`` names; a module without that attribute belongs to the first of ``tasks`` that has not arrived yet.
 
-    Fits may run on one device, under ``ddp``, or sharded under ``ModelParallelStrategy`` (FSDP2). Parameters are shared
-    out over the ranks by what they cost to merge; deltas that wait on a device or in host memory wait with their owner.
+    Fits may run on one device, under ``ddp``, or sharded under ``FSDPStrategy`` (FSDP1) or ``ModelParallelStrategy``
+    (FSDP2). Under FSDP1 each rank has all weights for as long as a task is collected and merged, and the merged model
+    is not sharded. Parameters are shared out over the ranks by what they cost to merge; deltas that wait on a device or
+    in host memory wait with their owner.
 
     Args:
         tasks: The tasks' names, in the order of their fits and of the test dataloaders.
@@ -162,33 +172,42 @@ class DRMMergeCallback(Callback):
             return
         refuse_strategy(trainer.strategy)
         self.join(trainer.world_size)
+        refuse_flat(pl_module)
         self._fitting = self._task_of(pl_module)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            data_parallel(trainer.strategy.device_mesh)
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            if not any(True for _ in pl_module.parameters()):
+                strategy = type(trainer.strategy).__name__
+                raise ValueError(
+                    f"{type(pl_module).__name__} has no weights yet: under {strategy}, load them before the fit, and "
+                    "let configure_model shard them."
+                )
+            self._template = without_weights(pl_module)
+        if isinstance(trainer.strategy, FSDPStrategy):
+            parameters = backbone_parameters(pl_module, head_names_of(pl_module, self.head))
+            refuse_rounded_buffers(trainer.strategy, parameters)
         if not isinstance(trainer.strategy, ModelParallelStrategy):
             self._remember(pl_module)
-            return
-        data_parallel(trainer.strategy.device_mesh)
-        if not any(True for _ in pl_module.parameters()):
-            raise ValueError(
-                f"{type(pl_module).__name__} has no weights yet: under ModelParallelStrategy, load them before the "
-                "fit, and let configure_model shard them."
-            )
-        self._template = without_weights(pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now are the weights sharded; and such a strategy reads the weights of a resumed fit after this hook.
         if isinstance(trainer.strategy, ModelParallelStrategy):
             self._remember(pl_module)
+        elif isinstance(trainer.strategy, FSDPStrategy):
+            refuse_apart(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._fitting is not None, "setup names the task before training starts"
-        vector = self._collect(pl_module, self._fitting)
-        self._vectors[vector.task] = vector
-        rank_zero_info(f"Collected task {vector.task!r} ({len(self._vectors)} of {len(self.tasks)}).")
-        self._fitting = None
-        if not self.missing:
-            self.fuse(pl_module)
+        with whole_weights(trainer.strategy):
+            vector = self._collect(pl_module, self._fitting)
+            self._vectors[vector.task] = vector
+            rank_zero_info(f"Collected task {vector.task!r} ({len(self._vectors)} of {len(self.tasks)}).")
+            self._fitting = None
+            if not self.missing:
+                self._fuse(pl_module, pl_module.device)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -239,26 +258,13 @@ class DRMMergeCallback(Callback):
 
         Raises:
             RuntimeError: If tasks are missing.
-            ValueError: If what is to be merged does not fit together; or if another rank was killed, naming it.
+            ValueError: If what is to be merged does not fit together; or if another rank was killed, naming it; or if
+                the module was fitted under FSDP1.
         """
         if self.missing:
             raise RuntimeError(f"Cannot merge: tasks {', '.join(self.missing)} have not arrived.")
-        head = head_names_of(module, self.head)
-        heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
-        writes = self.run_folder is not None and self._ranks.is_first
-        with watched(self._ranks, _advice(self.run_folder)):
-            backbone, written = self._merged_backbone(module, head, device or module.device, writes)
-        template = self._template if is_sharded(module) else module
-        assert template is not None, "a module that is sharded went through setup"
-        here = {
-            task: {name: tensor.to(module.device) for name, tensor in state.items()} for task, state in heads.items()
-        }
-        self._merged = MultiTaskModule.assemble(template, head, backbone, here)
-        if writes:
-            of_one = {self.tasks[0]: heads[self.tasks[0]]}
-            self._write(MultiTaskModule.assemble(template, head, written, of_one), head, heads)
-        self._ranks.wait()
-        return self._merged
+        refuse_flat(module)
+        return self._fuse(module, device or module.device)
 
     def finetuned_module(self, module: LightningModule, task: str) -> MultiTaskModule:
         """Rebuilds one task's finetuned model from its task vector. All ranks call it together.
@@ -269,7 +275,11 @@ class DRMMergeCallback(Callback):
 
         Returns:
             A module with that task alone.
+
+        Raises:
+            ValueError: If the module was fitted under FSDP1.
         """
+        refuse_flat(module)
         vector = self._vectors[task]
         head = head_names_of(module, self.head)
         backbone = self._base.tensors(module, head)
@@ -279,6 +289,26 @@ class DRMMergeCallback(Callback):
             backbone[name] = (base.to(dense.dtype) + dense.to(base.device)).to(base.dtype)
         heads = {task: {key: tensor.to(module.device) for key, tensor in vector.head.items()}}
         return MultiTaskModule.assemble(module, head, backbone, heads)
+
+    def _fuse(self, module: LightningModule, device: torch.device) -> MultiTaskModule:
+        head = head_names_of(module, self.head)
+        heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
+        writes = self.run_folder is not None and self._ranks.is_first
+        with watched(self._ranks, _advice(self.run_folder)):
+            backbone, written = self._merged_backbone(module, head, device, writes)
+        template = module
+        if is_sharded(module) or is_flat(module):
+            assert self._template is not None, "a module that is sharded went through setup"
+            template = with_buffers_of(module, self._template)
+        here = {
+            task: {name: tensor.to(module.device) for name, tensor in state.items()} for task, state in heads.items()
+        }
+        self._merged = MultiTaskModule.assemble(template, head, backbone, here)
+        if writes:
+            of_one = {self.tasks[0]: heads[self.tasks[0]]}
+            self._write(MultiTaskModule.assemble(template, head, written, of_one), head, heads)
+        self._ranks.wait()
+        return self._merged
 
     def _merged_backbone(
         self, module: LightningModule, head: Sequence[str], device: torch.device, writes: bool

@@ -1,4 +1,8 @@
-"""Which of Lightning's strategies deltas can be collected under."""
+"""Which of Lightning's strategies deltas can be collected under, and where these have all weights."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -9,6 +13,10 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_drm.deltas import Parameter
 
 
 def refuse_strategy(strategy: Strategy) -> None:
@@ -18,7 +26,7 @@ def refuse_strategy(strategy: Strategy) -> None:
         strategy: The Trainer's strategy.
 
     Raises:
-        ValueError: If the strategy is not supported.
+        ValueError: If the strategy is not supported, or one of its settings.
     """
     name = type(strategy).__name__
     if isinstance(strategy.launcher, _MultiProcessingLauncher):
@@ -27,13 +35,56 @@ def refuse_strategy(strategy: Strategy) -> None:
             f"{name} starts its processes by {method}, which loses the callback's deltas when they end; "
             "use strategy 'ddp', which starts scripts."
         )
-    if isinstance(strategy, FSDPStrategy):
-        raise ValueError(
-            f"{name} (FSDP1) keeps a layer's weights in one flat tensor, of which DRMMergeCallback takes no deltas; "
-            "use ModelParallelStrategy (FSDP2), as in configs/strategy/fsdp2.yaml."
-        )
-    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | ModelParallelStrategy)
     if not supported or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
-            f"{name} is not supported by DRMMergeCallback; use a single device, 'ddp' or ModelParallelStrategy."
+            f"{name} is not supported by DRMMergeCallback; use a single device, 'ddp', FSDPStrategy or "
+            "ModelParallelStrategy."
         )
+    if isinstance(strategy, FSDPStrategy) and (problem := _problem_of_fsdp(strategy)):
+        raise ValueError(f"{name} {problem}.")
+
+
+def _problem_of_fsdp(strategy: FSDPStrategy) -> str | None:
+    if not strategy.kwargs["use_orig_params"]:
+        return (
+            "has use_orig_params=False, which hides from optimizers which parameters are the head's; leave it at "
+            "Lightning's default, True"
+        )
+    if strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
+        return "has cpu_offload, under which no deltas are taken; leave it out"
+    return None
+
+
+def refuse_rounded_buffers(strategy: FSDPStrategy, parameters: Mapping[str, Parameter]) -> None:
+    """Refuses mixed precision where FSDP1 would keep buffers in it, such as the running statistics of a batch norm.
+
+    Args:
+        strategy: The Trainer's strategy.
+        parameters: The backbone's parameters, by name.
+
+    Raises:
+        ValueError: If there are buffers of another precision, naming them.
+    """
+    precision = strategy.mixed_precision_config.buffer_dtype if strategy.mixed_precision_config is not None else None
+    if precision is None:
+        return
+    tensors = {name: parameter.tensor for name, parameter in parameters.items()}
+    rounded = [n for n, t in tensors.items() if not isinstance(t, nn.Parameter) and t.dtype != precision]
+    if rounded:
+        raise ValueError(
+            f"{type(strategy).__name__} would keep the buffers {', '.join(rounded)} in {precision}; give it a "
+            "mixed_precision whose buffer_dtype is None."
+        )
+
+
+def whole_weights(strategy: Strategy) -> AbstractContextManager[None]:
+    """While it lasts every rank has all weights that FSDP1 keeps flat; under other strategies they stay as they are.
+
+    Args:
+        strategy: The Trainer's strategy, whose model must not be changed meanwhile.
+    """
+    if not isinstance(strategy, FSDPStrategy):
+        return nullcontext()
+    model = cast(nn.Module, strategy.model)
+    return cast(AbstractContextManager[None], FullyShardedDataParallel.summon_full_params(model, writeback=False))

@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from safetensors.torch import load_file
@@ -44,6 +44,8 @@ class MergeTrainer(Trainer):
 
     It takes the arguments of Lightning's Trainer, which hold for each task's fit, and needs one `DRMMergeCallback` with
     a ``dirpath`` among its callbacks. With a single task's data, ``fit`` and ``test`` are those of Lightning's Trainer.
+
+    Under ``FSDPStrategy`` (FSDP1) tasks are trained sharded, and tested whole on every process, as under ``ddp``.
 
     Args:
         kwargs: Arguments of ``lightning.Trainer``.
@@ -224,9 +226,13 @@ class MergeTrainer(Trainer):
         trainer = Trainer(**arguments)
         trainer.fit(module, datamodule=data)
         seconds = time.perf_counter() - start
-        accuracy = self._measure(MultiTaskModule({task: module}), data, f"{task} · test")[task]
+        if isinstance(trainer.strategy, FSDPStrategy):
+            finetuned = merge.finetuned_module(self._fresh_module(template, data), task)
+        else:
+            finetuned = MultiTaskModule({task: module})
+        accuracy = self._measure(finetuned, data, f"{task} · test")[task]
         self._say(f"{task}: accuracy {100 * accuracy:.1f} %, finetuned in {seconds:.0f} s")
-        del module, trainer
+        del module, finetuned, trainer
         gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
         base = self._probe_base(template, data, task, merge, base_batches)
         if is_writer():
@@ -284,7 +290,9 @@ class MergeTrainer(Trainer):
         self._console.print(sentence, soft_wrap=True)
 
     def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, float]:
-        arguments = {**self._arguments, "strategy": self._own_strategy()}
+        # FSDP1 would take the module over for good, and the merged one is the user's.
+        strategy = "ddp" if isinstance(self.strategy, FSDPStrategy) else self._own_strategy()
+        arguments = {**self._arguments, "strategy": strategy}
         return measure(module, data, arguments, self._progress_bar(label))
 
     def _own_strategy(self) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
 from peft import LoraConfig, inject_adapter_in_model
 from tiny import Vectors, VectorTask, quiet_trainer
 from torch.multiprocessing.spawn import ProcessRaisedException
@@ -221,13 +221,14 @@ class PartitionedStrategy(DeepSpeedStrategy):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (FSDPStrategy, r"FSDPStrategy \(FSDP1\).*use ModelParallelStrategy \(FSDP2\)"),
-        (PartitionedStrategy, "not supported"),
+        (PartitionedStrategy(), "PartitionedStrategy is not supported"),
+        (FSDPStrategy(cpu_offload=True), "FSDPStrategy has cpu_offload, .* leave it out"),
+        (FSDPStrategy(use_orig_params=False), "FSDPStrategy has use_orig_params=False, .* leave it at .* True"),
     ],
 )
-def test_strategies_without_whole_weights_are_refused_by_name(strategy: type, message: str):
+def test_strategies_without_whole_weights_are_refused_by_name(strategy: Strategy, message: str):
     with pytest.raises(ValueError, match=message):
-        refuse_strategy(strategy())
+        refuse_strategy(strategy)
 
 
 def test_a_recipe_that_fits_no_matrix_is_refused_before_training():

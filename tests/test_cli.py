@@ -216,6 +216,7 @@ def test_every_shipped_configuration_is_accepted_with_every_subcommand(subcomman
 STRATEGIES = {
     "single_gpu": {"accelerator": "gpu", "devices": 1, "strategy": "auto"},
     "ddp": {"accelerator": "gpu", "devices": "auto", "strategy": "ddp"},
+    "fsdp": {"accelerator": "gpu", "devices": "auto", "strategy": "fsdp"},
     "fsdp2": {"accelerator": "gpu", "inference_mode": False},
     "slurm": {"accelerator": "gpu", "devices": "auto", "strategy": "ddp", "enable_progress_bar": False},
 }

@@ -4,9 +4,10 @@ The hashes cover names, shapes, dtypes and bytes. They are not cryptographic: th
 """
 
 from collections.abc import Mapping
+from ctypes import c_char
 
 import xxhash
-from torch import Tensor, uint8
+from torch import Tensor
 
 
 def hash_tensor(tensor: Tensor) -> str:
@@ -21,7 +22,9 @@ def hash_tensor(tensor: Tensor) -> str:
     """
     digest = xxhash.xxh3_128(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     if tensor.numel():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
+        values = tensor.detach().cpu().contiguous()
+        # Not by `numpy()`, after which a storage keeps its size for good: FSDP1 frees weights by making it zero.
+        digest.update((c_char * values.nbytes).from_address(values.data_ptr()))
     return digest.hexdigest()
 
 

@@ -1,8 +1,9 @@
 """Which tensors of a live module are merged, and what they are called.
 
 The tensors of a module fall into its head, which belongs to one task, and its backbone, which all tasks share. A name
-here is the one the tensor has in the plain module, without any peft wrapper around it, so that a full finetune and a
-LoRA finetune of one base speak of the same parameters. A tied tensor is one parameter and has one name, its first.
+here is the one the tensor has in the plain module, without wrappers of peft or FSDP1 around it, so that a full finetune
+and a LoRA finetune of one base speak of the same parameters, however they were trained. A tied tensor is one parameter
+and has one name, its first.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_drm.deltas.lora import adapter_rank, strip_adapter
+from lightning_drm.deltas.wrappers import unwrapped
 
 Kind = Literal["matrix", "convolution", "embedding", "other"]
 """What a parameter is to its layer, which decides the rule that merges it."""
@@ -92,8 +94,9 @@ def head_state(module: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+    module = unwrapped(module)
     adapter = module if isinstance(module, LoraLayer) else None
-    module = strip_adapter(module)
+    module = unwrapped(strip_adapter(module))
     for name, tensor in module.named_parameters(recurse=False):
         yield prefix + name, Parameter(tensor, _kind(module, name, tensor), adapter if name == "weight" else None)
     for name, buffer in module.named_buffers(recurse=False):

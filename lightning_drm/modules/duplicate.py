@@ -36,3 +36,15 @@ def without_weights(module: LightningModule) -> LightningModule:
         module,
         {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()},
     )
+
+
+def with_buffers_of(module: LightningModule, template: LightningModule) -> LightningModule:
+    """What `without_weights` made of a module, with copies of the buffers as the module has them now.
+
+    Args:
+        module: The module, which may be sharded by now.
+        template: The copy, which is changed.
+    """
+    for ours, theirs in zip(template.buffers(), module.buffers(), strict=True):
+        ours.data = theirs.detach().clone()
+    return template

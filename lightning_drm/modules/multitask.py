@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_drm.data.padding import exactness_problem, num_replicas, repeated
 from lightning_drm.deltas import backbone_parameters, head_state, remove_adapters
 from lightning_drm.deltas.sharded import shard_like, whole
+from lightning_drm.deltas.wrappers import refuse_divided, refuse_flat
 from lightning_drm.modules.duplicate import duplicate
 from lightning_drm.modules.protocol import IGNORE_INDEX, classify
 from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_blocks
@@ -27,7 +28,8 @@ class MultiTaskModule(LightningModule):
     """Several tasks' modules around one backbone; a batch goes to the one of its ``dataloader_idx``.
 
     Under several processes, samples that a ``DistributedSampler`` repeats to give every process as many do not count,
-    and loaders that make this impossible are refused.
+    and loaders that make this impossible are refused. `FSDPStrategy` (FSDP1) keeps what it shards: it can test this
+    module once.
 
     Args:
         modules: Module by task, in the order of the test dataloaders. Usually made by `assemble`.
@@ -97,6 +99,7 @@ class MultiTaskModule(LightningModule):
 
     @override
     def configure_model(self) -> None:
+        refuse_flat(self)  # before a strategy wraps it
         if self.device_mesh is not None and not is_sharded(self):
             self.shard(data_parallel(self.device_mesh))
 
@@ -123,6 +126,8 @@ class MultiTaskModule(LightningModule):
         self._measure(batch, batch_idx, dataloader_idx)
 
     def _measure(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        if not batch_idx:
+            refuse_divided(self)
         logits, target = classify(self.task_modules[dataloader_idx], batch)
         num_seen = self._num_seen[dataloader_idx] if batch_idx else 0
         self._num_seen[dataloader_idx] = num_seen + len(target)

@@ -25,6 +25,7 @@ from transformers import (
 from typing_extensions import override
 
 from lightning_drm.deltas import backbone_parameters, head_state
+from lightning_drm.deltas.wrappers import unwrapped
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.protocol import IGNORE_INDEX
 from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_for_training
@@ -88,6 +89,10 @@ class TransformerTask(LightningModule):
         self.hparams["num_classes"] = num_classes
         model = self._load(resolve_pretrained(self.backbone_name), num_classes)
         self.model = model
+        # transformers names it after the architecture ("bert", "vision_model", …), not always after its own prefix.
+        # Found now, for under FSDP1 a process will see of each part's size only its own piece.
+        sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+        self._backbone_attribute = max(sizes, key=lambda name: sizes[name])
         # from_pretrained returns models in evaluation mode, and Lightning keeps the mode it finds.
         self.train()
         if self.lora is not None:
@@ -116,13 +121,14 @@ class TransformerTask(LightningModule):
     @property
     def backbone(self) -> PreTrainedModel:
         """The part that all tasks share."""
-        return cast(PreTrainedModel, self.get_submodule(f"model.{self._backbone_attribute}"))
+        return cast(PreTrainedModel, self._built.get_submodule(self._backbone_attribute))
 
     @property
     def head_names(self) -> tuple[str, ...]:
         """Everything of the classification model that is not the backbone."""
-        children = (name for name, child in self._built.named_children() if any(True for _ in child.parameters()))
-        return tuple(f"model.{name}" for name in children if name != self._backbone_attribute)
+        children = unwrapped(self._built).named_children()
+        names = (name for name, child in children if any(True for _ in child.parameters()))
+        return tuple(f"model.{name}" for name in names if name != self._backbone_attribute)
 
     @property
     def _built(self) -> nn.Module:
@@ -131,12 +137,6 @@ class TransformerTask(LightningModule):
                 "TransformerTask has no model yet: give num_classes, or call configure_task(num_classes)."
             )
         return self.model
-
-    @property
-    def _backbone_attribute(self) -> str:
-        # transformers names it after the architecture ("bert", "vision_model", …), not always after its own prefix.
-        sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in self._built.named_children()}
-        return max(sizes, key=lambda name: sizes[name])
 
     @override
     def forward(self, **inputs: Tensor) -> Tensor:
@@ -171,10 +171,10 @@ class TransformerTask(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        head = set(head_state(self, self.head_names))
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [p for name, p in trained if name not in head]}]
-        head_group: dict[str, Any] = {"params": [p for name, p in trained if name in head]}
+        head = {id(tensor) for tensor in head_state(self, self.head_names).values()}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in head]}]
+        head_group: dict[str, Any] = {"params": [p for p in trained if id(p) in head]}
         if self.head_lr is not None:
             head_group["lr"] = self.head_lr
         optimizer = (self.optimizer or torch.optim.AdamW)([*groups, head_group])

@@ -22,13 +22,13 @@ from lightning_drm.engine import Fusion, Recipe
 HERE = Path(__file__).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TASKS = ("texts", "tokens")
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES = ("ddp", "fsdp", "fsdp_layers", "fsdp2")
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def shared(request: pytest.FixtureRequest, inputs: Path, alone: Path, backend: str, launch: Launch) -> Path:
     """What several processes leave."""
-    launch([HERE / "together.py", inputs], request.param, BACKEND=backend)
+    launch([HERE / "together.py", inputs], request.param, timeout=600, BACKEND=backend)
     return inputs / f"{backend}{request.param}"
 
 

@@ -21,6 +21,8 @@ def overlay(strategy: str, backend: str, folder: Path) -> Path:
     """The shipped overlay, with the sizes changed to two processes, as its comment says."""
     content = yaml.safe_load((STRATEGIES / f"{strategy}.yaml").read_text())
     content["trainer"] |= {"accelerator": {"gloo": "cpu", "nccl": "gpu"}[backend], "devices": 2}
+    if strategy == "fsdp" and backend == "gloo":
+        content["trainer"]["strategy"] = {"class_path": "on_cpu.FSDPOnCPU"}
     if strategy == "fsdp2":
         content["trainer"]["strategy"]["init_args"]["data_parallel_size"] = 2
     path = folder / f"{strategy}.yaml"
@@ -57,7 +59,7 @@ def config(inputs: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp", "fsdp2"])
 def launched(
     request: pytest.FixtureRequest, config: Path, backend: str, launch: Launch
 ) -> tuple[list[object], Path, str]:

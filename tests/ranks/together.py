@@ -16,11 +16,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from on_cpu import FSDPOnCPU
 from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny import COLOURS, Tokens
 from torchmetrics import SumMetric
+from transformers.models.bert.modeling_bert import BertLayer
 
 from lightning_drm import (
     DARETIES,
@@ -59,9 +61,16 @@ def make_module(folder: Path, lora: bool, **options: object) -> TransformerTask:
 
 
 def arguments(strategy: str, size: int) -> dict:
-    sharded = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
+    fsdp = {"gloo": FSDPOnCPU, "nccl": FSDPStrategy}[os.environ["BACKEND"]]
+    strategies = {
+        "alone": "auto",
+        "ddp": "ddp",
+        "fsdp": fsdp(),
+        "fsdp_layers": fsdp(auto_wrap_policy={BertLayer, torch.nn.Linear}),  # with adapters, wrappers around and inside
+        "fsdp2": ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1),
+    }
     return {
-        "strategy": {"alone": "auto", "ddp": "ddp", "fsdp2": sharded}[strategy],
+        "strategy": strategies[strategy],
         "accelerator": {"gloo": "cpu", "nccl": "gpu"}[os.environ["BACKEND"]],
         "devices": size,
         "max_epochs": 3,
@@ -135,12 +144,12 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     out = folder / f"{os.environ['BACKEND']}{size}"
-    strategies = ["alone"] if size == 1 else ["ddp", "fsdp2"]
+    strategies = ["alone"] if size == 1 else ["ddp", "fsdp", "fsdp_layers", "fsdp2"]
     for strategy in strategies:
         run(folder, out / f"{strategy}_full", strategy, size, lora=False)
         run(folder, out / f"{strategy}_lora", strategy, size, lora=True)
         run_in_memory(folder, out / f"{strategy}_memory.safetensors", strategy, size)
-    for strategy, method in zip(["ddp", "fsdp2", "ddp"] if size > 1 else ["alone"] * 3, METHODS, strict=True):
+    for strategy, method in zip(["ddp", "fsdp2", "fsdp"] if size > 1 else ["alone"] * 3, METHODS, strict=True):
         again = out / f"again_{method}"
         if rank == 0:
             shutil.copytree(
