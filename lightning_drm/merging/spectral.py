@@ -59,9 +59,9 @@ def eigen(
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues and leading eigenvectors of a positive semidefinite matrix, the largest first.
 
-    Divide-and-conquer fails on rare inputs, differently on every device, so there is a ladder: what is quickest, the
-    CPU's solver, and last an SVD, which for such a matrix is the same thing. Each solver works in the matrix's own
-    memory, and each starts from a fresh one.
+    Divide-and-conquer fails on rare inputs, differently on every device and not always with a word, so there is a
+    ladder: what is quickest, the CPU's solver, and last an SVD, which for such a matrix is the same thing. Each solver
+    works in the matrix's own memory, and each starts from a fresh one.
 
     Args:
         build: Computes the matrix, of shape (k, k), of which only the upper triangle is read.
@@ -85,9 +85,20 @@ def eigen(
             values, vectors = solve(matrix, dtype, wanted)
         except LinAlgError:
             continue
-        if bool(values.isfinite().all()) and bool(vectors.isfinite().all()):
+        if bool(values.isfinite().all()) and _is_orthonormal(vectors):
             return values.clamp(min=0).to(device), vectors.to(device)
     raise ArithmeticError(f"no eigensolver converged on a {(size, size)} Gram matrix")
+
+
+def _is_orthonormal(vectors: Tensor) -> bool:
+    """Whether VᵀV takes a vector to itself, which costs as little as a look at V; false if V is not finite.
+
+    Batched solvers on GPUs have returned vectors that are not (PyTorch, issue 192483).
+    """
+    probe = torch.randn(vectors.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probe = probe.to(vectors.device, vectors.dtype)
+    change = torch.linalg.vector_norm(vectors.T @ (vectors @ probe) - probe)
+    return bool(change <= torch.finfo(vectors.dtype).eps ** 0.5 * torch.linalg.vector_norm(probe))
 
 
 def _is_torn(size: int, dtype: torch.dtype) -> bool:

@@ -68,6 +68,22 @@ class TestLadder:
         monkeypatch.setattr(torch.linalg, "eigh", lambda matrix, out, **_: out[0].fill_(float("nan")))
         torch.testing.assert_close(eigen(self.gram.clone)[0].sum(), self.gram.trace())
 
+    def test_vectors_that_are_not_orthonormal_count_as_failure(self, monkeypatch):
+        values, vectors = eigen(self.gram.clone)
+        solve, calls = torch.linalg.eigh, []
+
+        def first_bends_two_vectors(matrix, out, **options):
+            solve(matrix, out=out, **options)
+            if not calls:
+                out[1][:, 2] += 1e-3 * out[1][:, 4]
+            calls.append(len(matrix))
+
+        monkeypatch.setattr(torch.linalg, "eigh", first_bends_two_vectors)
+        again, rotated = eigen(self.gram.clone)
+        assert calls == [6, 6]
+        assert torch.equal(again, values)
+        assert torch.equal(rotated, vectors)
+
     def test_error_names_the_size_when_nothing_converges(self, monkeypatch):
         monkeypatch.setattr(torch.linalg, "eigh", self.fail)
         monkeypatch.setattr(torch.linalg, "svd", self.fail)
