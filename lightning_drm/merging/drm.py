@@ -12,7 +12,7 @@ dropped (`rank_tol`). Unlike in the published code, a task without a part in a d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -143,7 +143,7 @@ class DRM(Method):
             ),
         )
         with torch.no_grad():
-            checked = check_coefficients("DRM", coefficients, len(basis.rows))
+            checked = check_coefficients("DRM", coefficients, len(basis.sigma))
             return self._fuse(basis, checked, torch.empty_like(basis.rows[0]))
 
     @override
@@ -158,7 +158,7 @@ class DRM(Method):
         return decompose + project + product + COST_PER_VALUE * num_tasks * rows * width
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
-        basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)
+        basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop, lean=True)
         factors = self._fuse(basis, coefficients, basis.rows[0])
         del basis  # the other rows
         return factors.dense()
@@ -175,13 +175,11 @@ class DRM(Method):
         # Pruning sees unit rows or, without renormalisation, each row at its share of the joint singular value.
         joint = torch.linalg.vector_norm(basis.sigma, dim=0).clamp(min=torch.finfo(basis.sigma.dtype).tiny)
         shares, lengths = (None, basis.sigma) if self.renormalize else ((basis.sigma / joint)[..., None], joint[None])
-        limits = self._limits(basis.rows, shares)
-        for part in _slices(basis.rows):
-            seen = [row[part] for row in basis.rows]
-            if shares is not None:
-                seen = [row * share for row, share in zip(seen, shares[:, part], strict=True)]
+        limits = self._limits(basis, shares)
+        for part in _slices(basis):
+            seen = list(_seen(basis, shares, part))
             merged[part] = elect_and_average(
-                prune_each(seen, limits).mul_(lengths[:, part, None]),  # nowhere else: it is gone before the next slice
+                prune_each(seen, limits).mul_(lengths[:, part, None]),  # in no variable: gone before the next slice
                 coefficients,
                 elect_sign=self.elect_sign,
                 disjoint=self.disjoint,
@@ -189,22 +187,29 @@ class DRM(Method):
         factors = LowRank(basis.U, merged).to(basis.dtype)
         return factors.T if self.direction == "vertical" else factors
 
-    def _limits(self, rows: Sequence[Tensor], shares: Tensor | None) -> tuple[float, ...]:
+    def _limits(self, basis: JointBasis, shares: Tensor | None) -> tuple[float, ...]:
         """One threshold for each task, the same for all where pruning is joint."""
-
-        def seen() -> Iterator[Tensor]:
-            for task, row in enumerate(rows):
-                yield row if shares is None else row * shares[task]
-
+        # Whole rows are quicker to count; of a lean basis they are not there.
+        parts = list(_slices(basis)) if basis.deltas else [slice(0, basis.U.shape[1])]
         if self.prune == "joint":
-            limits = thresholds(lambda: ([part] for part in seen()), self.density, num_tasks=1) * len(rows)
+            limits = thresholds(
+                lambda: ([row] for part in parts for row in _seen(basis, shares, part)), self.density, num_tasks=1
+            ) * len(basis.sigma)
         else:
-            limits = thresholds(lambda: [seen()], self.density, num_tasks=len(rows))
+            limits = thresholds(
+                lambda: (_seen(basis, shares, part) for part in parts), self.density, num_tasks=len(basis.sigma)
+            )
         return tuple(limit * (1 - TIE) for limit in limits)
 
 
-def _slices(rows: Sequence[Tensor]) -> Iterator[slice]:
-    """Ranges of basis rows whose entries, over all tasks, fit into the cache."""
-    rank, width = rows[0].shape
-    size = max(1, slice_size(len(rows), rows[0].device) // max(1, width))
+def _seen(basis: JointBasis, shares: Tensor | None, part: slice) -> Iterable[Tensor]:
+    """What pruning sees of each task in some directions: its unit rows, or these at their shares (N, r, 1)."""
+    rows = basis.part(part)
+    return rows if shares is None else (row * share for row, share in zip(rows, shares[:, part], strict=True))
+
+
+def _slices(basis: JointBasis) -> Iterator[slice]:
+    """Ranges of directions in which the rows of all tasks fit into the cache."""
+    rank, width = basis.rows[0].shape
+    size = max(1, slice_size(len(basis.sigma), basis.U.device) // max(1, width))
     return (slice(start, start + size) for start in range(0, rank, size))

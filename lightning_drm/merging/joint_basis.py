@@ -11,7 +11,9 @@ block V_tᵀ to unit length. What follows from the algebra, and spares the SVD:
 The vertical direction is the same on transposed deltas, which are only ever views.
 
 Cost, for r kept directions: m² N n / 2 products in float64, an eigenproblem of size m, and m r N n products. Memory:
-U and the projections, which are as large as the stacked deltas, after the eigenproblem's own.
+U and the projections, which are as large as the stacked deltas, after the eigenproblem's own. Where U is half as large,
+a basis that serves a single merge may be lean: it holds the rows of seven tasks in eight, and projects the others'
+deltas again, a few directions at a time, whenever they are looked at.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class JointBasis:
 
     Args:
         U: Left singular vectors of the stacked deltas, shape (m, r); of the transposed deltas if vertical.
-        rows: Each task's rows in that basis, of unit length or zero, N tensors of shape (r, n): ṽ of the paper.
+        rows: The first tasks' rows in that basis, of unit length or zero, tensors of shape (r, n): ṽ of the paper.
+        deltas: The other tasks' deltas, as they were stacked, tensors of shape (m, n); none unless the basis is lean.
         sigma: The lengths they had, shape (N, r). Zero where a task has no part in a direction.
         direction: How the deltas were stacked.
         rank_tol: Share of the largest singular value up to which directions were dropped.
@@ -45,6 +48,7 @@ class JointBasis:
 
     U: Tensor
     rows: tuple[Tensor, ...]
+    deltas: tuple[Tensor, ...]
     sigma: Tensor
     direction: Direction
     rank_tol: float
@@ -52,34 +56,45 @@ class JointBasis:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, deltas: Sequence[Delta], direction: Direction, rank_tol: float, rank_drop: float) -> Self:
+    def of(
+        cls, deltas: Sequence[Delta], direction: Direction, rank_tol: float, rank_drop: float, *, lean: bool = False
+    ) -> Self:
         """Decompose deltas that have been checked; arguments as for `DRM`."""
         sides = [delta.T for delta in deltas] if direction == "vertical" else list(deltas)
         factors = [side for side in sides if isinstance(side, LowRank)]
         if len(factors) == len(sides):
             Q, coordinates = row_coordinates(factors)
             U, rows, sigma = _decompose(coordinates, rank_tol, rank_drop)
-            U = Q @ U
-        else:
-            U, rows, sigma = _decompose([densify(side) for side in sides], rank_tol, rank_drop)
-        return cls(U, rows, sigma, direction, rank_tol, rank_drop, deltas[0].dtype)
+            return cls(Q @ U, rows, (), sigma, direction, rank_tol, rank_drop, deltas[0].dtype)
+        dense = [densify(side) for side in sides]
+        height, width = dense[0].shape
+        num_late = len(dense) // 8 if lean and len(dense) * width <= 2 * height else 0
+        U, rows, sigma = _decompose(dense, rank_tol, rank_drop, num_late)
+        return cls(U, rows, tuple(dense[len(rows) :]), sigma, direction, rank_tol, rank_drop, deltas[0].dtype)
+
+    def part(self, directions: slice) -> list[Tensor]:
+        """Each task's rows in some directions: N tensors of shape (·, n)."""
+        held = [row[directions] for row in self.rows]
+        U, lengths = self.U[:, directions], self.sigma[len(held) :, directions]
+        late = [_scale(U.T @ delta, length) for delta, length in zip(self.deltas, lengths, strict=True)]
+        return held + late
 
 
 def _decompose(
-    deltas: Sequence[Tensor], rank_tol: float, rank_drop: float
+    deltas: Sequence[Tensor], rank_tol: float, rank_drop: float, num_late: int = 0
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """U (m, r), N tasks' unit rows (r, n) and their lengths (N, r) of (m, n) matrices stacked side by side."""
+    """Of N (m, n) matrices side by side: U (m, r), unit rows (r, n) but for the late, and the lengths of all (N, r)."""
     (height, width), dtype = deltas[0].shape, deltas[0].dtype
     tolerance = max(rank_tol, rank_tolerance((height, len(deltas) * width), dtype))
     if needs_svd(dtype, tolerance, 1.0):
         U, S, _ = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
-        return _project(U[:, : _num_kept(S, tolerance, rank_drop)], deltas)
+        return _project(U[:, : _num_kept(S, tolerance, rank_drop)], deltas, num_late)
 
     def num_kept(values: Tensor) -> int:
         return _num_kept(values.sqrt(), tolerance, rank_drop)
 
     if height <= len(deltas) * width:
-        return _project(eigen(lambda: gram(deltas), dtype, num_kept)[1], deltas)
+        return _project(eigen(lambda: gram(deltas), dtype, num_kept)[1], deltas, num_late)
     values, V = eigen(lambda: gram(_stacked_rows(deltas)), num_kept=num_kept)
     return _expand(values[: V.shape[1]].sqrt(), V, deltas)
 
@@ -90,14 +105,17 @@ def _num_kept(S: Tensor, tolerance: float, rank_drop: float) -> int:
     return max(round((1 - rank_drop) * above), min(above, 1))
 
 
-def _project(U: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """From U alone: the rows are Uᵀ D_t."""
-    rows = tuple(U.T @ delta for delta in deltas)
+def _project(U: Tensor, deltas: Sequence[Tensor], num_late: int) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """From U alone: the rows are Uᵀ D_t. Of the late tasks, which come last, only the lengths stay."""
+    rows: list[Tensor] = []
     sigma = U.new_empty(len(deltas), U.shape[1])
-    for task, row in enumerate(rows):
+    for task in reversed(range(len(deltas))):  # the late ones while there are no others
+        row = U.T @ deltas[task]
         lengths = torch.linalg.vector_norm(row, dim=1)
-        sigma[task] = _normalize(row, lengths, rounding_error(lengths))
-    return U, rows, sigma
+        sigma[task] = torch.where(lengths > rounding_error(lengths), lengths, 0)
+        if task < len(deltas) - num_late:
+            rows.insert(0, _scale(row, sigma[task]))
+    return U, tuple(rows), sigma
 
 
 def _expand(S: Tensor, V: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
@@ -111,22 +129,21 @@ def _expand(S: Tensor, V: Tensor, deltas: Sequence[Tensor]) -> tuple[Tensor, tup
     rows = []
     for task, block in enumerate(blocks):
         row = (block * S).T.contiguous()
+        lengths = torch.linalg.vector_norm(row, dim=1)
         # The rows come from V, so their error is one of the whole stack, also where a task's delta is small.
-        sigma[task] = _normalize(row, torch.linalg.vector_norm(row, dim=1), rounding_error(S))
-        rows.append(row.to(dtype))
+        sigma[task] = torch.where(lengths > rounding_error(S), lengths, 0)
+        rows.append(_scale(row, sigma[task]).to(dtype))
     return U.to(dtype), tuple(rows), sigma.to(dtype)
 
 
-def _normalize(rows: Tensor, lengths: Tensor, noise: float) -> Tensor:
-    """Scale rows (r, n) of given lengths (r,) to unit length, in place, and return the lengths.
+def _scale(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Rows (r, n) of given lengths (r,) scaled to unit length, in place.
 
-    A row that is nothing but rounding error is a task without a part in that direction: it becomes zero, with length
-    zero. Scaled up to unit length, it would let noise take part in the pruning.
+    A row of length zero becomes zero: it is rounding error, of a task without a part in that direction. Scaled up to
+    unit length, it would let noise take part in the pruning.
     """
-    lengths = torch.where(lengths > noise, lengths, 0)
     # Not times 1 / length: a row of one entry must become exactly ±1, since pruning compares magnitudes.
-    rows.div_(torch.where(lengths > 0, lengths, torch.inf)[:, None])
-    return lengths
+    return rows.div_(torch.where(lengths > 0, lengths, torch.inf)[:, None])
 
 
 def _stacked_rows(deltas: Sequence[Tensor]) -> Iterator[Tensor]:

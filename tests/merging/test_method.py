@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
+from lightning_drm.merging.joint_basis import JointBasis
 
 METHODS = [DRM(), TIES(), DARETIES(), TaskArithmetic(), Average(), IsoC(), IsoCTS(), TSVM()]
 
@@ -87,6 +88,21 @@ class TestReuse:
         method = DRM(direction, **switches)
         merged = method.merge_prepared(basis, [1.0, 0.5, 2.0]).dense()
         torch.testing.assert_close(merged, method.merge(inputs, [1.0, 0.5, 2.0]), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("direction", ["horizontal", "vertical"])
+    @pytest.mark.parametrize("switches", [{}, {"renormalize": False}, {"prune": "individual"}, {"density": 1.0}])
+    def test_a_lean_basis_projects_some_deltas_again(self, direction, switches):
+        """Nine tasks of a shape whose basis is more than half as large as what it projects."""
+        g = torch.Generator().manual_seed(0)
+        shape = (60, 8) if direction == "horizontal" else (8, 60)
+        inputs = [torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(9)]
+        lean, whole = (JointBasis.of(inputs, direction, 1e-2, 0.0, lean=lean) for lean in (True, False))
+        assert (len(lean.rows), len(lean.deltas)) == (8, 1)
+        assert (len(whole.rows), len(whole.deltas)) == (9, 0)
+        method = DRM(direction, **switches)
+        expected = method.merge_prepared(whole).dense()
+        torch.testing.assert_close(method.merge(inputs), expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(method.merge_prepared(lean).dense(), expected, rtol=0, atol=1e-12)
 
     def test_a_setting_does_not_change_the_basis(self):
         basis = DRM().prepare(deltas(12, 9))
