@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks.together import STRATEGIES
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel
@@ -22,13 +23,16 @@ from lightning_drm.engine import Fusion, Recipe
 HERE = Path(__file__).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TASKS = ("texts", "tokens")
-STRATEGIES = ("ddp", "fsdp", "fsdp_layers", "fsdp2")
+CASES = [(size, strategy) for size, strategies in STRATEGIES.items() if size > 1 for strategy in strategies]
+on_every_case = pytest.mark.parametrize(
+    ("shared", "strategy"), CASES, indirect=["shared"], ids=[f"{size}-{strategy}" for size, strategy in CASES]
+)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module")
 def shared(request: pytest.FixtureRequest, inputs: Path, alone: Path, backend: str, launch: Launch) -> Path:
     """What several processes leave."""
-    launch([HERE / "together.py", inputs], request.param, timeout=600, BACKEND=backend)
+    launch([HERE / "together.py", inputs], request.param, BACKEND=backend)
     return inputs / f"{backend}{request.param}"
 
 
@@ -38,7 +42,7 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@on_every_case
 def test_deltas_heads_and_merged_weights_are_those_of_one_process(
     alone: Path, shared: Path, strategy: str, finetune: str
 ):
@@ -53,7 +57,7 @@ def test_deltas_heads_and_merged_weights_are_those_of_one_process(
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@on_every_case
 def test_accuracies_are_those_of_one_process(alone: Path, shared: Path, strategy: str, finetune: str):
     ours, theirs = (
         json.loads((folder / "report.json").read_text())["accuracy"]
@@ -64,7 +68,7 @@ def test_accuracies_are_those_of_one_process(alone: Path, shared: Path, strategy
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@on_every_case
 def test_ranks_merge_what_they_stored_to_the_bit(inputs: Path, shared: Path, strategy: str, finetune: str):
     folder = shared / f"{strategy}_{finetune}"
     vectors = [load_task_vector(folder / "tasks" / task) for task in TASKS]
@@ -77,6 +81,7 @@ def test_ranks_merge_what_they_stored_to_the_bit(inputs: Path, shared: Path, str
 
 
 @pytest.mark.parametrize("method", ["drm", "ties", "dare"])
+@pytest.mark.parametrize("shared", [2, 4], indirect=True)
 def test_the_number_of_ranks_changes_no_bit_of_a_merge(alone: Path, shared: Path, method: str):
     ours, theirs = (load_file(folder / f"again_{method}/merged/model.safetensors") for folder in (shared, alone))
     assert largest_difference(ours, theirs) == 0
@@ -84,7 +89,7 @@ def test_the_number_of_ranks_changes_no_bit_of_a_merge(alone: Path, shared: Path
     assert ours["accuracy"] == theirs["accuracy"]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@on_every_case
 def test_each_rank_keeps_its_share_and_every_sample_counts_once(alone: Path, shared: Path, strategy: str):
     ours, theirs = load_file(shared / f"{strategy}_memory.safetensors"), load_file(alone / "alone_memory.safetensors")
     assert float(theirs.pop("share")) == 1
