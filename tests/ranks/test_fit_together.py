@@ -7,6 +7,7 @@ bit by bit, on the deltas that each number of processes has stored, and on the s
 import json
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,23 @@ from lightning_drm.engine import Fusion, Recipe
 HERE = Path(__file__).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TASKS = ("texts", "tokens")
-CASES = [(size, strategy) for size, strategies in STRATEGIES.items() if size > 1 for strategy in strategies]
+Shared = Callable[[int], Path]
 on_every_case = pytest.mark.parametrize(
-    ("shared", "strategy"), CASES, indirect=["shared"], ids=[f"{size}-{strategy}" for size, strategy in CASES]
+    ("size", "strategy"),
+    [(size, strategy) for size, strategies in STRATEGIES.items() if size > 1 for strategy in strategies],
 )
 
 
 @pytest.fixture(scope="module")
-def shared(request: pytest.FixtureRequest, inputs: Path, alone: Path, backend: str, launch: Launch) -> Path:
-    """What several processes leave."""
-    launch([HERE / "together.py", inputs], request.param, BACKEND=backend)
-    return inputs / f"{backend}{request.param}"
+def shared(inputs: Path, alone: Path, backend: str, launch: Launch) -> Shared:
+    """What so many processes leave."""
+
+    @cache
+    def leave(size: int) -> Path:
+        launch([HERE / "together.py", inputs], size, BACKEND=backend)
+        return inputs / f"{backend}{size}"
+
+    return leave
 
 
 def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -44,12 +51,13 @@ def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> fl
 @pytest.mark.parametrize("finetune", ["full", "lora"])
 @on_every_case
 def test_deltas_heads_and_merged_weights_are_those_of_one_process(
-    alone: Path, shared: Path, strategy: str, finetune: str
+    alone: Path, shared: Shared, size: int, strategy: str, finetune: str
 ):
     files = [f"tasks/{task}/{name}.safetensors" for task in TASKS for name in ("deltas", "head", "base_head")]
     for file in [*files, "merged/model.safetensors"]:
         ours, theirs = (
-            load_file(folder / file) for folder in (shared / f"{strategy}_{finetune}", alone / f"alone_{finetune}")
+            load_file(folder / file)
+            for folder in (shared(size) / f"{strategy}_{finetune}", alone / f"alone_{finetune}")
         )
         assert largest_difference(ours, theirs) < 2e-6, file
         changed = [tensor for name, tensor in theirs.items() if not name.endswith("::down")]  # those start at random
@@ -58,10 +66,10 @@ def test_deltas_heads_and_merged_weights_are_those_of_one_process(
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
 @on_every_case
-def test_accuracies_are_those_of_one_process(alone: Path, shared: Path, strategy: str, finetune: str):
+def test_accuracies_are_those_of_one_process(alone: Path, shared: Shared, size: int, strategy: str, finetune: str):
     ours, theirs = (
         json.loads((folder / "report.json").read_text())["accuracy"]
-        for folder in (shared / f"{strategy}_{finetune}", alone / f"alone_{finetune}")
+        for folder in (shared(size) / f"{strategy}_{finetune}", alone / f"alone_{finetune}")
     )
     assert ours == theirs
     assert all(0 < theirs["merged"][task] < 1 for task in TASKS), "the case shows nothing"
@@ -69,8 +77,8 @@ def test_accuracies_are_those_of_one_process(alone: Path, shared: Path, strategy
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
 @on_every_case
-def test_ranks_merge_what_they_stored_to_the_bit(inputs: Path, shared: Path, strategy: str, finetune: str):
-    folder = shared / f"{strategy}_{finetune}"
+def test_ranks_merge_what_they_stored_to_the_bit(inputs: Path, shared: Shared, size: int, strategy: str, finetune: str):
+    folder = shared(size) / f"{strategy}_{finetune}"
     vectors = [load_task_vector(folder / "tasks" / task) for task in TASKS]
     base = dict(AutoModel.from_pretrained(inputs / "base").named_parameters())
     merged = load_file(folder / "merged/model.safetensors")
@@ -81,17 +89,22 @@ def test_ranks_merge_what_they_stored_to_the_bit(inputs: Path, shared: Path, str
 
 
 @pytest.mark.parametrize("method", ["drm", "ties", "dare"])
-@pytest.mark.parametrize("shared", [2, 4], indirect=True)
-def test_the_number_of_ranks_changes_no_bit_of_a_merge(alone: Path, shared: Path, method: str):
-    ours, theirs = (load_file(folder / f"again_{method}/merged/model.safetensors") for folder in (shared, alone))
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_number_of_ranks_changes_no_bit_of_a_merge(alone: Path, shared: Shared, size: int, method: str):
+    ours, theirs = (load_file(folder / f"again_{method}/merged/model.safetensors") for folder in (shared(size), alone))
     assert largest_difference(ours, theirs) == 0
-    ours, theirs = (json.loads((folder / f"again_{method}/report.json").read_text()) for folder in (shared, alone))
+    ours, theirs = (
+        json.loads((folder / f"again_{method}/report.json").read_text()) for folder in (shared(size), alone)
+    )
     assert ours["accuracy"] == theirs["accuracy"]
 
 
 @on_every_case
-def test_each_rank_keeps_its_share_and_every_sample_counts_once(alone: Path, shared: Path, strategy: str):
-    ours, theirs = load_file(shared / f"{strategy}_memory.safetensors"), load_file(alone / "alone_memory.safetensors")
+def test_each_rank_keeps_its_share_and_every_sample_counts_once(alone: Path, shared: Shared, size: int, strategy: str):
+    ours, theirs = (
+        load_file(shared(size) / f"{strategy}_memory.safetensors"),
+        load_file(alone / "alone_memory.safetensors"),
+    )
     assert float(theirs.pop("share")) == 1
     assert float(ours.pop("share")) < 0.8, "rank 0 of a tiny model: one embedding is more than half of it"
     assert [float(ours[f"num_samples/{task}"]) for task in TASKS] == [12, 11]
