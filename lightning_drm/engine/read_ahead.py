@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,10 +21,12 @@ def read_ahead(items: Iterable[T]) -> Iterator[T]:
         ['0', '1', '2']
     """
     iterator = iter(items)
-    end = object()
+
+    def take() -> list[T]:
+        return list(islice(iterator, 1))
+
     with ThreadPoolExecutor(1, thread_name_prefix="lightning_drm-read-ahead") as thread:
-        future = thread.submit(next, iterator, end)
-        while (item := future.result()) is not end:
-            future = thread.submit(next, iterator, end)
-            yield item  # type: ignore[misc]  # `end` has no type that mypy could narrow by
-            del item
+        future = thread.submit(take)
+        while taken := future.result():
+            future = thread.submit(take)
+            yield taken.pop()  # held by nobody here while the caller works on it

@@ -40,7 +40,7 @@ from torch import Tensor
 
 Doubles: TypeAlias = NDArray[np.float64]
 
-LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # missing from torch's stubs
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, not in its __all__
 
 COLUMNS = 256  # eigenvectors made at once: enough for full BLAS speed, and few megabytes of doubles
 EPS = float(np.finfo(np.float64).eps)

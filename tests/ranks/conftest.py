@@ -1,10 +1,12 @@
 """Processes for tests on several ranks, and what they work on."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,18 @@ def launch(environment: dict[str, str]) -> Launch:
                 f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
             )
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    """Runs a script on two ranks; returns what each found, which the script leaves in a json file of its rank."""
+
+    def run(script: str) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp(Path(script).stem)
+        launch([HERE / script, folder], 2)
+        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
     return run
 

@@ -1,15 +1,10 @@
 """FSDP1 around small modules: in whatever way it wraps them, what is merged is what DDP gives, plain and whole."""
 
-import json
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-HERE = Path(__file__).parent
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 FITS = (
     "whole", "layers", "recomputed", "gradients only", "tied", "adapted", "adapted layers", "normed", "wrapping",
     "sharded files",
@@ -26,11 +21,8 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def found(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks found in each case."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    launch([HERE / "fsdp_cases.py", folder], 2)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+def found(on_two_ranks: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return on_two_ranks("fsdp_cases.py")
 
 
 @pytest.mark.parametrize("case", FITS)

@@ -1,6 +1,5 @@
 """Ranks that are late, or that do not fit together."""
 
-import json
 import re
 import subprocess
 import time
@@ -61,11 +60,8 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def found(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank found in each case."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    launch([HERE / "two_ranks.py", folder], 2)
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+def found(on_two_ranks: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return on_two_ranks("two_ranks.py")
 
 
 @pytest.mark.parametrize("case", REFUSALS)
