@@ -7,7 +7,6 @@ since checkpoints are written after it.
 Where several processes train together they also merge together: each keeps and merges its share of the parameters.
 """
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -139,19 +138,6 @@ class DRMMergeCallback(Callback):
     def is_merged(self) -> bool:
         """Whether the merged model is there."""
         return self._merged is not None
-
-    @property
-    def method_description(self) -> dict[str, object]:
-        """The recipe as configuration: the method's class path and arguments, and what else decides the merge."""
-        method = self.recipe.method
-        return {
-            "class_path": f"lightning_drm.{type(method).__name__}",
-            "init_args": method.hyperparameters(),
-            "coefficients": dict(zip(self.tasks, self.recipe.coefficients_of(self.tasks), strict=True)),
-            "convolutions": self.recipe.convolutions,
-            "vectors": self.recipe.vectors,
-            "overrides": [dataclasses.asdict(override) for override in self.recipe.overrides],
-        }
 
     @property
     def merged_module(self) -> MultiTaskModule:

@@ -199,7 +199,7 @@ class MergeTrainer(Trainer):
         head = head_names_of(module, merge.head)
         heads = read_merged(folder.merged, module, head, merge.tasks)
         merged = self._measure(MultiTaskModule.assemble(module, head, {}, heads), datamodule, "merged · test")
-        return self._report(Comparison(merge.tasks, base, individual, merged, merge.method_description), folder)
+        return self._report(merge, folder, base, individual, merged)
 
     def _finetune(
         self,
@@ -272,14 +272,23 @@ class MergeTrainer(Trainer):
         base = {task: metrics[task]["base"] for task in merge.tasks}
         individual = {task: metrics[task]["individual"] for task in merge.tasks}
         merged = self._measure(merge.merged_module, datamodule, "merged · test")
-        self._report(Comparison(merge.tasks, base, individual, merged, merge.method_description), folder)
+        self._report(merge, folder, base, individual, merged)
 
-    def _report(self, comparison: Comparison, folder: RunFolder) -> dict[str, float]:
+    def _report(
+        self,
+        merge: DRMMergeCallback,
+        folder: RunFolder,
+        base: Accuracies,
+        individual: Accuracies,
+        merged: Mapping[str, float],
+    ) -> dict[str, float]:
+        method = merge.recipe.description(merge.tasks)
+        comparison = Comparison(merge.tasks, base, individual, merged, method)
         metrics = logged_metrics(comparison)
         if is_writer():
             write_report(comparison, folder.path)
         for logger in self.loggers:
-            logger.log_hyperparams(dict(comparison.method))
+            logger.log_hyperparams(method)
             logger.log_metrics(metrics)
             logger.save()
         self._console.print(terminal_table(comparison))

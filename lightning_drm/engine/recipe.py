@@ -1,7 +1,7 @@
 """A recipe: the method, the parameters it applies to, one coefficient per task, and the exceptions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -113,6 +113,21 @@ class Recipe:
     def coefficients_of(self, tasks: Sequence[str]) -> list[float]:
         """The coefficients of some tasks, in their order, exceptions aside."""
         return [self.coefficients.get(task, 1.0) for task in tasks]
+
+    def description(self, tasks: Sequence[str]) -> dict[str, object]:
+        """The recipe as configuration: the method's class path and arguments, and what else decides the merge.
+
+        Args:
+            tasks: The tasks, in their order.
+        """
+        return {
+            "class_path": f"lightning_drm.{type(self.method).__name__}",
+            "init_args": self.method.hyperparameters(),
+            "coefficients": dict(zip(tasks, self.coefficients_of(tasks), strict=True)),
+            "convolutions": self.convolutions,
+            "vectors": self.vectors,
+            "overrides": [asdict(override) for override in self.overrides],
+        }
 
     def check(self, tasks: Sequence[str]) -> None:
         """Refuses what no task or method has.
