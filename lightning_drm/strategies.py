@@ -20,7 +20,7 @@ from lightning_drm.deltas import Parameter
 
 
 def refuse_strategy(strategy: Strategy) -> None:
-    """Refuses, by name, strategies under which no process holds the whole weights or the callback's state is lost.
+    """Refuses, by name, strategies and settings of theirs under which deltas cannot be taken, or would be lost.
 
     Args:
         strategy: The Trainer's strategy.
