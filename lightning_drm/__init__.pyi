@@ -1,8 +1,8 @@
-from .callback import DRMMergeCallback
 from .data import MultiTaskDataModule
 from .merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
 from .modules import MultiTaskModule, TransformerTask
-from .trainer import MergeTrainer
+from .training.callback import DRMMergeCallback
+from .training.trainer import MergeTrainer
 
 __version__: str
 

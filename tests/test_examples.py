@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_run_config
+from helpers.tiny import save_run_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_drm.cli_trainer import MergeCLI
+from lightning_drm.cli.trainer import MergeCLI
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

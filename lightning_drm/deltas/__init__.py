@@ -4,16 +4,8 @@ from lightning_drm.deltas.collect import Base
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
 from lightning_drm.deltas.lora import remove_adapters
 from lightning_drm.deltas.parameters import Kind, Parameter, backbone_parameters, head_state
-from lightning_drm.deltas.store import (
-    DELTAS_FILE,
-    HEAD_FILE,
-    StoredDeltas,
-    load_task_vector,
-    save_task_vector,
-    write_tensors,
-)
+from lightning_drm.deltas.store import DELTAS_FILE, HEAD_FILE, StoredDeltas, load_task_vector, save_task_vector
 from lightning_drm.deltas.task_vector import TaskVector
-from lightning_drm.deltas.whole import written_whole
 
 __all__ = [
     "DELTAS_FILE",
@@ -31,6 +23,4 @@ __all__ = [
     "load_task_vector",
     "remove_adapters",
     "save_task_vector",
-    "write_tensors",
-    "written_whole",
 ]

@@ -22,8 +22,8 @@ from lightning_drm.deltas.lora import adapted_weight_delta, refuse_unsupported_a
 from lightning_drm.deltas.parameters import Parameter, backbone_parameters, head_state
 from lightning_drm.deltas.sharded import from_piece, piece, whole
 from lightning_drm.deltas.task_vector import TaskVector
+from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.merging import Delta, LowRank
-from lightning_drm.ranks import ALONE, Ranks
 
 Keep = Callable[[str, Delta], Delta]
 

@@ -1,20 +1,19 @@
 """Task vectors in safetensors files: written whole or not at all, read one parameter at a time."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_drm.deltas.fingerprint import fingerprint
 from lightning_drm.deltas.task_vector import TaskVector
-from lightning_drm.deltas.whole import written_whole
 from lightning_drm.merging import Delta, LowRank
+from lightning_drm.storage import write_tensors
 
 DELTAS_FILE = "deltas.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -22,19 +21,6 @@ HEAD_FILE = "head.safetensors"
 _FORMAT = "lightning_drm.deltas/1"
 # Not ".up": a module may have a parameter of that name.
 _UP, _DOWN = "::up", "::down"
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file whole or not at all.
-
-    Args:
-        path: Where to; its folder is made.
-        tensors: Tensors on any device, by name.
-        metadata: Strings for the file's header.
-    """
-    with written_whole(path) as place:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, place, dict(metadata or {}))
-        place.chmod(0o666 & ~_umask())  # safetensors writes 0600, which a team's shared folder cannot read
 
 
 def save_task_vector(vector: TaskVector, folder: Path) -> None:
@@ -130,9 +116,3 @@ class StoredDeltas(Mapping[str, Delta]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_drm.deltas import written_whole
-from lightning_drm.engine import write_json, write_text
 from lightning_drm.evaluation.comparison import ROWS, Comparison
+from lightning_drm.storage import write_json, write_text, written_whole
 
 SCHEMA = 1
 _COLUMNS = (*ROWS, "normalized")

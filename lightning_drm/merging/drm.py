@@ -22,10 +22,10 @@ from typing_extensions import override
 from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import check_coefficients, check_deltas, choice, finite, refuse, share
 from lightning_drm.merging.joint_basis import Direction, JointBasis
+from lightning_drm.merging.linalg.selection import prune_each, thresholds
+from lightning_drm.merging.linalg.spectral import eigen_cost
 from lightning_drm.merging.low_rank import Delta, LowRank
 from lightning_drm.merging.method import COST_PER_VALUE, Method
-from lightning_drm.merging.selection import prune_each, thresholds
-from lightning_drm.merging.spectral import eigen_cost
 
 PruneScope = Literal["joint", "individual"]
 

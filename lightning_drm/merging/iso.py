@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_drm.merging.inputs import finite, refuse, share
+from lightning_drm.merging.linalg.spectral import Triplets, join, orthogonalize, rounding_error, thin_svd
 from lightning_drm.merging.linear import weighted_sum
 from lightning_drm.merging.rotational import RotationalMethod
-from lightning_drm.merging.spectral import Triplets, join, orthogonalize, rounding_error, thin_svd
 
 
 class IsoC(RotationalMethod):

@@ -25,8 +25,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from lightning_drm.merging.linalg.spectral import LENGTH, eigen, gram, needs_svd, rank_tolerance, rounding_error
 from lightning_drm.merging.low_rank import Delta, LowRank, densify, row_coordinates
-from lightning_drm.merging.spectral import LENGTH, eigen, gram, needs_svd, rank_tolerance, rounding_error
 
 Direction = Literal["horizontal", "vertical"]
 

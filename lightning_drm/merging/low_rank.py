@@ -20,7 +20,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.spectral import thin_svd
+from lightning_drm.merging.linalg.spectral import thin_svd
 
 
 @dataclass(frozen=True, eq=False)

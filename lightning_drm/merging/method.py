@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_drm.merging.inputs import check_coefficients, check_deltas
+from lightning_drm.merging.linalg.selection import Reduce, identity
 from lightning_drm.merging.low_rank import Delta, LowRank, densify
-from lightning_drm.merging.selection import Reduce, identity
 
 COST_PER_VALUE = 500.0
 """What reading, moving and comparing one value of one task costs, in the unit of `Method.cost`: about 10 ns."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_drm.merging.linalg.spectral import thin_svd_cost
 from lightning_drm.merging.low_rank import LowRank, core_coordinates
 from lightning_drm.merging.method import Method
-from lightning_drm.merging.spectral import thin_svd_cost
 
 
 class RotationalMethod(Method):

@@ -17,9 +17,9 @@ from typing_extensions import override
 
 from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import check_deltas, choice, finite, refuse, share
+from lightning_drm.merging.linalg.selection import Reduce, identity, prune_each, thresholds
 from lightning_drm.merging.low_rank import Delta, densify
 from lightning_drm.merging.method import Method
-from lightning_drm.merging.selection import Reduce, identity, prune_each, thresholds
 
 Scope = Literal["global", "tensor"]
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_drm.merging.inputs import finite, refuse
+from lightning_drm.merging.linalg.spectral import join, orthogonalize, thin_svd
 from lightning_drm.merging.rotational import RotationalMethod
-from lightning_drm.merging.spectral import join, orthogonalize, thin_svd
 
 
 class TSVM(RotationalMethod):

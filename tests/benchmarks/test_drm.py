@@ -1,12 +1,12 @@
 """DRM on the layers of a ViT-B/32 and of an 8-billion-parameter Llama's attention, against the SVD and the floor."""
 
 import pytest
-import reference
 import torch
 from benchmarks import published
 from benchmarks.floor import Floor
 from benchmarks.memory import extra_share
 from benchmarks.timing import interleaved, make_deltas
+from helpers import reference
 
 from lightning_drm.merging import DRM, TSVM, IsoC, LowRank
 

@@ -21,8 +21,9 @@ BLOCK = {"q": (768, 768), "k": (768, 768), "v": (768, 768), "o": (768, 768), "up
 SCRIPT = """
 import json, sys, time
 from lightning_drm import DRM
-from lightning_drm.engine import Recipe, merge_files
-from lightning_drm.launch import started_together
+from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm.fusion import Recipe
+from lightning_drm.distributed.launch import started_together
 base, output, direction, *paths = sys.argv[1:]
 models = {str(task): path for task, path in enumerate(paths)}
 with started_together() as ranks:

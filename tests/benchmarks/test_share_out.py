@@ -4,8 +4,8 @@ import pytest
 from benchmarks.llama import llama_parameters
 
 from lightning_drm import DRM, TIES, IsoC
-from lightning_drm.engine import Override, Recipe
-from lightning_drm.engine.share_out import balance, costs
+from lightning_drm.fusion import Override, Recipe
+from lightning_drm.fusion.share_out import balance, costs
 
 TASKS = [f"task {index}" for index in range(8)]
 

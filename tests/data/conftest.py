@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import datasets
 import pytest
-from sample_rows import make_rows
+from helpers.sample_rows import make_rows
 
 
 @pytest.fixture(scope="session", autouse=True)

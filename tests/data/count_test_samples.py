@@ -6,9 +6,9 @@ from pathlib import Path
 
 import datasets
 import torch
+from helpers.sample_rows import BASE
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from sample_rows import BASE
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 

@@ -5,9 +5,9 @@ import os
 import subprocess
 import sys
 
-import count_test_samples
 import datasets
 import pytest
+from data import count_test_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer

@@ -2,7 +2,7 @@ from collections import Counter
 
 import datasets
 import pytest
-from sample_rows import make_rows
+from helpers.sample_rows import make_rows
 
 from lightning_drm.data.labels import encode_labels
 from lightning_drm.data.splits import complete, limit

@@ -4,7 +4,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from sample_rows import BASE, make_rows
+from helpers.sample_rows import BASE, make_rows
 
 from lightning_drm.data import TextTask
 

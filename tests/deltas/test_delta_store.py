@@ -13,15 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_drm.deltas import (
-    StoredDeltas,
-    TaskVector,
-    fingerprint,
-    load_task_vector,
-    save_task_vector,
-    write_tensors,
-)
+from lightning_drm.deltas import StoredDeltas, TaskVector, fingerprint, load_task_vector, save_task_vector
 from lightning_drm.merging import LowRank
+from lightning_drm.storage import write_tensors
 
 
 def make_vector(task: str = "topic") -> TaskVector:

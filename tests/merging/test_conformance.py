@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lightning_drm.merging import DRM, TIES, TSVM, Average, IsoC, IsoCTS, Method, TaskArithmetic
 
 SHARED = Path(__file__).parents[3] / "shared" / "conformance"
-GOLDEN = SHARED if SHARED.is_dir() else Path(__file__).parents[1] / "data" / "conformance"
+GOLDEN = SHARED if SHARED.is_dir() else Path(__file__).with_name("conformance")
 CASES = json.loads((GOLDEN / "index.json").read_text())
 METHODS = ["drm_h", "drm_v", "ties", "task_arithmetic", "average", "iso_c", "iso_cts", "tsv_m"]
 WITH_COEFFICIENTS = {"drm_h", "drm_v"}  # the published code of the others has no coefficient per task
@@ -54,6 +54,6 @@ def test_matches_published_code(case, name):
 
 
 def test_copy_is_what_was_shared():
-    copied = Path(__file__).parents[1] / "data" / "conformance"
+    copied = Path(__file__).with_name("conformance")
     for path in GOLDEN.iterdir():
         assert path.read_bytes() == (copied / path.name).read_bytes()

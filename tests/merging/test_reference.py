@@ -1,8 +1,8 @@
 """Every method, on every kind of input, against the plain float64 loops in tests/reference.py."""
 
 import pytest
-import reference
 import torch
+from helpers import reference
 
 from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
 

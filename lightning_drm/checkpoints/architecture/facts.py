@@ -1,0 +1,169 @@
+"""What a configuration says of a model's parameters, without any weights: the model is built on torch's meta device."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from lightning_drm.checkpoints.architecture.alignment import Alignment
+from lightning_drm.deltas import Kind, backbone_parameters
+
+_TASK_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Regression")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Facts about a model's parameters; empty where nothing is known, so that shapes and names must do.
+
+    Attributes:
+        name: The model's class.
+        kinds: What each parameter is to its layer.
+        ties: Name of a tied tensor to the name of the one that is stored.
+        transposed: Linear weights stored ``(in, out)``.
+        vocabulary: Parameters with one row for each token.
+        backbone: Prefix of what tasks share; empty if that is everything.
+        live_name: The live model's name of a tensor under its name in a file, which transformers sometimes changes.
+        files: The file's names by the live model's, where they differ; only after `named_like`.
+    """
+
+    name: str = "a model without a known architecture"
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    ties: Mapping[str, str] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
+    vocabulary: frozenset[str] = frozenset()
+    backbone: str = ""
+    live_name: Callable[[str], str] = str
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def known(self) -> bool:
+        """Whether a configuration was found and understood."""
+        return bool(self.kinds)
+
+    @classmethod
+    def of_folder(cls, folder: Path | None) -> "Architecture":
+        """Reads ``config.json``; custom code is not run.
+
+        Args:
+            folder: A model's folder.
+        """
+        if folder is None or not (folder / "config.json").is_file():
+            return cls()
+        level = logging.getLogger("transformers").level
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            model = _meta_model(folder)
+        except (ValueError, KeyError, AttributeError, ImportError, OSError):  # unknown to this transformers
+            return cls()
+        finally:
+            logging.getLogger("transformers").setLevel(level)
+        return cls.of_model(model)
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel) -> "Architecture":
+        """Reads a model's structure."""
+        ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        vocabulary = set()
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+        for layer in embeddings:
+            owned = [name for name, child in model.named_modules(remove_duplicate=False) if child is layer and name]
+            vocabulary |= {f"{name}.{part}" for name in owned for part in ("weight", "bias")}
+        vocabulary |= {ties[name] for name in vocabulary & ties.keys()}
+        transposed = {f"{name}.weight" for name, child in model.named_modules() if isinstance(child, Conv1D)}
+        kinds = {name: parameter.kind for name, parameter in backbone_parameters(model, []).items()}
+        has_tokens = model.get_input_embeddings() is not None
+        return cls(
+            type(model).__name__,
+            kinds,
+            ties,
+            frozenset(transposed),
+            frozenset(vocabulary & kinds.keys()) if has_tokens else frozenset(),
+            _backbone_prefix(model),
+            _renaming(model),
+        )
+
+    def named_like(self, names: set[str]) -> "Architecture":
+        """The same facts under the names that a file uses, where those have another prefix."""
+        if not self.known:
+            return self
+        files = {live: name for name in names if (live := self.live_name(name)) != name}
+        align = Alignment.between(self.kinds, names | files.keys())
+
+        def rename(name: str) -> str:
+            return files.get(align(name), align(name))
+
+        return Architecture(
+            self.name,
+            {rename(name): kind for name, kind in self.kinds.items()},
+            {rename(tied): rename(source) for tied, source in self.ties.items()},
+            frozenset(map(rename, self.transposed)),
+            frozenset(map(rename, self.vocabulary)),
+            self.backbone.removeprefix(align.strip) and align.add + self.backbone.removeprefix(align.strip),
+            self.live_name,
+            files,
+        )
+
+    def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
+        """What a parameter is to its layer: known from the layer, else told from name and shape."""
+        return self.kinds.get(name) or guess_kind(name, shape)
+
+
+def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
+    """What a parameter probably is, where no layer tells.
+
+    Example:
+        >>> guess_kind("layers.0.fc.weight", (4, 4)), guess_kind("token_embedding.weight", (9, 4))
+        ('matrix', 'embedding')
+    """
+    parts = name.lower().split(".")
+    if len(shape) == 2 and any("embed" in part or part in ("wte", "wpe", "shared") for part in parts):
+        return "embedding"
+    if len(shape) == 2 and parts[-1].endswith("weight"):
+        return "matrix"
+    return "convolution" if len(shape) > 2 and parts[-1] == "weight" else "other"
+
+
+def _meta_model(folder: Path) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    model_class = getattr(transformers, named[0], None) if named else None
+    with torch.device("meta"):
+        if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+            return model_class(config)
+        built: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+        return built
+
+
+def _backbone_prefix(model: PreTrainedModel) -> str:
+    if not any(part in type(model).__name__ for part in _TASK_HEADS):
+        return ""
+    prefix = model.base_model_prefix
+    if not isinstance(getattr(model, prefix, None), nn.Module):
+        sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+        prefix = max(sizes, key=lambda name: sizes[name])
+    return f"{prefix}."
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """How transformers renames a file's tensors when it loads them; those that it also converts keep their name."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    state = model.state_dict()
+
+    def live_name(name: str) -> str:
+        live, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        return live if converted is None and live in state else name
+
+    return live_name

@@ -1,0 +1,25 @@
+"""The plan of a merge of files: every parameter matched with the base, and every problem known before any work."""
+
+from lightning_drm.checkpoints.planning.plan import (
+    Plan,
+    Rules,
+    make_plan,
+    memory_bytes,
+    plan_costs,
+    read_bytes,
+    refuse,
+    table,
+    written_bytes,
+)
+
+__all__ = [
+    "Plan",
+    "Rules",
+    "make_plan",
+    "memory_bytes",
+    "plan_costs",
+    "read_bytes",
+    "refuse",
+    "table",
+    "written_bytes",
+]

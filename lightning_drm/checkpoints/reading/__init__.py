@@ -1,0 +1,16 @@
+"""What a merge can start from: model folders, adapters, checkpoints and stored deltas, read one tensor at a time."""
+
+from lightning_drm.checkpoints.reading.locate import BaseModel, open_base, open_input
+from lightning_drm.checkpoints.reading.source import Entry, TaskInput
+from lightning_drm.checkpoints.reading.tensors import TensorHeader, Tensors, quick_fingerprint
+
+__all__ = [
+    "BaseModel",
+    "Entry",
+    "TaskInput",
+    "TensorHeader",
+    "Tensors",
+    "open_base",
+    "open_input",
+    "quick_fingerprint",
+]

@@ -1,0 +1,109 @@
+"""A checkpoint of a module that peft injected LoRA into: frozen weights, factors and trained values in one state dict.
+
+The factors' scaling is in no tensor. It follows from the ``LoraConfig``, which `TransformerTask` and every other module
+that calls ``save_hyperparameters`` keep in the checkpoint; it is read from there as plain values, and nothing of the
+file is executed. The frozen weights tell whether the adapter was trained on the base that it is merged into.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_drm.checkpoints.reading.adapter import LoraInput
+from lightning_drm.checkpoints.reading.inert_pickle import Placeholder
+from lightning_drm.checkpoints.reading.tensors import Tensors, plain_name
+
+_KINDS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".modules_to_save.")
+_TELLING = {"r", "lora_alpha", "target_modules"}  # fields by which a dictionary is known as a LoraConfig's
+
+
+class LoraCheckpoint(LoraInput):
+    """A checkpoint with LoRA layers.
+
+    Args:
+        path: The file.
+        tensors: What it holds.
+        hyperparameters: The hyper-parameters that it keeps.
+
+    Raises:
+        ValueError: If the scaling is not known, there is more than one adapter, or it has no exact delta.
+    """
+
+    format = "a checkpoint with LoRA"
+    whole = True
+
+    def __init__(self, path: Path, tensors: Tensors, hyperparameters: object) -> None:
+        super().__init__(path, tensors, _config(path, hyperparameters))
+        self._frozen: dict[str, str] = {}
+        names = {raw: plain_name(raw).replace("base_model.model.", "", 1) for raw in tensors.headers}
+        adapters = {name.split(kind)[1].split(".")[0] for name in names.values() for kind in _KINDS if kind in name}
+        if len(adapters) != 1:
+            found = (
+                f"the adapters {', '.join(sorted(adapters))}" if adapters else "adapted layers without LoRA's factors"
+            )
+            raise ValueError(f"{path} holds {found}; expected one LoRA adapter.")
+        self._sort(names, adapters.pop())
+
+    def _sort(self, names: Mapping[str, str], adapter: str) -> None:
+        adapted = {name.split(".lora_")[0] for name in names.values() if ".lora_" in name}
+        saved = {name.split(".modules_to_save.")[0] for name in names.values() if ".modules_to_save." in name}
+        for raw, name in names.items():
+            module, _, kind = name.partition(".lora_")
+            if kind in (f"A.{adapter}.weight", f"embedding_A.{adapter}"):
+                self._add(module, raw, raw.replace("lora_A.", "lora_B.").replace("embedding_A.", "embedding_B."))
+            elif kind in (f"B.{adapter}.weight", f"embedding_B.{adapter}"):
+                continue
+            elif kind:
+                raise ValueError(f"{self.path}: holds {name}, which is not plain LoRA.")
+            elif any(name == f"{module}.base_layer.weight" for module in adapted):
+                self._frozen[name.replace(".base_layer.", ".")] = raw
+            elif not any(name.startswith(f"{module}.original_module.") for module in saved):
+                own = name.replace(f".modules_to_save.{adapter}.", ".").replace(".base_layer.", ".")
+                if self._tensors.headers[raw].dtype.is_floating_point:
+                    self._add_value(own, raw)
+
+    @override
+    def base_value(self, name: str) -> Tensor | None:
+        return self._tensors.read(self._frozen[name]) if name in self._frozen else None
+
+
+def _config(path: Path, hyperparameters: object) -> dict[str, Any]:
+    found = list(_configs(hyperparameters))
+    if not found:
+        raise ValueError(
+            f"{path} holds LoRA layers, but no LoraConfig among its hyper-parameters that tells their scaling; save it "
+            "with save_hyperparameters, save the adapter with peft's save_pretrained, or merge from the run folder."
+        )
+    if any(config != found[0] for config in found):
+        raise ValueError(f"{path} holds {len(found)} different LoraConfigs; expected one.")
+    anchored = [key for key in found[0].get("alpha_pattern") or {} if key.startswith("^")]
+    if anchored:
+        raise ValueError(
+            f"{path}: alpha_pattern {anchored[0]!r} starts at the module that got the adapter, which a checkpoint does "
+            "not name; save the adapter with peft's save_pretrained, or merge from the run folder."
+        )
+    return found[0]
+
+
+def _configs(value: object) -> Iterable[dict[str, Any]]:
+    """Every LoraConfig in some hyper-parameters: an object of it, or what a configuration file says of one."""
+    if isinstance(value, Placeholder):
+        if value.kind == "LoraConfig":
+            yield {**value.state, "peft_type": "LORA"}
+    elif isinstance(value, LoraConfig):
+        yield {field.name: getattr(value, field.name) for field in dataclasses.fields(value)} | {"peft_type": "LORA"}
+    elif isinstance(value, Mapping):
+        fields = value.get("init_args") if str(value.get("class_path")).endswith(".LoraConfig") else value
+        if isinstance(fields, Mapping) and (fields is not value or fields.keys() >= _TELLING):
+            yield {**fields, "peft_type": "LORA"}
+        else:
+            for item in value.values():
+                yield from _configs(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _configs(item)

@@ -1,0 +1,196 @@
+"""Files of named tensors: their headers at once, their values one at a time.
+
+A file is opened for each read and closed after it. Both formats map files into memory, so an open file would keep every
+page that was ever read in the process; this way a merge's memory does not grow with the size of the models.
+"""
+
+import json
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_drm.checkpoints.reading.inert_pickle import inert_pickle
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of a tensor before its values are read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Tensors(ABC):
+    """Named tensors of one model, in one or many files.
+
+    Attributes:
+        files: The files.
+        headers: What they say of each tensor.
+    """
+
+    is_mapped: ClassVar[bool] = False
+    """Whether `read` costs next to nothing until values are looked at, and then only for those."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = list(files)
+        self.headers: dict[str, TensorHeader] = {}
+        self._file_of: dict[str, Path] = {}
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One tensor's values, on the CPU; a view of the file until it is freed."""
+
+
+class SafetensorsFiles(Tensors):
+    """Tensors in one or many safetensors files.
+
+    Args:
+        files: The files.
+
+    Raises:
+        ValueError: If a file is not a safetensors file, or a tensor has a type that torch does not know.
+    """
+
+    is_mapped = True
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        super().__init__(files)
+        for path in files:
+            try:
+                with _open(path) as file:
+                    for name in file.keys():  # noqa: SIM118 - not a mapping
+                        part = file.get_slice(name)
+                        dtype = _DTYPES.get(part.get_dtype())
+                        if dtype is None:
+                            raise ValueError(f"{path}: {name} has the type {part.get_dtype()}, which is not supported.")
+                        self.headers[name] = TensorHeader(tuple(part.get_shape()), dtype)
+                        self._file_of[name] = path
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"{path} cannot be read: {error}.") from error
+            except SafetensorError as error:
+                raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
+
+    @override
+    def read(self, name: str) -> Tensor:
+        with _open(self._file_of[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+class PickleFiles(Tensors):
+    """Tensors in files that ``torch.save`` wrote: ``.bin``, ``.pt``, ``.pth`` and Lightning's ``.ckpt``.
+
+    Nothing in a file is executed: objects other than tensors and plain containers (hyper-parameters, say) become
+    inert placeholders.
+
+    Args:
+        files: The files.
+
+    Raises:
+        ValueError: If a file cannot be read, or holds no tensors by name.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        super().__init__(files)
+        for path in files:
+            for name, tensor in load_mapped(path).items():
+                self.headers[name] = TensorHeader(tuple(tensor.shape), tensor.dtype)
+                self._file_of[name] = path
+
+    @override
+    def read(self, name: str) -> Tensor:
+        return load_mapped(self._file_of[name])[name].detach()
+
+
+def load_mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors by name of a file that ``torch.save`` wrote, mapped and not read.
+
+    Args:
+        path: The file; a Lightning checkpoint's ``state_dict`` is taken.
+
+    Raises:
+        ValueError: If the file is not one, or holds no tensors by name.
+    """
+    content = _load(path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    tensors = (
+        {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, Mapping)
+        else {}
+    )
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors by name, neither at its top nor under 'state_dict'.")
+    return tensors
+
+
+def load_hyperparameters(path: Path) -> object:
+    """What a Lightning checkpoint keeps under ``hyper_parameters``; objects in it are placeholders.
+
+    Args:
+        path: The file.
+    """
+    content = _load(path)
+    return content.get("hyper_parameters") if isinstance(content, Mapping) else None
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile and DDP put into it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _load(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:  # holds other objects, as most Lightning checkpoints do
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=inert_pickle)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a file that torch.save wrote: {reason}") from error
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names.
+
+    Raises:
+        ValueError: If shards are missing, naming them.
+    """
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{index} names files that are not there: {', '.join(missing)}.")
+    return [index.parent / name for name in names]
+
+
+def quick_fingerprint(files: Sequence[Path]) -> str:
+    """A hash of some files' names, sizes, first and last megabyte: tells versions apart without reading them."""
+    digest = xxhash.xxh3_128()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE))
+            file.seek(max(0, size - _SAMPLE))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _open(path: Path) -> Any:  # safetensors ships no types
+    return safe_open(path, framework="pt")

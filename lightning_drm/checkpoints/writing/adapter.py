@@ -1,0 +1,137 @@
+"""A merged PEFT adapter: exactly the merged deltas, as factors that peft loads."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from peft import LoraConfig, TaskType
+from torch import Tensor
+
+from lightning_drm.checkpoints.planning.plan import Plan
+from lightning_drm.checkpoints.reading.adapter import CONFIG_FILE, AdapterInput
+from lightning_drm.checkpoints.reading.tensors import SafetensorsFiles
+from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector
+from lightning_drm.distributed.ranks import Ranks
+from lightning_drm.fusion.fuse import Fusion
+from lightning_drm.merging import Delta, LowRank
+from lightning_drm.storage import write_json, write_tensors
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_PARTS = ".parts"  # the factors that each process merged
+_WITH_OWN_HEAD = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
+
+
+def write_adapter(folder: Path, plan: Plan, fusion: Fusion, share: Sequence[str], ranks: Ranks) -> dict[str, float]:
+    """Merges and writes the adapter: each process its share, and the first one the file, since adapters are small.
+
+    Args:
+        folder: Where to.
+        plan: A plan with an adapter as output.
+        fusion: What merges it.
+        share: The parameters that this process merges.
+        ranks: All processes.
+
+    Returns:
+        The relative error by name, where the rank was limited.
+    """
+    own: dict[str, LowRank] = {}
+    errors: dict[str, float] = {}
+    for name, factors, error in fusion.merge_low_rank(share, plan.rules.rank):
+        own[name] = factors
+        if error:
+            errors[name] = error
+    if ranks.size == 1:
+        _write(folder, plan, own)
+        return errors
+    parts = [folder / _PARTS / str(rank) for rank in range(ranks.size)]
+    kinds = {name: plan.kinds[name] for name in own}
+    save_task_vector(TaskVector(f"rank {ranks.rank}", own, kinds, {}, {}), parts[ranks.rank])
+    found = {name: error for some in ranks.gather(errors) for name, error in some.items()}
+    if ranks.is_first:
+        _write(folder, plan, {name: delta for part in parts for name, delta in load_task_vector(part).deltas.items()})
+        shutil.rmtree(folder / _PARTS)
+    return {name: found[name] for name in plan.kinds if name in found}
+
+
+def _write(folder: Path, plan: Plan, merged: Mapping[str, Delta]) -> None:
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    names = _own_names(plan)
+    for name in plan.kinds:
+        factors = merged[name]
+        assert isinstance(factors, LowRank), f"{name}: only factors have a place in an adapter"
+        ranks[names[name].removesuffix(".weight")] = factors.rank
+        a, b = _file_names(plan, names, name)
+        linear = factors.T if _is_transposed(plan, name) else factors
+        tensors[a], tensors[b] = linear.down, linear.up
+    config = _config(plan, ranks)
+    write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
+    config.save_pretrained(str(folder))
+    # peft writes them in the order of a set, which differs from process to process.
+    written = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    written["target_modules"] = sorted(written["target_modules"])
+    write_json(folder / CONFIG_FILE, written)
+
+
+def read_adapter(folder: Path, plan: Plan) -> Iterator[tuple[str, LowRank]]:
+    """Name and factors of each parameter, as `write_adapter` wrote them.
+
+    Args:
+        folder: Where they are.
+        plan: The same plan.
+
+    Raises:
+        ValueError: If the file does not hold what was planned.
+    """
+    written, names = SafetensorsFiles([folder / ADAPTER_FILE]), _own_names(plan)
+    if len(written.headers) != 2 * len(plan.kinds):
+        raise ValueError(f"{folder} has {len(written.headers)} factors instead of {2 * len(plan.kinds)}.")
+    for name in plan.kinds:
+        a, b = _file_names(plan, names, name)
+        factors = LowRank(written.read(b), written.read(a))
+        yield name, factors.T if _is_transposed(plan, name) else factors
+
+
+def _file_names(plan: Plan, names: dict[str, str], name: str) -> tuple[str, str]:
+    """The names of both factors, the inner one first."""
+    module = f"base_model.model.{names[name].removesuffix('.weight')}"
+    if plan.kinds[name] == "embedding":
+        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def _is_transposed(plan: Plan, name: str) -> bool:
+    """Whether the file's factors make the transposed weight: embeddings, and Conv1D."""
+    return plan.kinds[name] == "embedding" or name in plan.transposed
+
+
+def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:
+    """With alpha equal to the rank everywhere, peft's scaling is 1."""
+    rank = max(ranks.values())
+    others = {f"^{module.replace('.', chr(92) + '.')}": value for module, value in ranks.items() if value != rank}
+    inputs = [task.input for task in plan.tasks]
+    kinds = {found.config.get("task_type") for found in inputs if isinstance(found, AdapterInput)}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return LoraConfig(
+        task_type=None if kind is None or kind in _WITH_OWN_HEAD else TaskType(kind),
+        base_model_name_or_path=plan.base.name,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(ranks),
+        rank_pattern=dict(others),
+        alpha_pattern=dict(others),
+        fan_in_fan_out=any(name in plan.transposed for name in plan.kinds),
+    )
+
+
+def _own_names(plan: Plan) -> dict[str, str]:
+    """The names that the adapters use, if they agree on them; the base's else."""
+    used: dict[str, set[str]] = {name: set() for name in plan.kinds}
+    for task in plan.tasks:
+        for name, raw in task.names.items():
+            used[name].add(raw)
+    if any(len(names) > 1 for names in used.values()):
+        return {name: name for name in plan.kinds}
+    return {name: next(iter(names)) for name, names in used.items()}

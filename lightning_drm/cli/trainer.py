@@ -1,0 +1,77 @@
+"""``lightning-drm fit | merge | test`` on one YAML file: a LightningCLI around `MergeTrainer`."""
+
+from lightning import LightningModule
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_drm.data import MultiTaskDataModule
+from lightning_drm.storage import write_text
+from lightning_drm.training.callback import DRMMergeCallback
+from lightning_drm.training.trainer import MergeTrainer, is_writer
+
+# Arguments of Lightning's fit and test that have no meaning for several tasks at once.
+_LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}
+
+
+class MergeCLI(LightningCLI):
+    """Reads ``model`` (a task's module), ``data`` (the tasks), ``drm`` (the merge) and ``trainer`` from one YAML file.
+
+    Args:
+        args: Command-line arguments, or a configuration; those of the process if left out.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            model_class=LightningModule,
+            datamodule_class=MultiTaskDataModule,
+            trainer_class=MergeTrainer,
+            subclass_mode_model=True,
+            save_config_callback=None,  # one configuration per run, not one per fit: see before_fit
+            seed_everything_default=0,
+            auto_configure_optimizers=False,  # optimizers are the task module's, since each task needs its own
+            parser_kwargs={"prog": "lightning-drm"},
+            args=args,
+        )
+
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(DRMMergeCallback, "drm")
+        super().add_core_arguments_to_parser(parser)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"drm.method": {"class_path": "lightning_drm.DRM"}, "drm.dirpath": "runs/drm"})
+        parser.link_arguments("data.tasks", "drm.tasks", compute_fn=list)
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {*_LIGHTNINGS_OWN, "train_dataloaders", "val_dataloaders"},
+            "merge": {"model", "datamodule"},
+            "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
+        }
+
+    def before_fit(self) -> None:
+        """Keeps the configuration with the run."""
+        config = self.config["fit"]
+        text = self._parser("fit").dump(config, skip_none=False)
+        folder = self._get(self.config_init, "drm").run_folder
+        if folder is not None and is_writer():
+            write_text(folder.config, text)
+
+
+def run(args: ArgsType = None) -> None:
+    """Runs the subcommand.
+
+    Args:
+        args: Command-line arguments, or a configuration; those of the process if left out.
+
+    Raises:
+        ValueError: If something does not fit together, for Lightning or for this package.
+    """
+    try:
+        MergeCLI(args)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error

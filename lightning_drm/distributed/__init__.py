@@ -1,0 +1,1 @@
+"""The processes that work on one run: starting them, meeting, and noticing that one is gone."""

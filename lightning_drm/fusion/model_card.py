@@ -1,0 +1,69 @@
+"""The model card of a merged model: what it was made from and how, with the metadata that model hubs read."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+
+import yaml
+
+from lightning_drm.fusion.recipe import Recipe
+
+
+def model_card(
+    recipe: Recipe,
+    columns: Mapping[str, Mapping[str, object]],
+    *,
+    base: str | None,
+    base_fingerprint: str,
+    library: str = "transformers",
+    licence: str | None = None,
+    facts: Sequence[str] = (),
+) -> str:
+    """Writes the card.
+
+    Args:
+        recipe: How the tasks were merged.
+        columns: By task, what its row of the table says beside its coefficient.
+        base: The base's name, where it has one.
+        base_fingerprint: Tells the base's version.
+        library: What loads the model.
+        licence: The base's licence, where it is known.
+        facts: Further lines for the list of facts.
+    """
+    tasks = list(columns)
+    metadata: dict[str, object] = {"library_name": library}
+    if base is not None:
+        metadata["base_model"] = base
+        metadata["base_model_relation"] = "adapter" if library == "peft" else "merge"
+    if licence is not None:
+        metadata["license"] = licence
+    metadata["tags"] = ["merge", "lightning_drm"]
+    titles = list(next(iter(columns.values())))
+    rows = [
+        [task, f"{coefficient:g}", *(str(columns[task][title]) for title in titles)]
+        for task, coefficient in zip(tasks, recipe.coefficients_of(tasks), strict=True)
+    ]
+    table = [["task", "coefficient", *titles], ["---"] * (2 + len(titles)), *rows]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("lightning_drm", "torch", "transformers", "peft"))
+    overrides = [f"- override: `{override!r}`" for override in recipe.overrides]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(metadata, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {len(tasks)} tasks merged with {type(recipe.method).__name__}",
+            "",
+            f"One backbone for the tasks {', '.join(tasks)}; `heads/<task>.safetensors` holds a task's head.",
+            "",
+            f"- method: `{recipe.method!r}`",
+            f"- convolutions: {recipe.convolutions}",
+            f"- embeddings, biases, norms: {recipe.vectors}",
+            *overrides,
+            f"- base: {base or 'not named'}, fingerprint `{base_fingerprint}`",
+            f"- made with: {packages}",
+            *(f"- {fact}" for fact in facts),
+            "",
+            *(f"| {' | '.join(row)} |" for row in table),
+            "",
+        ]
+    )

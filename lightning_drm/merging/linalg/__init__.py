@@ -1,0 +1,1 @@
+"""What the methods compute with: eigenvectors and singular vectors, thresholds of long streams."""

@@ -1,0 +1,216 @@
+"""Decompositions through the Gram matrix of the shorter side.
+
+A method that needs the singular vectors of a long stack `S` (k × L, k ≪ L) never has to decompose it: `S Sᵀ` is only
+k × k, and its eigenvectors are the left singular vectors. Squaring costs half of the digits, so the Gram matrix is
+accumulated in float64 even where the data are float32: that resolves singular values down to 1e-8 of the largest, which
+no float32 SVD does. Where float64 data need directions below 1e-4, a real SVD takes over.
+
+Cost: one product of k² L, of which the half below the diagonal is skipped, and one symmetric eigenproblem of size k,
+against about 20 k² L for the SVD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_drm.merging.linalg.divide_and_conquer import LinAlgError, leading_eigenvectors
+
+Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Left singular vectors U (m, r), singular values S (r,), right singular vectors Vᵀ (r, n)."""
+
+TILE = (768, 384)  # of a Gram matrix, computed at once: enough for full BLAS speed, and its buffers stay small
+TORN_SIZE = 1024  # rows from which tearing saves enough to be worth its float32
+LENGTH = 4096  # columns converted to float64 at once, which bounds the extra memory
+GRAM_RESOLUTION = 1e-4  # share of the largest singular value from which a Gram matrix rivals an SVD in float64
+
+
+def gram(matrices: Iterable[Tensor]) -> Tensor:
+    """Sum of A Aᵀ over matrices of k rows, at least one.
+
+    Args:
+        matrices: Matrices of shape (k, L); L may differ. Transposed views are as good as any.
+
+    Returns:
+        The upper triangle of a float64 matrix (k, k), in tiles: what lies far below the diagonal stays zero.
+    """
+    total: Tensor | None = None
+    for matrix in matrices:
+        if total is None:
+            total = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
+        for part in torch.split(matrix, LENGTH, dim=1):
+            block = part.double()
+            for left in range(0, len(total), TILE[1]):
+                columns = slice(left, left + TILE[1])
+                for top in range(0, left + TILE[1], TILE[0]):
+                    rows = slice(top, min(top + TILE[0], left + TILE[1]))
+                    total[rows, columns].addmm_(block[rows], block[columns].T)
+            del block  # before the next one is made
+    assert total is not None
+    return total
+
+
+def eigen(
+    build: Callable[[], Tensor], dtype: torch.dtype = torch.float64, num_kept: Callable[[Tensor], int] = len
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and leading eigenvectors of a positive semidefinite matrix, the largest first.
+
+    Divide-and-conquer fails on rare inputs, differently on every device and not always with a word, so there is a
+    ladder: what is quickest, the CPU's solver, and last an SVD, which for such a matrix is the same thing. Each solver
+    works in the matrix's own memory, and each starts from a fresh one.
+
+    Args:
+        build: Computes the matrix, of shape (k, k), of which only the upper triangle is read.
+        dtype: The precision in which the eigenvectors are wanted.
+        num_kept: Says, from all eigenvalues (k,), how many eigenvectors are wanted; default all.
+
+    Returns:
+        Eigenvalues (k,), none below zero, and eigenvectors in the columns of a (k, r) matrix.
+
+    Raises:
+        ArithmeticError: If no solver converges, or the input is not finite.
+    """
+
+    def wanted(values: Tensor) -> int:
+        return num_kept(values.clamp(min=0))
+
+    for solve in _SOLVERS:
+        matrix = build()
+        size, device = len(matrix), matrix.device
+        try:
+            values, vectors = solve(matrix, dtype, wanted)
+        except LinAlgError:
+            continue
+        if bool(values.isfinite().all()) and _is_orthonormal(vectors):
+            return values.clamp(min=0).to(device), vectors.to(device)
+    raise ArithmeticError(f"no eigensolver converged on a {(size, size)} Gram matrix")
+
+
+def _is_orthonormal(vectors: Tensor) -> bool:
+    """Whether VᵀV takes a vector to itself, which costs as little as a look at V; false if V is not finite.
+
+    Batched solvers on GPUs have returned vectors that are not (PyTorch, issue 192483).
+    """
+    probe = torch.randn(vectors.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    probe = probe.to(vectors.device, vectors.dtype)
+    change = torch.linalg.vector_norm(vectors.T @ (vectors @ probe) - probe)
+    return bool(change <= torch.finfo(vectors.dtype).eps ** 0.5 * torch.linalg.vector_norm(probe))
+
+
+def _is_torn(size: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and size >= TORN_SIZE
+
+
+def _quickest(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    if matrix.device.type == "cpu" and _is_torn(len(matrix), dtype):
+        return leading_eigenvectors(matrix, num_kept)
+    return _eigh(matrix, dtype, num_kept)
+
+
+def _eigh(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    # Transposed, the matrix is laid out as the solver wants it. Then the input is the output too, and nothing is
+    # copied: with the solver's workspace, twice the matrix's size, a copy would be the peak of a whole merge.
+    columns, values = matrix.T, matrix.new_empty(len(matrix))
+    torch.linalg.eigh(columns, UPLO="L", out=(values, columns))
+    values = values.flip(0)
+    return values, columns[:, len(columns) - num_kept(values) :].flip(1).to(dtype)
+
+
+def _eigh_cpu(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    return _eigh(matrix.cpu(), dtype, num_kept)
+
+
+def _svd_symmetric(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    upper = matrix.cpu().triu()
+    vectors, values, _ = torch.linalg.svd(upper + upper.triu(1).T)
+    return values, vectors[:, : num_kept(values)].to(dtype)
+
+
+_SOLVERS = (_quickest, _eigh_cpu, _svd_symmetric)
+
+
+def eigen_cost(size: int, dtype: torch.dtype = torch.float64) -> float:
+    """Operations that `eigen` of a (size, size) matrix is worth on one core; measured, since few of them are BLAS-3."""
+    return (6.5 if _is_torn(size, dtype) else 10.0) * size**3
+
+
+def thin_svd_cost(shape: tuple[int, int]) -> float:
+    """Operations of `thin_svd`: half a Gram matrix, its eigenvectors, and the other side's vectors."""
+    short, long = sorted(shape)
+    return 3.0 * short**2 * long + eigen_cost(short)
+
+
+def rank_tolerance(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> float:
+    """Share of the largest singular value below which a direction of such a matrix is rounding noise.
+
+    Rounding every entry perturbs the spectrum by about eps · √max(m, n) of the typical entry, not by the
+    eps · max(m, n) that worst-case bounds give; the latter would cut real directions of large float32 matrices.
+    """
+    return torch.finfo(dtype).eps * max(8.0, math.sqrt(max(shape)))
+
+
+def rounding_error(matrix: Tensor) -> float:
+    """Length up to which a projection of `matrix` on a computed basis is nothing but rounding error.
+
+    A singular vector is off by the precision over the relative gap to its neighbours, hence the power: 6e-6 of the norm
+    in float32, 2e-12 in float64.
+    """
+    return float(torch.finfo(matrix.dtype).eps ** 0.75 * torch.linalg.vector_norm(matrix))
+
+
+def needs_svd(dtype: torch.dtype, smallest: float, largest: float) -> bool:
+    """Whether singular values in this range are beyond the Gram matrix of data of this precision."""
+    return dtype == torch.float64 and smallest < GRAM_RESOLUTION * largest
+
+
+def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float = 0.0) -> Triplets:
+    """Singular triplets up to the numerical rank, the largest first.
+
+    Args:
+        matrix: Matrix of shape (m, n), float32 or float64.
+        num_directions: Largest number of triplets to return; default all.
+        floor: Singular values up to this are noise too: the rounding error of what `matrix` was computed from.
+
+    Returns:
+        U (m, r), S (r,) and Vᵀ (r, n) in the matrix's precision, with r at most the numerical rank: no null vectors,
+        which no decomposition determines.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        V, S, Uh = thin_svd(matrix.T, num_directions, floor=floor)
+        return Uh.T, S, V.T
+    values, U = eigen(lambda: gram([matrix]))
+    S = values.sqrt()
+    largest = float(S[:1].sum())  # of a matrix without rows, 0
+    noise = max(floor, rank_tolerance(matrix.shape, matrix.dtype) * largest)
+    wanted = slice(0, num_directions)
+    if needs_svd(matrix.dtype, max(noise, float(S[wanted][-1:].sum())), largest):
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        rank = int((noise < S[wanted]).sum())
+        return U[:, :rank], S[:rank], Vh[:rank]
+    rank = int((noise < S[wanted]).sum())
+    U, S = U[:, :rank].contiguous(), S[:rank]  # a view would keep all eigenvectors alive
+    Vh = (U.T @ matrix.double()).div_(S[:, None])  # in float32, weak directions would lose their orthogonality
+    return U.to(matrix.dtype), S.to(matrix.dtype), Vh.to(matrix.dtype)
+
+
+def join(parts: Iterable[Triplets]) -> Triplets:
+    """The triplets of several matrices of one shape side by side: U (m, Σ r), S (Σ r,) and Vᵀ (Σ r, n)."""
+    left, values, right = zip(*parts, strict=True)
+    return torch.cat(left, dim=1), torch.cat(values), torch.cat(right)
+
+
+def orthogonalize(basis: Tensor) -> Tensor:
+    """The closest matrix with orthonormal rows or columns, whichever are fewer: the polar factor U Vᵀ.
+
+    Args:
+        basis: Matrix of shape (m, n). If it is rank deficient, its null directions stay zero.
+
+    Returns:
+        A matrix of shape (m, n), in the same precision.
+    """
+    U, _, Vh = thin_svd(basis)
+    return U @ Vh

@@ -1,0 +1,92 @@
+"""Files and folders that are whole or not there, whatever happens while they are written."""
+
+import glob
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+_DAY = 86400.0
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a place to write to; what is written there takes its name when it is whole, and replaces what has it.
+
+    What killed processes have left of the same file or folder is removed.
+
+    Args:
+        path: The file or folder.
+
+    Yields:
+        Where to write it. It is in a hidden folder of this process, in which a library may leave more than the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
+        if _is_left(old, old.name.removeprefix(f".{path.name}.")):
+            shutil.rmtree(old, ignore_errors=True)
+    place = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+    place.mkdir()
+    try:
+        yield place / path.name
+        if path.is_dir():  # deleting it takes time, in which half a folder would stand under its name
+            path.rename(place / ".replaced")
+        (place / path.name).replace(path)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes a text file whole or not at all."""
+    with written_whole(path) as place:
+        place.write_text(content, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file whole or not at all.
+
+    Args:
+        path: Where to; its folder is made.
+        tensors: Tensors on any device, by name.
+        metadata: Strings for the file's header.
+    """
+    with written_whole(path) as place:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, place, dict(metadata or {}))
+        place.chmod(0o666 & ~_umask())  # safetensors writes 0600, which a team's shared folder cannot read
+
+
+def _is_left(folder: Path, writer: str) -> bool:
+    """Whether its writer is dead: known on the same host, else when the folder is a day old."""
+    host, _, process = writer.rpartition("-")
+    if not process.isdigit():
+        return False
+    if host != socket.gethostname():
+        return folder.exists() and time.time() - folder.stat().st_mtime > _DAY
+    if int(process) == os.getpid():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,106 @@
+"""Merging one model on several ranks: each parameter is merged by the rank that owns it, and its weight goes to all.
+
+Three steps, so that no rank sits in a collective while another computes:
+
+1. gather: every owner gets the base of its parameters, one parameter at a time;
+2. merge: each rank merges its own parameters, for minutes, and hears nothing of the others;
+3. exchange: once all ranks have met, each weight goes from its owner to all, who take what they need of it.
+
+A rank holds N deltas and one base of its own share, and one foreign parameter at a time. What a parameter becomes
+depends on its deltas and base alone, so the number of ranks changes no bit. Methods that must see the whole model first
+(TIES' threshold) count each on its share, and sum integer counts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_drm.deltas import Parameter
+from lightning_drm.deltas.sharded import whole
+from lightning_drm.distributed.ranks import Ranks
+from lightning_drm.fusion.fuse import Fusion
+from lightning_drm.fusion.recipe import Recipe
+from lightning_drm.fusion.share_out import costs, share_out
+
+
+class Owners(Mapping[str, int]):
+    """Which rank owns which parameter.
+
+    Tasks may train different parameters and come one after another, so owners are found as parameters become known: new
+    ones are shared out among themselves, and none ever changes hands.
+
+    Args:
+        recipe: How they will be merged, which decides what they cost.
+        tasks: All tasks.
+    """
+
+    def __init__(self, recipe: Recipe, tasks: Sequence[str]) -> None:
+        self._recipe = recipe
+        self._tasks = tasks
+        self._owner: dict[str, int] = {}
+
+    def share_out(self, parameters: Mapping[str, Parameter], num_ranks: int) -> None:
+        """Finds an owner for every parameter that has none.
+
+        Args:
+            parameters: The parameters, by name.
+            num_ranks: How many ranks there are.
+        """
+        new = {name: parameter for name, parameter in parameters.items() if name not in self._owner}
+        treatments = {name: self._recipe.treatment(name, p.kind, self._tasks) for name, p in new.items()}
+        shapes = {name: tuple(p.tensor.shape) for name, p in new.items()}
+        low_rank = {name: rank * len(self._tasks) for name, p in new.items() if (rank := p.adapter_rank) is not None}
+        shares = share_out(costs(treatments, shapes, len(self._tasks), low_rank), num_ranks)
+        self._owner |= {name: rank for rank, names in enumerate(shares) for name in names}
+
+    def __getitem__(self, name: str) -> int:
+        return self._owner[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+
+def merge_together(
+    fusion: Fusion,
+    base: Mapping[str, Tensor],
+    owners: Mapping[str, int],
+    ranks: Ranks,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Merges all parameters of a fusion; all ranks call it.
+
+    Args:
+        fusion: What to merge, with this rank's share of the names.
+        base: The base's tensors by name, whole or sharded.
+        owners: Rank by name.
+        ranks: The ranks.
+        progress: Called with the number of this rank's parameters that are merged, and of those that will be.
+
+    Yields:
+        Name and weight of every tensor of the base, whole and in the base's precision, the same on every rank: merged
+        ones on the fusion's device, the others as they are in the base.
+    """
+    own: dict[str, Tensor] = {}
+    for name in fusion.kinds:
+        weight = whole(base[name])
+        if owners[name] == ranks.rank:
+            own[name] = weight
+    for num_done, merged in enumerate(fusion.merge(list(own)), start=1):
+        weight = own[merged.name].to(fusion.device)
+        own[merged.name] = (weight.to(merged.delta.dtype) + merged.delta).to(weight.dtype)
+        del merged, weight  # before the next ones come
+        if progress is not None:
+            progress(num_done, len(own))
+    ranks.wait()
+    for name, tensor in base.items():
+        if name not in fusion.kinds:
+            yield name, whole(tensor)
+        elif name in own:
+            yield name, ranks.copy_from(own.pop(name).contiguous(), ranks.rank)
+        else:
+            weight = torch.empty(tensor.shape, dtype=tensor.dtype, device=fusion.device)
+            yield name, ranks.copy_from(weight, owners[name])

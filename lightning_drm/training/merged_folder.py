@@ -1,0 +1,89 @@
+"""The merged model on disk: a folder that ``from_pretrained`` loads, every task's head, and a model card.
+
+The folder is written beside its place and moved there when it is whole.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lightning_drm.deltas import backbone_parameters, remove_adapters
+from lightning_drm.storage import write_tensors, written_whole
+
+MODEL_FILE = "model.safetensors"
+
+
+@runtime_checkable
+class SavesBackbone(Protocol):
+    """A module that knows its backbone's own file format."""
+
+    def save_backbone(self, folder: Path) -> None:
+        """Writes the backbone into a folder."""
+        ...
+
+    def load_backbone(self, folder: Path) -> None:
+        """Reads the backbone from a folder."""
+        ...
+
+
+def write_merged(
+    folder: Path, module: nn.Module, head: tuple[str, ...], heads: Mapping[str, Mapping[str, Tensor]], card: str
+) -> None:
+    """Writes a merged model.
+
+    Args:
+        folder: The folder; replaced if it exists.
+        module: A task's module that holds the merged backbone. One that has `SavesBackbone`'s methods writes its
+            backbone itself; any other is written as one safetensors file of named tensors.
+        head: Names of its head.
+        heads: By task, its head's tensors by name.
+        card: The model card, in Markdown.
+    """
+    with written_whole(folder) as partial:
+        partial.mkdir()
+        if isinstance(module, SavesBackbone):
+            module.save_backbone(partial)
+        else:
+            tensors = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
+            write_tensors(partial / MODEL_FILE, tensors, {"format": "pt"})
+        for task, head_tensors in heads.items():
+            write_tensors(partial / "heads" / f"{task}.safetensors", head_tensors, {"task": task})
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_merged(
+    folder: Path, module: nn.Module, head: tuple[str, ...], tasks: list[str]
+) -> dict[str, dict[str, Tensor]]:
+    """Reads a merged backbone into a module, and the heads.
+
+    Args:
+        folder: What `write_merged` wrote.
+        module: A task's module; its adapters are taken out and its backbone is overwritten.
+        head: Names of its head.
+        tasks: The tasks whose heads are wanted.
+
+    Returns:
+        By task, its head's tensors by name.
+
+    Raises:
+        FileNotFoundError: If there is no merged model, or one of the heads is missing.
+        ValueError: If the merged model's tensors do not fit the module.
+    """
+    missing = [task for task in tasks if not (folder / "heads" / f"{task}.safetensors").is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} holds no merged model of task {', '.join(missing)}: merge first.")
+    remove_adapters(module)
+    if isinstance(module, SavesBackbone):
+        module.load_backbone(folder)
+    else:
+        tensors = load_file(folder / MODEL_FILE)
+        parameters = backbone_parameters(module, head)
+        misfits = [n for n, p in parameters.items() if n not in tensors or tensors[n].shape != p.tensor.shape]
+        if misfits:
+            raise ValueError(f"{folder} was made from another model: {', '.join(misfits)} missing or of another shape.")
+        for name, parameter in parameters.items():
+            parameter.tensor.data.copy_(tensors[name])
+    return {task: load_file(folder / "heads" / f"{task}.safetensors") for task in tasks}

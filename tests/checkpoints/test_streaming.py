@@ -1,0 +1,222 @@
+"""Shards written tensor by tensor: what a kill leaves, and what the next run makes of it."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from threading import Lock
+
+import pytest
+import torch
+from helpers import models
+from safetensors.torch import load_file, save_file
+
+from lightning_drm import DRM, TIES
+from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm.checkpoints.reading import TensorHeader
+from lightning_drm.checkpoints.writing.shards import ShardWriter
+from lightning_drm.fusion import Recipe
+from lightning_drm.fusion.read_ahead import read_ahead
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("streaming")
+    models.save_llamas(path, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
+    return path
+
+
+def merge(folder, output):
+    paths = {task: str(folder / task) for task in "ab"}
+    return merge_files(str(folder / "base"), paths, output, Recipe(DRM(density=0.3)), max_shard_size="150KB")
+
+
+def contents(output):
+    return {file.name: file.read_bytes() for file in sorted(output.rglob("*")) if file.is_file()}
+
+
+def in_child(folder):
+    """Merges in a forked process, which needs no imports, so that a kill hits the merge."""
+    child = multiprocessing.get_context("fork").Process(target=merge, args=(folder, folder / "out"))
+    child.start()
+    return child
+
+
+@pytest.fixture
+def one_thread():
+    """A forked process has none of its parent's threads; and rounding depends on their number, so all use one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_killed_at_random_moments(folder):
+    merge(folder, folder / "undisturbed")
+    expected = contents(folder / "undisturbed")
+    assert sum(name.endswith(".safetensors") for name in expected) > 2
+    begin = time.perf_counter()
+    child = in_child(folder)
+    child.join()
+    duration = time.perf_counter() - begin
+    assert contents(folder / "out") == expected
+    draws = random.Random(0)
+    num_resumed = []
+    for _ in range(10):
+        shutil.rmtree(folder / "out")
+        child = in_child(folder)
+        time.sleep(duration * draws.uniform(0.1, 1.0))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        if (folder / "out").exists():  # it was quicker this time
+            assert contents(folder / "out") == expected
+            continue
+        num_resumed.append(merge(folder, folder / "out").num_resumed)
+        assert contents(folder / "out") == expected
+        assert not (folder / ".out.partial").exists()
+    assert any(num_resumed)
+
+
+@pytest.mark.parametrize("after", [0, 7])
+@pytest.mark.parametrize("method", [DRM(density=0.3), TIES(0.3)])
+def test_taken_up_after_some_tensors(after, method, folder, tmp_path, monkeypatch):
+    """Stops at a known point, so that what is taken up can be counted."""
+    paths = {task: str(folder / task) for task in "ab"}
+    base = str(folder / "base")
+    merge_files(base, paths, tmp_path / "whole", Recipe(method), max_shard_size="150KB")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", stops(after))
+        with pytest.raises(KeyboardInterrupt):
+            merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
+    assert not (tmp_path / "out").exists()
+    result = merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
+    assert result.num_resumed == after
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_an_interrupted_merge_wrote_is_not_asked_of_the_disk_again(folder, tmp_path, monkeypatch):
+    interrupted(folder, tmp_path / "out", monkeypatch)
+    held = sum(file.stat().st_blocks * 512 for file in (tmp_path / ".out.partial").iterdir())
+    needed = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
+    assert 0 < held < needed
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=0))
+    with pytest.raises(ValueError, match="but its disk has"):
+        merge(folder, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk._replace(free=needed - held))
+    assert merge(folder, tmp_path / "out").num_resumed > 0
+
+
+def stops(after):
+    """`ShardWriter.write`, which several threads call, but interrupted after so many tensors."""
+    write, count, lock = ShardWriter.write, iter(range(1000)), Lock()
+
+    def stop(self, *arguments):
+        with lock:
+            if next(count) >= after:
+                raise KeyboardInterrupt
+        write(self, *arguments)
+
+    return stop
+
+
+def interrupted(folder, output, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", stops(9))
+        with pytest.raises(KeyboardInterrupt):
+            merge(folder, output)
+
+
+def test_bytes_that_were_damaged_are_written_again(folder, tmp_path, monkeypatch):
+    merge(folder, tmp_path / "whole")
+    interrupted(folder, tmp_path / "out", monkeypatch)
+    partial = tmp_path / ".out.partial"
+    record = json.loads((partial / ".journal.jsonl.0").read_text().splitlines()[1])
+    for shard in partial.glob("*.safetensors"):
+        damaged = bytearray(shard.read_bytes())
+        start = 8 + int.from_bytes(damaged[:8], "little")
+        place = json.loads(damaged[8:start]).get(record["name"])
+        if place:
+            damaged[start + place["data_offsets"][1] - 1] ^= 1
+            shard.write_bytes(damaged)
+    with (partial / ".journal.jsonl").open("a") as journal:
+        journal.write('{"name": "model.norm.we')  # as a kill would cut it
+    result = merge(folder, tmp_path / "out")
+    assert result.num_resumed == 8
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_another_merge_is_not_taken_up(folder, tmp_path, monkeypatch):
+    interrupted(folder, tmp_path / "out", monkeypatch)
+    paths = {task: str(folder / task) for task in "ab"}
+    result = merge_files(str(folder / "base"), paths, tmp_path / "out", Recipe(DRM(density=0.4)))
+    assert result.num_resumed == 0
+
+
+def test_overwrite_replaces(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("x")
+    paths = {task: str(folder / task) for task in "ab"}
+    merge_files(str(folder / "base"), paths, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "old").exists()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_shards_of_all_types(tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        "double": torch.randn(3, 2).double(),
+        "half": torch.randn(5).half(),
+        "brain": torch.randn(2, 2).bfloat16(),
+        "flag": torch.tensor(True),
+        "count": torch.tensor(7),
+        "bytes": torch.arange(3, dtype=torch.uint8),
+        "empty": torch.zeros(0, 4),
+    }
+    headers = {name: TensorHeader(tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    writer = ShardWriter(tmp_path / "out", headers, "5GB", "x")
+    assert sorted(writer.order) == sorted(tensors)
+    for name in writer.order:
+        writer.write(name, [tensors[name]])
+    writer.finish()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(
+        torch.equal(written[name], value) and written[name].dtype == value.dtype for name, value in tensors.items()
+    )
+
+
+def test_read_ahead_keeps_order_and_errors():
+    def numbers():
+        yield 1
+        yield 2
+        raise ValueError("third")
+
+    seen = []
+    with pytest.raises(ValueError, match="third"):
+        seen.extend(read_ahead(numbers()))
+    assert list(read_ahead([])) == []
+    taken = read_ahead(iter(range(10)))
+    assert [next(taken), next(taken)] == [0, 1]
+
+
+def test_inputs_that_change_meanwhile_are_noticed(folder, tmp_path, monkeypatch):
+    """As those of a run folder do, when a fit writes into it."""
+    shutil.copytree(folder / "a", tmp_path / "a")
+    changed = {name: value + 1 for name, value in load_file(folder / "a" / "model.safetensors").items()}
+    write = ShardWriter.write
+
+    def change_and_write(self, *arguments):
+        save_file(changed, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+        write(self, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", change_and_write)
+    paths = {"a": str(tmp_path / "a"), "b": str(folder / "b")}
+    with pytest.raises(ValueError, match="The files of a were changed while they were merged"):
+        merge_files(str(folder / "base"), paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,78 @@
+"""What tests of several folders share. Processes that a test starts find this package and the tests' helpers."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_drm.deltas import TaskVector
+from lightning_drm.deltas.parameters import Kind
+from lightning_drm.fusion import pieces
+from lightning_drm.merging import Delta, LowRank
+
+TESTS = Path(__file__).parent
+
+os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces so small that parameters of tiny models have several."""
+    monkeypatch.setattr(pieces, "PIECE", 256)
+
+
+SHAPES: dict[str, tuple[Kind, tuple[int, ...]]] = {
+    "dense.weight": ("matrix", (9, 7)),
+    "adapted.weight": ("matrix", (6, 8)),
+    "embed.weight": ("embedding", (11, 5)),
+    "conv.weight": ("convolution", (4, 3, 2, 2)),
+    "dense.bias": ("other", (9,)),
+    "token": ("other", (1, 1, 5)),
+    "scale": ("other", ()),
+}
+BASE = dict.fromkeys([*SHAPES, "frozen"], "same")
+
+
+@pytest.fixture
+def vectors() -> list[TaskVector]:
+    """Three tasks; one weight is adapted in each, and not all train the same parameters."""
+    absent = {"zeta": ["dense.bias"], "alpha": ["dense.weight", "adapted.weight"], "mid": ["conv.weight", "scale"]}
+    generator = torch.Generator().manual_seed(0)
+
+    def delta(name: str, size: float) -> Delta:
+        shape = SHAPES[name][1]
+        if name == "adapted.weight":
+            up, down = (torch.randn(*part, generator=generator, dtype=torch.float64) for part in ((6, 3), (3, 8)))
+            return LowRank(size * up, down)
+        return size * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def head() -> dict[str, Tensor]:
+        return {"head.weight": torch.randn(2, 3, generator=generator)}
+
+    return [
+        TaskVector(
+            task=task,
+            deltas={name: delta(name, size) for name in SHAPES if name not in absent[task]},
+            kinds={name: kind for name, (kind, _) in SHAPES.items() if name not in absent[task]},
+            head=head(),
+            base_hashes=BASE,
+        )
+        for task, size in (("zeta", 1.0), ("alpha", 0.3), ("mid", 2.0))
+    ]
+
+
+@pytest.fixture
+def dense(vectors: list[TaskVector]) -> dict[str, list[Tensor]]:
+    """By parameter, all tasks' deltas in the order of the tasks' names; zeros where a task has none."""
+    return {
+        name: [_dense(vector.deltas.get(name), shape) for vector in sorted(vectors, key=lambda vector: vector.task)]
+        for name, (_, shape) in SHAPES.items()
+    }
+
+
+def _dense(delta: Delta | None, shape: tuple[int, ...]) -> Tensor:
+    if delta is None:
+        return torch.zeros(shape, dtype=torch.float64)
+    return delta.up @ delta.down if isinstance(delta, LowRank) else delta

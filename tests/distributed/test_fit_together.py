@@ -1,0 +1,111 @@
+"""Fit, merge and test on 1, 2 and 4 processes give the same deltas, merged weights and accuracies.
+
+A fit's arithmetic depends on how a batch is divided: deltas are compared up to float32 rounding. Merging is compared
+bit by bit, on the deltas that each number of processes has stored, and on the same deltas for all.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from distributed.together import STRATEGIES
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel
+
+from lightning_drm import Average
+from lightning_drm.deltas import load_task_vector
+from lightning_drm.fusion import Fusion, Recipe
+
+HERE = Path(__file__).parent
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+TASKS = ("texts", "tokens")
+Shared = Callable[[int], Path]
+on_every_case = pytest.mark.parametrize(
+    ("size", "strategy"),
+    [(size, strategy) for size, strategies in STRATEGIES.items() if size > 1 for strategy in strategies],
+)
+
+
+@pytest.fixture(scope="module")
+def shared(inputs: Path, alone: Path, backend: str, launch: Launch) -> Shared:
+    """What so many processes leave."""
+
+    @cache
+    def leave(size: int) -> Path:
+        launch([HERE / "together.py", inputs], size, BACKEND=backend)
+        return inputs / f"{backend}{size}"
+
+    return leave
+
+
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+@on_every_case
+def test_deltas_heads_and_merged_weights_are_those_of_one_process(
+    alone: Path, shared: Shared, size: int, strategy: str, finetune: str
+):
+    files = [f"tasks/{task}/{name}.safetensors" for task in TASKS for name in ("deltas", "head", "base_head")]
+    for file in [*files, "merged/model.safetensors"]:
+        ours, theirs = (
+            load_file(folder / file)
+            for folder in (shared(size) / f"{strategy}_{finetune}", alone / f"alone_{finetune}")
+        )
+        assert largest_difference(ours, theirs) < 2e-6, file
+        changed = [tensor for name, tensor in theirs.items() if not name.endswith("::down")]  # those start at random
+        assert max(float(tensor.abs().max()) for tensor in changed) > 0.05, "the case shows nothing"
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+@on_every_case
+def test_accuracies_are_those_of_one_process(alone: Path, shared: Shared, size: int, strategy: str, finetune: str):
+    ours, theirs = (
+        json.loads((folder / "report.json").read_text())["accuracy"]
+        for folder in (shared(size) / f"{strategy}_{finetune}", alone / f"alone_{finetune}")
+    )
+    assert ours == theirs
+    assert all(0 < theirs["merged"][task] < 1 for task in TASKS), "the case shows nothing"
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+@on_every_case
+def test_ranks_merge_what_they_stored_to_the_bit(inputs: Path, shared: Shared, size: int, strategy: str, finetune: str):
+    folder = shared(size) / f"{strategy}_{finetune}"
+    vectors = [load_task_vector(folder / "tasks" / task) for task in TASKS]
+    base = dict(AutoModel.from_pretrained(inputs / "base").named_parameters())
+    merged = load_file(folder / "merged/model.safetensors")
+    expected = {name.removeprefix("model.encoder."): delta for name, delta in Fusion(Recipe(Average()), vectors)}
+    assert expected.keys() <= merged.keys()
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, base[name] + expected[name] if name in expected else base[name]), name
+
+
+@pytest.mark.parametrize("method", ["drm", "ties", "dare"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_number_of_ranks_changes_no_bit_of_a_merge(alone: Path, shared: Shared, size: int, method: str):
+    ours, theirs = (load_file(folder / f"again_{method}/merged/model.safetensors") for folder in (shared(size), alone))
+    assert largest_difference(ours, theirs) == 0
+    ours, theirs = (
+        json.loads((folder / f"again_{method}/report.json").read_text()) for folder in (shared(size), alone)
+    )
+    assert ours["accuracy"] == theirs["accuracy"]
+
+
+@on_every_case
+def test_each_rank_keeps_its_share_and_every_sample_counts_once(alone: Path, shared: Shared, size: int, strategy: str):
+    ours, theirs = (
+        load_file(shared(size) / f"{strategy}_memory.safetensors"),
+        load_file(alone / "alone_memory.safetensors"),
+    )
+    assert float(theirs.pop("share")) == 1
+    assert float(ours.pop("share")) < 0.8, "rank 0 of a tiny model: one embedding is more than half of it"
+    assert [float(ours[f"num_samples/{task}"]) for task in TASKS] == [12, 11]
+    assert largest_difference(ours, theirs) < 2e-6

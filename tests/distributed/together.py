@@ -1,0 +1,170 @@
+"""Run by test_fit_together on one or several processes: fits, merges and tests two tasks in every way that is compared.
+
+    torchrun --nproc_per_node 2 together.py FOLDER
+
+FOLDER has the pretrained model and a csv file. Each case leaves a run folder in FOLDER/<backend><processes>, where the
+ones on several processes also merge again what a single one left. The global batch is the same on any number of them.
+"""
+
+import itertools
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from helpers.on_cpu import FSDPOnCPU
+from helpers.tiny import COLOURS, Tokens
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torchmetrics import SumMetric
+from transformers.models.bert.modeling_bert import BertLayer
+
+from lightning_drm import (
+    DARETIES,
+    DRM,
+    TIES,
+    Average,
+    DRMMergeCallback,
+    MergeTrainer,
+    MultiTaskDataModule,
+    MultiTaskModule,
+    TransformerTask,
+)
+from lightning_drm.data import TextTask
+from lightning_drm.modules import IGNORE_INDEX
+
+GLOBAL_BATCH = 8
+# By the number of processes; FSDP1 on two of them is enough to show its way of sharding.
+STRATEGIES = {1: ("alone",), 2: ("ddp", "fsdp", "fsdp_layers", "fsdp2"), 4: ("ddp", "fsdp2")}
+METHODS = {"drm": DRM(density=0.5), "ties": TIES(density=0.4), "dare": DARETIES(density=0.6)}
+LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value", "dense"], lora_dropout=0.0)
+
+
+def sgd(lr: float) -> Callable[..., torch.optim.Optimizer]:
+    # Adam would blow up gradients that are zero but for rounding, such as those of the keys' biases.
+    return partial(torch.optim.SGD, lr=lr, momentum=0.9)
+
+
+def make_data(folder: Path, size: int) -> MultiTaskDataModule:
+    texts = TextTask(
+        str(folder / "texts.csv"), str(folder / "base"), batch_size=GLOBAL_BATCH // size, eval_batch_size=3
+    )
+    return MultiTaskDataModule({"texts": texts, "tokens": Tokens(GLOBAL_BATCH // size)})
+
+
+def make_module(folder: Path, lora: bool, **options: object) -> TransformerTask:
+    adapters, lr = (LORA, 0.1) if lora else (None, 0.02)
+    return TransformerTask(str(folder / "base"), pooling="mean", lora=adapters, optimizer=sgd(lr), **options)
+
+
+def arguments(strategy: str, size: int) -> dict:
+    fsdp = {"gloo": FSDPOnCPU, "nccl": FSDPStrategy}[os.environ["BACKEND"]]
+    strategies = {
+        "alone": "auto",
+        "ddp": "ddp",
+        "fsdp": fsdp(),
+        "fsdp_layers": fsdp(auto_wrap_policy={BertLayer, torch.nn.Linear}),  # with adapters, wrappers around and inside
+        "fsdp2": ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1),
+    }
+    return {
+        "strategy": strategies[strategy],
+        "accelerator": {"gloo": "cpu", "nccl": "gpu"}[os.environ["BACKEND"]],
+        "devices": size,
+        "max_epochs": 3,
+        "limit_val_batches": 0,
+        "inference_mode": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+
+
+def run(folder: Path, out: Path, strategy: str, size: int, lora: bool) -> None:
+    """The whole way, with a run folder."""
+    L.seed_everything(0, verbose=False)
+    data = make_data(folder, size)
+    merge = DRMMergeCallback(data.task_names, method=Average(), dirpath=out)
+    trainer = MergeTrainer(callbacks=[merge], **arguments(strategy, size))
+    # As many batches as there are, of any size, for the heads on the base to see the same samples.
+    trainer.fit(make_module(folder, lora), datamodule=data, base_batches=100)
+
+
+def run_in_memory(folder: Path, out: Path, strategy: str, size: int) -> None:
+    """Lightning's own Trainer, deltas kept in host memory by their owners, and the merged module tested."""
+    data = make_data(folder, size)
+    merge = DRMMergeCallback(data.task_names, method=Average(), store="cpu")
+    L.seed_everything(0, verbose=False)
+    for task, task_data in data.tasks.items():
+        L.seed_everything(0, verbose=False)
+        module = make_module(folder, False, num_classes=len(COLOURS))
+        module.task_name = task
+        L.Trainer(callbacks=[merge], **arguments(strategy, size)).fit(module, datamodule=task_data)
+    counted = Counting(merge.merged_module)
+    trainer = L.Trainer(**arguments(strategy, size))
+    results = trainer.test(counted, datamodule=data, verbose=False)
+    metrics = {name: torch.tensor(value) for part in results for name, value in part.items()}
+    finetuned = merge.finetuned_module(make_module(folder, False, num_classes=len(COLOURS)), "tokens")
+    tensors = {
+        f"finetuned.{n}": t.detach().cpu() for n, t in finetuned.task_module("tokens").backbone.named_parameters()
+    }
+    held = sum(delta.numel() for v in merge.task_vectors.values() for delta in v.deltas.values() if not delta.is_meta)
+    every = sum(delta.numel() for v in merge.task_vectors.values() for delta in v.deltas.values())
+    metrics |= {"share": torch.tensor(held / every)}
+    if trainer.is_global_zero:
+        save_file({**metrics, **tensors}, out)
+
+
+class Counting(MultiTaskModule):
+    """Counts the samples that each task's metric sees."""
+
+    def __init__(self, merged: MultiTaskModule) -> None:
+        super().__init__(dict(zip(merged.task_names, merged.task_modules, strict=True)))
+        self.num_samples = torch.nn.ModuleList(SumMetric() for _ in self.task_names)
+        for task, metric, counter in zip(self.task_names, self.accuracies, self.num_samples, strict=True):
+            metric.register_forward_pre_hook(lambda _, inputs, c=counter: c.update((inputs[1] != IGNORE_INDEX).sum()))
+            self.__dict__.setdefault("_counted", []).append((task, counter))
+
+    def on_test_epoch_end(self) -> None:
+        for task, counter in self._counted:
+            self.log(f"num_samples/{task}", counter.compute())
+
+
+def merge_again(folder: Path, out: Path, method: str, strategy: str, size: int) -> None:
+    """Merges what one process finetuned."""
+    data = make_data(folder, size)
+    merge = DRMMergeCallback(data.task_names, method=METHODS[method], dirpath=out)
+    MergeTrainer(callbacks=[merge], **arguments(strategy, size)).merge(make_module(folder, False), datamodule=data)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    out = folder / f"{os.environ['BACKEND']}{size}"
+    for strategy in STRATEGIES[size]:
+        run(folder, out / f"{strategy}_full", strategy, size, lora=False)
+        run(folder, out / f"{strategy}_lora", strategy, size, lora=True)
+        run_in_memory(folder, out / f"{strategy}_memory.safetensors", strategy, size)
+    for strategy, method in zip(itertools.cycle(STRATEGIES[size]), METHODS, strict=False):
+        again = out / f"again_{method}"
+        if rank == 0:
+            shutil.copytree(
+                folder / f"{os.environ['BACKEND']}1/alone_full",
+                again,
+                ignore=shutil.ignore_patterns("merged", "report*"),
+            )
+            (again / "copied").touch()
+        else:
+            while not (again / "copied").exists():
+                time.sleep(0.05)
+        merge_again(folder, again, method, strategy, size)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
