@@ -26,8 +26,8 @@ from rich.table import Table
 
 from lightning_drm.checkpoints.merge import MergeResult, merge_files, output_problems
 from lightning_drm.checkpoints.planning import (
+    MismatchPolicy,
     Plan,
-    Rules,
     make_plan,
     memory_bytes,
     plan_costs,
@@ -89,7 +89,7 @@ def parser() -> ArgumentParser:
     built.add_argument("--output", type=str, required=True, help="The folder to write.")
     built.add_argument("--coefficients", type=dict[str, float], default={}, help="By task; 1.0 if left out.")
     built.add_class_arguments(Recipe, "drm", skip={"coefficients"})
-    built.add_class_arguments(Rules, None)
+    built.add_class_arguments(MismatchPolicy, None)
     built.add_argument("--overwrite", type=bool, default=False, help="Replace the output if it exists.")
     built.add_argument("--max_shard_size", type=str, default="5GB", help="Largest size of a written file.")
     built.add_argument("--device", type=str, default="cpu", help="Where to compute; of several GPUs, each process its.")
@@ -142,14 +142,14 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
         raise ValueError(str(error)) from error
     if config.devices not in (None, ranks.size):
         raise ValueError(f"devices is {config.devices}, but {ranks.size} processes were started.")
-    names = list(Rules.__dataclass_fields__)
-    rules = Rules(**{name: config[name] for name in names})
+    names = list(MismatchPolicy.__dataclass_fields__)
+    mismatch = MismatchPolicy(**{name: config[name] for name in names})
     drm = built.instantiate_classes(config).drm
-    recipe = Recipe(drm.method, config.coefficients, drm.convolutions, drm.vectors, tuple(drm.overrides))
+    recipe = Recipe(drm.method, config.coefficients, drm.convolutions, drm.non_matrix, tuple(drm.overrides))
     device = _own_device(config.device, ranks)
     console = Console(highlight=False)
     if config.dry_run:
-        plan = make_plan(config.base, config.models, recipe, rules)
+        plan = make_plan(config.base, config.models, recipe, mismatch)
         _print_plan(console, plan, ranks, memory_bytes(plan, torch.device(device)))
         refuse([*plan.problems, *output_problems(plan, Path(config.output), config.overwrite)])
         return
@@ -160,7 +160,7 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
             config.models,
             config.output,
             recipe,
-            rules,
+            mismatch,
             overwrite=config.overwrite,
             max_shard_size=config.max_shard_size,
             device=device,
@@ -224,7 +224,7 @@ def _print_result(console: Console, result: MergeResult) -> None:
         console.print(f"Note: {note}")
     if result.num_resumed:
         console.print(f"Took up an interrupted merge: {result.num_resumed} parameters were there.")
-    shares = ", ".join(f"{task} {100 * share:.0f} %" for task, share in result.kept_shares.items())
+    shares = ", ".join(f"{task} {100 * share:.0f} %" for task, share in result.survived.items())
     console.print(
         f"Merged {result.num_merged} parameters, {result.num_kept} are the base's." + f" Kept: {shares}." * bool(shares)
     )

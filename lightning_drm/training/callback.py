@@ -59,7 +59,7 @@ class DRMMergeCallback(Callback):
         dirpath: Run folder, where deltas, heads and the merged model are written. Nothing is written without it.
         coefficients: Coefficient by task; 1.0 for a task that is not named.
         convolutions: ``"matrix"`` merges convolution weights as ``(out, in·k·k)`` matrices, ``"average"`` does not.
-        vectors: What a matrix method does to the rest: the weighted ``"average"`` of all tasks, or of those that
+        non_matrix: What a matrix method does to the rest: the weighted ``"average"`` of all tasks, or of those that
             ``"elect"`` the same sign.
         overrides: Exceptions by name; the first that matches a parameter counts.
         store: Where deltas wait for the other tasks: on the ``device``, in host memory (``cpu``), or on ``disk``.
@@ -84,7 +84,7 @@ class DRMMergeCallback(Callback):
         *,
         coefficients: Mapping[str, float] | None = None,
         convolutions: Literal["average", "matrix"] = "average",
-        vectors: Literal["average", "elect"] = "average",
+        non_matrix: Literal["average", "elect"] = "average",
         overrides: Sequence[Override] = (),
         store: Store = "auto",
         head: Sequence[str] | None = None,
@@ -92,7 +92,7 @@ class DRMMergeCallback(Callback):
         self.tasks = list(tasks)
         for task in self.tasks:
             check_task_name(task)
-        self.recipe = Recipe(method, dict(coefficients or {}), convolutions, vectors, tuple(overrides))
+        self.recipe = Recipe(method, dict(coefficients or {}), convolutions, non_matrix, tuple(overrides))
         self.run_folder = RunFolder(dirpath) if dirpath is not None else None
         self.store = store
         self.head = head
