@@ -9,7 +9,7 @@ to verify what was frozen and one to subtract.
 
 Under several ranks, all of them take part. Weights that are sharded stay so: each rank notes and subtracts what it
 holds, and the whole of a delta is put together for one parameter at a time. Where every rank has all weights, buffers
-still differ (a batch norm sees each rank's own batches); rank 0's count, as in checkpoints.
+still differ (a batch norm sees each rank's own batches); those of rank 0 count, as in checkpoints.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ class Base:
     def __init__(self) -> None:
         self.hashes: dict[str, str] = {}
         self._held: dict[str, Tensor] = {}  # copies of what may train: all of a tensor, or a rank's part of it
-        self._live: dict[str, Tensor] = {}  # tensors of the module seen last: they tell the rest, and how it is sharded
+        self._live: dict[str, Tensor] = {}  # those of the module seen last: the rest of the base, and how it is sharded
         self._set_by: str | None = None
 
     def remember(self, module: nn.Module, head: Sequence[str], task: str, ranks: Ranks = ALONE) -> None:

@@ -5,7 +5,7 @@ and a run folder that remembers what is done. A model goes one way: this Trainer
 (`task_modules`), the session collects and fuses (`session`), and the outcome is measured (`scoring`).
 
 Under a strategy of several processes, all of them go through all of it together, from before the first fit to the
-report. What the run folder says is read by one rank, for the others may see it late; and that rank writes.
+report. One rank reads and writes the run folder, since the others may see new files late.
 """
 
 import copy
@@ -194,7 +194,7 @@ class MergeTrainer(Trainer):
         """Calls a function on all processes of the strategy, which start here unless something else started them."""
 
         def joined() -> T:
-            self.strategy.connect(LightningModule())  # a strategy that shards wants one to tell of its mesh
+            self.strategy.connect(LightningModule())  # a strategy that shards hands its mesh to a module
             self.strategy.setup_environment()
             session.join(self.world_size)
             return function()
