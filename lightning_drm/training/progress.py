@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
 from rich.progress import Progress
 from typing_extensions import override
 
@@ -43,6 +44,6 @@ def merging_bar(recipe: Recipe, ranks: Ranks) -> Iterator[Callable[[int, int], N
     Yields:
         What to call with the number of parameters that are merged, and of those that will be.
     """
-    with Progress(disable=not ranks.is_first) as bar:
+    with Progress(console=Console(stderr=True), disable=not ranks.is_first) as bar:
         row = bar.add_task(f"merging with {type(recipe.method).__name__}", total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)

@@ -127,7 +127,7 @@ class MergeTrainer(Trainer):
         if only is None:
             return
         if missing := folder.missing(session.tasks):
-            self._say(f"In {folder.path}, {', '.join(missing)} still have to be finetuned.")
+            self._say(f"In {folder.path}: {', '.join(missing)} still to be finetuned.")
         else:
             self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
 
