@@ -30,8 +30,8 @@ def settled(
         expected: The float64 reference for the same deltas.
         method: How both were merged. Of the parameters, only those that decide about ties are looked at.
         deltas: N dense deltas, as the reference got them.
-        noise: Error of the deltas that were merged, as a fraction of the largest singular value (DRM) or entry (TIES),
-            where they were not quite these.
+        noise: Error of the deltas that were merged, as a fraction of the largest singular value (DRM) or of a
+            task's largest entry (TIES), where they were not quite these.
     """
     open_ = undecided(method, deltas, merged.dtype, noise)
     left_out = float(open_.double().mean()) if open_.numel() else 0.0
@@ -52,7 +52,7 @@ def undecided(method: Method, deltas: Sequence[Tensor], dtype: torch.dtype, nois
         return (lines[:, None] if method.direction == "vertical" else lines).expand(shape)
     stack = torch.stack(deltas)
     if isinstance(method, TIES):
-        errors = noise * stack.abs().amax().expand_as(stack)
+        errors = noise * torch.stack([task.abs().amax().expand_as(task) for task in stack])
         pruned = [_at_the_cut(task, error, method.density) for task, error in zip(stack, errors, strict=True)]
         kept = torch.stack([reference.trim(task, method.density) for task in stack])
         return torch.stack(pruned).any(0) | _draws(kept, errors, eps)
@@ -87,10 +87,10 @@ def _drm(method: DRM, deltas: list[Tensor], eps: float, noise: float) -> Tensor:
     for scope in scopes:
         pruned[scope] = reference.trim(seen[scope], method.density, EQUAL)
         tied[scope] = _at_the_cut(seen[scope], uncertain[scope], method.density, EQUAL)
-    lines = tied.any(0)
+    open_ = tied.any(0)
     if method.elect_sign:
-        lines |= _draws(torch.where(pruned != 0, rows, 0), error, eps)
-    return lines.any(0)
+        open_ |= _draws(torch.where(pruned != 0, rows, 0), error, eps)
+    return (open_ & (rows.abs().amax(0) > eps * S[0])).any(0)  # what is smaller makes no difference
 
 
 def _errors(S: Tensor, rows: Tensor, sizes: Tensor, kept: int, eps: float, noise: float) -> Tensor:
