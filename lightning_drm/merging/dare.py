@@ -1,8 +1,11 @@
 """DARE-TIES (arXiv 2311.03099): drop entries at random, rescale the rest, elect signs, average what agrees.
 
-Which entries are dropped depends on the seed and the task's key alone: the key's hash starts a generator that can be
-advanced at no cost, and whose raw output numpy keeps stable across releases. So neither the order of parameters, nor
-the device, nor the number of processes changes a merge. The rescaling is 1 / density, as in the paper.
+1. **Drop** each entry with probability p = 1 − density, and **rescale** the rest by 1 / (1 − p) = 1 / density.
+2. **Elect** signs and **average disjointly**, as TIES does: `elect_and_average`.
+
+Which entries are dropped depends only on the seed and the task's key: the key's hash starts a generator that can be
+advanced at no cost, and numpy keeps its raw output stable across releases. So neither the order of parameters, nor the
+device, nor the number of processes changes a merge.
 """
 
 from __future__ import annotations
@@ -16,15 +19,18 @@ import torch
 from torch import Tensor
 
 from lightning_drm.merging.election import elect_and_average, slice_size
-from lightning_drm.merging.inputs import finite, refuse, share
+from lightning_drm.merging.inputs import finite, fraction, refuse
 from lightning_drm.merging.method import PIECE_STEP, Method
 
 
 class DARETIES(Method):
-    """DARE-TIES: keep each entry with probability `density`, rescale, then TIES' sign election and disjoint average.
+    r"""DARE-TIES: keep each entry with probability `density`, rescale, then TIES' sign election and disjoint average.
+
+    .. math:: \hat D_t = \frac{M_t \odot D_t}{1 - p}, \qquad M_t \sim \mathrm{Bernoulli}(1 - p), \qquad
+        D = \mathrm{scale} \cdot \mathrm{elect\_and\_average}_t(\hat D_t)
 
     Args:
-        density: Probability of keeping an entry, in (0, 1].
+        density: Probability of keeping an entry, in (0, 1]; 1 − p in the paper, p being the drop rate.
         seed: Start of the random draws, together with each task's key; see `keyed`.
         scale: Factor on the merged delta.
 
@@ -32,8 +38,12 @@ class DARETIES(Method):
         ValueError: If an argument is out of range; lists all that are.
 
     Example:
+        With everything kept, the second position has the sum 1, so −1 is dropped. With half, what is kept doubles.
+
         >>> DARETIES(density=1.0).merge([torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])])
         tensor([2., 2.])
+        >>> DARETIES(density=0.5).merge([torch.ones(100)]).unique()
+        tensor([0., 2.])
     """
 
     elementwise: ClassVar[bool] = True
@@ -41,7 +51,7 @@ class DARETIES(Method):
     not_low_rank: ClassVar[str] = "dropping single entries leaves a matrix of full rank"
 
     def __init__(self, density: float = 0.2, seed: int = 0, scale: float = 1.0) -> None:
-        refuse("DARETIES", [share("density", density, zero=False, one=True), finite("scale", scale)])
+        refuse("DARETIES", [fraction("density", density, zero=False, one=True), finite("scale", scale)])
         self.density = density
         self.seed = seed
         self.scale = scale
@@ -70,7 +80,7 @@ class DARETIES(Method):
 
 
 def drop(values: Tensor, draws: Draws, out: Tensor) -> None:
-    """Copies `values`, with zeros where the next draws say so; their number is even but for the last call."""
+    """Copy `values`, with zeros where the next draws drop an entry; their number is even but for the last call."""
     kept = draws.kept(len(values))
     if values.device.type == "cpu":
         np.multiply(values.numpy(), kept, out=out.numpy())  # torch would turn the mask into floats first

@@ -1,18 +1,55 @@
-"""Decom-Renorm-Merge (arXiv 2505.23117): merge in the joint basis of all tasks, after renormalising each task's part.
+r"""Decom-Renorm-Merge (DRM, arXiv 2505.23117): prune, vote and average in a basis that all tasks share.
 
-1. Decompose the stacked deltas, drop weak directions, scale each task's rows to unit length: `JointBasis`.
-2. Prune the unit rows by magnitude, with one threshold for all tasks.
-3. Give the rows their lengths back; elect signs by mass; average over the tasks that agree: `elect_and_average`.
-4. Multiply by U. The merged delta is a pair of factors before it is a matrix, so low-rank deltas stay low-rank.
+Entries at one position of two finetuned matrices need not mean the same thing; in a joint basis, whose rows have been
+renormalized task by task, they do. For deltas :math:`D_1, …, D_N` of shape (m, n) and coefficients
+:math:`\lambda_1, …, \lambda_N`, `direction="horizontal"` (DRM-H) is:
 
-Only step 1 is expensive, and it depends on neither density, coefficients nor switches. Where the paper's text and its
-published code differ, the published code is the default: directions with at most 1 % of the largest singular value are
-dropped (`rank_tol`). Unlike in the published code, a task without a part in a direction stays zero there, not NaN.
+1. **Decompose** the stack of all deltas:
+
+   .. math:: [D_1 \cdots D_N] = U \Sigma V^T
+
+2. **Truncate**: keep the directions i with :math:`\sigma_i > \mathrm{rank\_tol} \cdot \sigma_1`; of these r, keep the
+   strongest :math:`(1 - k)\, r`, where k is `rank_drop` (appendix H.1).
+3. **Partition and renormalize**: :math:`V^T = [V_1^T \cdots V_N^T]`. Row i of task t becomes a unit vector, and its
+   length moves into the singular value. A row of zeros stays zero.
+
+   .. math:: \tilde v_{t,i} = v_{t,i} / \lVert v_{t,i} \rVert, \qquad \sigma_{t,i} = \sigma_i \lVert v_{t,i} \rVert
+
+4. **Prune**: of the L entries of all tasks' :math:`\tilde V_t^T`, those strictly below the k-th smallest magnitude
+   become zero, with :math:`k = L - \mathrm{round}(L \cdot \mathrm{density})`.
+5. **Elect** a sign for each position by mass. Entries of the other sign become zero:
+
+   .. math:: P_t = \Sigma_t \tilde V_t^T, \qquad \mathrm{sgn} \sum_t P_t
+
+6. **Average disjointly**, each position over the tasks that still have an entry there:
+
+   .. math:: P = \frac{\sum_t \lambda_t P_t}{\max(1, |\{t : P_t \ne 0\}|)}
+
+7. **Reconstruct** the merged delta, with `scale` as a factor: :math:`D = \mathrm{scale} \cdot U P`.
+
+DRM-V (`direction="vertical"`) stacks the deltas on top of each other: it is the transpose of DRM-H of all
+:math:`D_t^T`.
+
+In this code, `JointBasis` takes steps 1 to 3, `DRM._limits` finds the threshold of step 4, `prune_each` applies it,
+`elect_and_average` takes steps 5 and 6, and `LowRank.dense` step 7.
+
+What differs from the paper and from its published code:
+
+* The paper does not mention `rank_tol`. The published code drops singular values up to 1 % of the largest; so does the
+  default here, and ``rank_tol=0`` keeps all but rounding noise, as the text has it.
+* A task without a part in a direction stays zero there. In the published code it becomes NaN.
+* Magnitudes that equal the threshold up to 1e-10 of it count as equal, and stay (see `TIE`).
+* The coefficients weigh the average, not the vote, as in the published code.
+* Low-rank deltas stay factors, and the result is the same. The published code merges their dense products.
+
+Only steps 1 to 3 are expensive, and they depend on neither density, coefficients, scale nor the switches of steps 4 to
+6, so `prepare` takes them once for many settings. `joint_basis.py` says what they cost; the rest costs m r n products
+and a few looks at each of the N r n entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +57,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.merging.election import elect_and_average, slice_size
-from lightning_drm.merging.inputs import check_coefficients, check_deltas, choice, finite, refuse, share
+from lightning_drm.merging.inputs import check_coefficients, check_deltas, choice, finite, fraction, refuse
 from lightning_drm.merging.joint_basis import Direction, JointBasis
 from lightning_drm.merging.linalg.selection import prune_each, thresholds
 from lightning_drm.merging.linalg.spectral import eigen_cost
@@ -32,36 +69,44 @@ PruneScope = Literal["joint", "individual"]
 TIE = 1e-10
 """Relative difference up to which magnitudes count as equal to the pruning threshold, and are kept.
 
-A task of rank 1 has the same unit row in every direction, up to sign and rounding. Without this, float64 rounding would
-decide which of its equal entries survive. In float32 it rounds to nothing.
+A task of rank 1 has the same unit row in every direction, up to sign and rounding. Without this tolerance, rounding in
+float64 would decide which of its equal entries survive. In float32 it is below the rounding error and has no effect.
 """
 
 
 class DRM(Method):
-    """Decom-Renorm-Merge: prune, elect signs and average in the renormalised joint basis of all tasks' deltas.
+    r"""Decom-Renorm-Merge: prune, elect signs and average in the renormalized joint basis of all tasks' deltas.
 
-    Every step of the paper's ablation (Table 7) is a switch.
+    .. math:: D = \mathrm{scale} \cdot U\, \mathrm{merge}_t(\Sigma_t\, \mathrm{prune}(\tilde V_t^T)), \qquad
+        [D_1 \cdots D_N] = U\, [\Sigma_1 \tilde V_1^T \cdots \Sigma_N \tilde V_N^T]
+
+    The head of this file has the algorithm. Every step of the paper's ablation (Table 7) is a switch.
 
     Args:
-        direction: Stack the deltas side by side ("horizontal", DRM-H) or on top of each other ("vertical", DRM-V).
-        density: Share of the entries of all basis blocks to keep, in (0, 1].
-        rank_tol: Drop joint directions whose singular value is at most this share of the largest, in [0, 1). Directions
-            that are rounding noise are dropped in any case.
-        rank_drop: Then drop this share of the remaining directions, the weakest, in [0, 1) (appendix H.1); what
-            is kept, (1 − rank_drop) r, is rounded, and never nothing.
-        renormalize: Scale each task's part of each basis row to unit length before pruning.
-        prune: One threshold for all tasks ("joint"), or one for each ("individual", Table 8).
-        elect_sign: Drop entries whose sign disagrees with the majority's.
-        disjoint: Average over the tasks that still have an entry instead of over all.
-        scale: Factor on the merged delta.
+        direction: Step 1: stack the deltas side by side ("horizontal", DRM-H) or on top of each other ("vertical",
+            DRM-V).
+        density: Step 4: fraction of the entries of all :math:`\tilde V_t^T` to keep, in (0, 1]; the paper's top-k %.
+        rank_tol: Step 2: drop directions whose singular value is at most this fraction of the largest, in [0, 1).
+            Directions that are rounding noise are dropped in any case.
+        rank_drop: Step 2: then drop this fraction k of the remaining directions, the weakest, in [0, 1) (appendix H.1).
+            The number kept, (1 − k) r, is rounded, and is at least 1.
+        renormalize: Step 3: scale each task's part of each basis row to unit length before pruning.
+        prune: Step 4: one threshold for all tasks ("joint"), or one for each ("individual", Table 8).
+        elect_sign: Step 5: drop entries whose sign disagrees with the majority's.
+        disjoint: Step 6: average over the tasks that still have an entry instead of over all N.
+        scale: Step 7: factor on the merged delta.
 
     Raises:
         ValueError: If an argument is out of range; lists all that are.
 
     Example:
-        >>> delta = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
-        >>> torch.allclose(DRM(density=1.0).merge([delta]), delta)
-        True
+        The tasks share no direction: :math:`U = I` and :math:`\Sigma = \mathrm{diag}(10, 1)`. The unit rows are
+        (0.6, 0.8) for the first task and (1, 0) for the second. Two of their 8 entries stay, 0.8 and 1: the 6 goes, and
+        the smaller 1 stays.
+
+        >>> deltas = [torch.tensor([[6.0, 8.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])]
+        >>> DRM(density=1 / 8).merge(deltas).round().int().tolist()
+        [[0, 8], [1, 0]]
     """
 
     def __init__(
@@ -80,9 +125,9 @@ class DRM(Method):
             "DRM",
             [
                 choice("direction", direction, get_args(Direction)),
-                share("density", density, zero=False, one=True),
-                share("rank_tol", rank_tol, zero=True, one=False),
-                share("rank_drop", rank_drop, zero=True, one=False),
+                fraction("density", density, zero=False, one=True),
+                fraction("rank_tol", rank_tol, zero=True, one=False),
+                fraction("rank_drop", rank_drop, zero=True, one=False),
                 choice("prune", prune, get_args(PruneScope)),
                 finite("scale", scale),
             ],
@@ -104,7 +149,7 @@ class DRM(Method):
             deltas: As for `merge`.
 
         Returns:
-            The deltas in their joint basis, for this direction, `rank_tol` and `rank_drop`.
+            The deltas in their joint basis, for this `direction`, `rank_tol` and `rank_drop`.
 
         Raises:
             ValueError: As `merge`.
@@ -123,8 +168,7 @@ class DRM(Method):
             coefficients: As for `merge`.
 
         Returns:
-            The merged delta as factors, their inner dimension being the number of joint directions; `.dense()`
-            multiplies them.
+            The merged delta as factors U (m, r) and P (r, n), for r joint directions; `.dense()` multiplies them.
 
         Raises:
             ValueError: If the basis was prepared differently, or the coefficients are not N finite numbers.
@@ -151,14 +195,13 @@ class DRM(Method):
         height, width = reversed(shape) if self.direction == "vertical" else shape
         rows = height if rank is None else min(height, rank)
         short, long = sorted((rows, num_tasks * width))
-        precision = torch.float32 if rows <= num_tasks * width else torch.float64
-        decompose = eigen_cost(short, precision) + short**2 * long  # half a Gram matrix
+        decompose = eigen_cost(short) + short**2 * long  # half a Gram matrix
         project = short * rows * num_tasks * width  # in single precision, as the product at the end
         product = short * height * width
         return decompose + project + product + COST_PER_VALUE * num_tasks * rows * width
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
-        basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop, lean=True)
+        basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)
         factors = self._fuse(basis, coefficients, basis.rows[0])
         del basis  # the other rows
         return factors.dense()
@@ -170,14 +213,14 @@ class DRM(Method):
     def _fuse(self, basis: JointBasis, coefficients: Sequence[float], merged: Tensor) -> LowRank:
         """Prune, elect and average: slice by slice, so that no temporary is larger than one task's rows.
 
-        `merged` takes the outcome, (r, n). It may be the first task's rows, of a basis that nobody needs any more.
+        `merged` takes the outcome P, (r, n). It may be the first task's rows, of a basis that nobody needs any more.
         """
-        # Pruning sees unit rows or, without renormalisation, each row at its share of the joint singular value.
+        # Pruning sees unit rows or, without renormalization, the rows of V_tᵀ, whose lengths are ‖v_{t,i}‖.
         joint = torch.linalg.vector_norm(basis.sigma, dim=0).clamp(min=torch.finfo(basis.sigma.dtype).tiny)
-        shares, lengths = (None, basis.sigma) if self.renormalize else ((basis.sigma / joint)[..., None], joint[None])
-        limits = self._limits(basis, shares)
+        norms, lengths = (None, basis.sigma) if self.renormalize else ((basis.sigma / joint)[..., None], joint[None])
+        limits = self._limits(basis, norms)
         for part in _slices(basis):
-            seen = list(_seen(basis, shares, part))
+            seen = list(_seen(basis, norms, part))
             merged[part] = elect_and_average(
                 prune_each(seen, limits).mul_(lengths[:, part, None]),  # in no variable: gone before the next slice
                 coefficients,
@@ -187,25 +230,21 @@ class DRM(Method):
         factors = LowRank(basis.U, merged).to(basis.dtype)
         return factors.T if self.direction == "vertical" else factors
 
-    def _limits(self, basis: JointBasis, shares: Tensor | None) -> tuple[float, ...]:
+    def _limits(self, basis: JointBasis, norms: Tensor | None) -> tuple[float, ...]:
         """One threshold for each task, the same for all where pruning is joint."""
-        # Whole rows are quicker to count; of a lean basis they are not there.
-        parts = list(_slices(basis)) if basis.deltas else [slice(0, basis.U.shape[1])]
+        whole, num_tasks = slice(None), len(basis.rows)
         if self.prune == "joint":
-            limits = thresholds(
-                lambda: ([row] for part in parts for row in _seen(basis, shares, part)), self.density, num_tasks=1
-            ) * len(basis.sigma)
+            limits = thresholds(lambda: ([row] for row in _seen(basis, norms, whole)), self.density, num_tasks=1)
+            limits *= num_tasks
         else:
-            limits = thresholds(
-                lambda: (_seen(basis, shares, part) for part in parts), self.density, num_tasks=len(basis.sigma)
-            )
+            limits = thresholds(lambda: [_seen(basis, norms, whole)], self.density, num_tasks=num_tasks)
         return tuple(limit * (1 - TIE) for limit in limits)
 
 
-def _seen(basis: JointBasis, shares: Tensor | None, part: slice) -> Iterable[Tensor]:
-    """What pruning sees of each task in some directions: its unit rows, or these at their shares (N, r, 1)."""
-    rows = basis.part(part)
-    return rows if shares is None else (row * share for row, share in zip(rows, shares[:, part], strict=True))
+def _seen(basis: JointBasis, norms: Tensor | None, part: slice) -> Iterator[Tensor]:
+    """What pruning sees of each task in some directions: its unit rows ṽ or, with ‖v‖ (N, r, 1) given, its rows v."""
+    for task, rows in enumerate(basis.rows):
+        yield rows[part] if norms is None else rows[part] * norms[task, part]
 
 
 def _slices(basis: JointBasis) -> Iterator[slice]:

@@ -1,8 +1,8 @@
 """Sign election and the disjoint average, the two steps that TIES, DARE-TIES and DRM share.
 
 At every position the tasks vote: the sign with the larger total mass wins (TIES-Merging, arXiv 2306.01708, section
-3.2). Entries of the other sign are dropped, the rest are averaged over the tasks that still have one. Both steps read
-few numbers many times, so callers hand over slices that fit into the cache, and no temporary is larger than a slice.
+3.2). Entries of the other sign are dropped, and the rest are averaged over the tasks that still have one. Both steps
+read few numbers many times, so callers pass slices that fit into the cache, and no temporary is larger than a slice.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def slice_size(num_tasks: int, device: torch.device) -> int:
-    """How many positions of N tasks to hand over at once, an even number: a cacheful, or an accelerator's fill."""
+    """How many positions of N tasks to merge at once, an even number: what the cache or an accelerator takes."""
     entries = 1 << 19 if device.type == "cpu" else 1 << 24
     return max(2, entries // num_tasks // 2 * 2)
 
@@ -22,16 +22,26 @@ def slice_size(num_tasks: int, device: torch.device) -> int:
 def elect_and_average(
     stack: Tensor, coefficients: Sequence[float], *, elect_sign: bool = True, disjoint: bool = True
 ) -> Tensor:
-    """Merge the pruned entries of N tasks.
+    r"""Merge the pruned entries of N tasks, position by position.
+
+    .. math:: s = \mathrm{sgn} \sum_t p_t, \qquad A = \{t : \mathrm{sgn}\, p_t = s \ne 0\}, \qquad
+        p = \frac{1}{\max(1, |A|)} \sum_{t \in A} \lambda_t p_t
 
     Args:
-        stack: Entries of shape (N, …), zero where pruned. Overwritten.
-        coefficients: N numbers λ. They weigh the average, not the vote (as in the published code of DRM).
-        elect_sign: Drop entries whose sign differs from that of their sum over tasks; all of them where it is 0.
+        stack: Entries :math:`p_t` of shape (N, …), zero where pruned. Overwritten.
+        coefficients: N numbers :math:`\lambda_t`. They weigh the average, not the vote (as in DRM's published code).
+        elect_sign: Drop entries whose sign differs from that of their sum over tasks; all of them where the sum is 0.
         disjoint: Divide by the number of entries left, at least 1, instead of by N.
 
     Returns:
-        The merged entries, of shape (…).
+        The merged entries p, of shape (…).
+
+    Example:
+        At the first position the sum is 4, so −1 is dropped and two tasks are left. At the second, 3 are.
+
+        >>> stack = torch.tensor([[3.0, 1.0], [-1.0, 2.0], [2.0, 6.0]])
+        >>> elect_and_average(stack, [1.0, 1.0, 1.0])
+        tensor([2.5000, 3.0000])
     """
     if elect_sign:
         sign = _sum(stack).sign_()

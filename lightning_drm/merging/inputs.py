@@ -1,4 +1,4 @@
-"""What a merge accepts, checked once and in one place, so that the methods below can be plain mathematics."""
+"""What a merge accepts, checked once and in one place, so that the methods can be plain mathematics."""
 
 from __future__ import annotations
 
@@ -26,8 +26,13 @@ def refuse(owner: str, problems: Iterable[str | None]) -> None:
         raise ValueError(f"{owner}: {'; '.join(found)}")
 
 
-def share(name: str, value: float, *, zero: bool, one: bool) -> str | None:
-    """Problem with a number that should lie between 0 and 1; `zero` and `one` say whether the ends are allowed."""
+def fraction(name: str, value: float, *, zero: bool, one: bool) -> str | None:
+    """Problem with a number that should lie between 0 and 1; `zero` and `one` say whether the ends are allowed.
+
+    Example:
+        >>> fraction("density", 1.5, zero=False, one=True)
+        'density must be in (0, 1], got 1.5'
+    """
     if 0 < value < 1 or (zero and value == 0) or (one and value == 1):
         return None
     return f"{name} must be in {'[' if zero else '('}0, 1{']' if one else ')'}, got {value!r}"
@@ -103,7 +108,7 @@ def _match_problem(task: int, delta: Delta, first: Delta) -> str | None:
 
 
 def _value_problems(deltas: Sequence[Delta]) -> list[str | None]:
-    """Which deltas hold NaN or infinity. The largest magnitude tells, and reads each entry once."""
+    """Which deltas hold NaN or infinity. The largest magnitude shows it, and reads each entry once."""
     peaks = [peak(delta) for delta in deltas]
     good = torch.stack(peaks).isfinite().tolist()  # one transfer for all tasks
     return [

@@ -1,4 +1,4 @@
-"""Task arithmetic and averaging: weighted sums, the baselines every other method is measured against."""
+"""Task arithmetic and averaging: weighted sums, the baselines that every other method is measured against."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ def weighted_sum_low_rank(deltas: Sequence[LowRank], weights: Sequence[float]) -
 
 
 class TaskArithmetic(Method):
-    """Task arithmetic: the weighted sum of the deltas, `scale · Σ_t λ_t D_t` (arXiv 2212.04089, equation 3).
+    r"""Task arithmetic (arXiv 2212.04089): the weighted sum of the deltas.
+
+    .. math:: D = \mathrm{scale} \cdot \sum_t \lambda_t D_t
 
     Args:
-        scale: Factor on the sum, shared by all tasks.
+        scale: Factor on the sum, shared by all tasks; the paper's λ. The coefficients are a further one for each task.
 
     Raises:
         ValueError: If `scale` is not finite.
 
     Example:
-        >>> TaskArithmetic(scale=0.5).merge([torch.ones(2), 3 * torch.ones(2)])
-        tensor([2., 2.])
+        >>> TaskArithmetic(scale=0.5).merge([torch.tensor([1.0, 2.0]), torch.tensor([3.0, -4.0])])
+        tensor([ 2., -1.])
     """
 
     elementwise: ClassVar[bool] = True
@@ -56,11 +58,13 @@ class TaskArithmetic(Method):
 
 
 class Average(Method):
-    """The mean of the tasks, `Σ_t λ_t D_t / N`: with every λ = 1, the mean of the finetuned weights.
+    r"""The mean of the tasks; with every coefficient 1, the mean of the finetuned weights.
+
+    .. math:: D = \frac{1}{N} \sum_t \lambda_t D_t
 
     Example:
-        >>> Average().merge([torch.ones(2), 3 * torch.ones(2)])
-        tensor([2., 2.])
+        >>> Average().merge([torch.tensor([1.0, 2.0]), torch.tensor([3.0, -4.0])])
+        tensor([ 2., -1.])
     """
 
     elementwise: ClassVar[bool] = True

@@ -1,14 +1,15 @@
-"""Deltas kept as a product of two thin factors, and the change of basis that makes merging them cheap.
+r"""Deltas kept as a product of two thin factors, and the change of basis that makes merging them cheap.
 
-A LoRA delta is `up @ down` with `rank ≪ min(m, n)`. Every method here that looks at *directions* rather than at single
-entries is unchanged by an orthogonal rotation of the sides it does not prune, so it may work on coordinates inside the
-span of all tasks' factors instead of on (m, n) matrices:
+A LoRA delta is `up @ down` with `rank ≪ min(m, n)`. Every method that looks at *directions* rather than at single
+entries is unchanged by an orthogonal rotation of the sides it does not prune. So it may work on coordinates inside the
+span of all tasks' factors, which a thin QR gives, instead of on (m, n) matrices:
 
-    [up_1 … up_N] = Q R   (thin QR, m × Σ rank)   ⇒   D_t = Q (R_t down_t)
+.. math:: [\mathrm{up}_1 \cdots \mathrm{up}_N] = Q\, [R_1 \cdots R_N]
+    \quad\Rightarrow\quad D_t = Q\, (R_t\, \mathrm{down}_t)
 
-What is left is a problem of Σ rank rows (and, where the columns may be rotated too, Σ rank columns). Merge that, and
-multiply Q back on: exact, and O(m (Σ rank)²) instead of the dense O(m² N n). The coordinates are float64, which costs
-nothing at this size.
+What is left is a problem of Σ rank rows (and, where the columns may be rotated too, Σ rank columns). Merging that and
+multiplying by Q is exact, and costs O(m (Σ rank)²) instead of the dense O(m² N n). The coordinates are float64, which
+costs nothing at this size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from lightning_drm.merging.linalg.spectral import thin_svd
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A matrix as the product of two factors, `up @ down`.
+    r"""A matrix as the product of two factors, :math:`D = \mathrm{up} \cdot \mathrm{down}`.
+
+    LoRA writes :math:`s B A`: `up` is :math:`s B` and `down` is A.
 
     Args:
         up: Left factor of shape (m, r).
@@ -35,9 +38,12 @@ class LowRank:
         ValueError: If the factors are not two matrices whose inner dimensions agree.
 
     Example:
-        >>> delta = LowRank(torch.ones(3, 1), torch.ones(1, 2))
+        >>> delta = LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 4.0]]))
+        >>> delta.dense()
+        tensor([[3., 4.],
+                [6., 8.]])
         >>> delta.shape, delta.rank
-        (torch.Size([3, 2]), 1)
+        (torch.Size([2, 2]), 1)
     """
 
     up: Tensor
@@ -82,18 +88,29 @@ class LowRank:
         return self.up.to(self.dtype) @ self.down.to(self.dtype)
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:
-        """Give the closest matrix of at most `rank`, and how far away it is.
+        r"""Give the closest matrix of at most `rank`, and how far away it is.
 
-        The factors are balanced: both carry the square root of the singular values.
+        .. math:: D = U\, \mathrm{diag}(\sigma)\, V^T \;\mapsto\;
+            \mathrm{up} = U_k\, \mathrm{diag}(\sqrt{\sigma_k}), \quad
+            \mathrm{down} = \mathrm{diag}(\sqrt{\sigma_k})\, V_k^T
+
+        The factors are balanced: both carry the square root of the top k = `rank` singular values.
 
         Args:
             rank: Largest inner dimension of the result, at least 0.
 
         Returns:
-            The truncated matrix, and the relative error `‖A − A_rank‖ / ‖A‖` in the Frobenius norm (0.0 for A = 0).
+            The truncated matrix, and the relative error `‖D − D_rank‖ / ‖D‖` in the Frobenius norm (0.0 for D = 0).
 
         Raises:
             ValueError: If `rank` is negative.
+
+        Example:
+            Of the singular values 4 and 3, the 3 is lost: the error is 3 / 5.
+
+            >>> truncated, error = LowRank(torch.diag(torch.tensor([4.0, 3.0])), torch.eye(2)).truncate(1)
+            >>> truncated.rank, round(error, 6)
+            (1, 0.6)
         """
         if rank < 0:
             raise ValueError(f"rank must be at least 0, got {rank}")

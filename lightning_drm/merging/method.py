@@ -19,16 +19,15 @@ from lightning_drm.merging.low_rank import Delta, LowRank, densify
 COST_PER_VALUE = 500.0
 """What reading, moving and comparing one value of one task costs, in the unit of `Method.cost`: about 10 ns."""
 
-
 PIECE_STEP = 2
-"""Pieces of a parameter start at a multiple of this many entries: random numbers are drawn by so many."""
+"""Pieces of a parameter start at a multiple of this many entries, since random numbers are drawn so many at a time."""
 
 
 class Method(ABC):
-    """Base of all merging methods.
+    """Base of all merging methods: from deltas D_1, …, D_N and coefficients λ_1, …, λ_N, one merged delta D.
 
-    A subclass takes its parameters in `__init__`, keeps each under its own name, and implements `_merge`; if it is
-    exact on factors, also `_merge_low_rank`.
+    A subclass takes its parameters in `__init__`, keeps each under its own name, and implements `_merge`. If it is
+    exact on factors, it implements `_merge_low_rank` too.
     """
 
     elementwise: ClassVar[bool] = False

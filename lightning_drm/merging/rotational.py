@@ -1,4 +1,4 @@
-"""Methods that see singular vectors and values only, and so commute with rotations of rows and of columns."""
+"""Methods that use nothing but singular vectors and values, and so commute with rotations of rows and of columns."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from lightning_drm.merging.method import Method
 
 
 class RotationalMethod(Method):
-    """A matrix method with `merge(Q K_t Wᵀ) = Q merge(K_t) Wᵀ` for orthonormal Q and W.
+    r"""A matrix method that commutes with rotations.
 
-    So low-rank deltas are merged exactly as their small cores K_t (Σ rank × Σ rank).
+    .. math:: \mathrm{merge}(Q K_1 W^T, …, Q K_N W^T) = Q\, \mathrm{merge}(K_1, …, K_N)\, W^T
+
+    This holds for all Q and W with orthonormal columns. So low-rank deltas are merged exactly as their small cores
+    :math:`K_t` (Σ rank × Σ rank).
     """
 
     @override
@@ -46,7 +49,7 @@ class RotationalMethod(Method):
         Args:
             deltas: N matrices of one shape: the deltas, or their cores.
             coefficients: N numbers λ.
-            size: min(m, n) of the deltas that these are or stand for: numbers of directions are shares of it.
+            size: min(m, n) of the deltas that these are or stand for: numbers of directions are fractions of it.
 
         Returns:
             The merged matrix, in the same precision.

@@ -1,9 +1,13 @@
 """TIES-Merging (arXiv 2306.01708): trim small entries, elect signs, average what agrees.
 
-As the original code: the trimming threshold is taken over a task's whole task vector, the vote does not see the
-coefficients, and the average divides by the number of agreeing tasks. Where a sum is exactly 0, its entries are
-dropped; the original code takes the model-wide majority sign there. The threshold over a whole model is found by
-streaming its parameters twice past one histogram for each task; the flattened task vector never exists.
+1. **Trim**: each task's entries strictly below its k-th smallest magnitude become zero, with L entries and
+   k = L − round(L · density).
+2. **Elect** a sign for each position by mass, and 3. **average disjointly**: `elect_and_average`.
+
+As in the original code, the threshold is taken over a task's whole task vector, the vote does not see the coefficients,
+and the average divides by the number of agreeing tasks. Where a sum is exactly 0, its entries are dropped; the original
+code takes the model-wide majority sign there. The threshold over a whole model is found by streaming its parameters
+twice past one histogram for each task; the flattened task vector never exists.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.merging.election import elect_and_average, slice_size
-from lightning_drm.merging.inputs import check_deltas, choice, finite, refuse, share
+from lightning_drm.merging.inputs import check_deltas, choice, finite, fraction, refuse
 from lightning_drm.merging.linalg.selection import Reduce, identity, prune_each, thresholds
 from lightning_drm.merging.low_rank import Delta, densify
 from lightning_drm.merging.method import Method
@@ -25,20 +29,29 @@ Scope = Literal["global", "tensor"]
 
 
 class TIES(Method):
-    """TIES-Merging: keep each task's largest entries, elect a sign at each position, average the entries that agree.
+    r"""TIES-Merging: keep each task's largest entries, elect a sign at each position, average the entries that agree.
+
+    .. math:: s = \mathrm{sgn} \sum_t \hat\tau_t, \qquad A = \{t : \mathrm{sgn}\, \hat\tau_t = s \ne 0\}, \qquad
+        \tau = \frac{\mathrm{scale}}{\max(1, |A|)} \sum_{t \in A} \lambda_t \hat\tau_t
+
+    Here :math:`\hat\tau_t` is task t's delta after trimming (Algorithm 1; elect and merge are section 3.2).
 
     Args:
-        density: Share of entries to keep, in (0, 1].
+        density: Fraction of entries to keep, in (0, 1]; the paper's top-k %.
         scope: What the threshold is taken over: "global", a task's whole task vector (see `calibrate`), or "tensor",
             one parameter of it.
-        scale: Factor on the merged delta.
+        scale: Factor on the merged delta; the paper's λ. The coefficients are one λ for each task.
 
     Raises:
         ValueError: If an argument is out of range; lists all that are.
 
     Example:
-        >>> TIES(density=1.0).merge([torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])])
-        tensor([2., 2.])
+        With 4 entries and density 0.5, the threshold is the second smallest magnitude: 1 and 2. At the second position
+        the sum is −4, so 1 is dropped.
+
+        >>> deltas = [torch.tensor([4.0, 1.0, -3.0, 0.5]), torch.tensor([2.0, -5.0, 1.0, 6.0])]
+        >>> TIES(density=0.5).merge(deltas)
+        tensor([ 3., -5., -3.,  6.])
     """
 
     elementwise: ClassVar[bool] = True
@@ -48,7 +61,7 @@ class TIES(Method):
         refuse(
             "TIES",
             [
-                share("density", density, zero=False, one=True),
+                fraction("density", density, zero=False, one=True),
                 choice("scope", scope, get_args(Scope)),
                 finite("scale", scale),
             ],

@@ -1,10 +1,10 @@
-"""Task singular vectors (TSV-Merge, arXiv 2412.00081): give each task its share of directions, then separate them.
+"""Task singular vectors (TSV-Merge, arXiv 2412.00081): give each task its own directions, then separate them.
 
 Each task keeps its top min(m, n) / N singular triplets. Side by side the vectors of different tasks interfere;
-replacing both concatenated bases by their polar factor, the closest orthonormal bases, takes the interference out.
+replacing both concatenated bases by their polar factors, the closest orthonormal bases, takes the interference out.
 
-Null directions take no part; the published code fills up with arbitrary null vectors. Coefficients, which the paper
-does not have per task, weigh the singular values.
+Null directions take no part; the published code fills up with arbitrary null vectors. The paper has no coefficients of
+single tasks; here they weigh the singular values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from lightning_drm.merging.rotational import RotationalMethod
 
 
 class TSVM(RotationalMethod):
-    """TSV-Merge: each task's top singular triplets, with all tasks' vectors made orthogonal to each other.
+    r"""TSV-Merge: each task's top singular triplets, with all tasks' vectors made orthogonal to each other.
+
+    With :math:`D_t \approx U_t\, \mathrm{diag}(\sigma_t)\, V_t^T` of rank :math:`\lfloor \min(m, n) / N \rfloor`, and
+    polar(B) the closest orthonormal basis to B (see `orthogonalize`), Algorithm 1 is:
+
+    .. math:: D = \alpha\, \mathrm{polar}([U_1 \cdots U_N])\,
+        \mathrm{diag}(\lambda_1 \sigma_1, …, \lambda_N \sigma_N)\, \mathrm{polar}([V_1 \cdots V_N])^T
 
     With more tasks than min(m, n), no task has a whole direction to itself and the merged delta is zero, as in the
     published code.
@@ -29,6 +35,14 @@ class TSVM(RotationalMethod):
 
     Raises:
         ValueError: If `scale` is not finite.
+
+    Example:
+        Each of the two tasks keeps one direction: the first its 3, the second its 2.
+
+        >>> import torch
+        >>> TSVM().merge([torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([0.0, 2.0]))])
+        tensor([[3., 0.],
+                [0., 2.]])
     """
 
     def __init__(self, scale: float = 1.0) -> None:

@@ -41,6 +41,12 @@ def elect_and_average(
     return weighted.sum(0) / count
 
 
+def num_kept(S: Tensor, rank_tol: float, rank_drop: float) -> int:
+    """How many joint directions take part: those above `rank_tol` of the largest, less the dropped fraction of them."""
+    above = int((rank_tol * S[0] < S).sum()) if len(S) and S[0] > 0 else 0
+    return max(min(above, 1), round((1 - rank_drop) * above))
+
+
 def drm(
     deltas: Sequence[Tensor],
     coefficients: Sequence[float] | None = None,
@@ -73,8 +79,7 @@ def drm(
             scale,
         ).T
     U, S, Vh = torch.linalg.svd(torch.cat(deltas, dim=1), full_matrices=False)
-    keep = int((rank_tol * S[0] < S).sum()) if len(S) and S[0] > 0 else 0
-    keep = max(min(keep, 1), round((1 - rank_drop) * keep))
+    keep = num_kept(S, rank_tol, rank_drop)
     if keep == 0:
         return torch.zeros_like(deltas[0])
     U, S, Vh = U[:, :keep], S[:keep], Vh[:keep]

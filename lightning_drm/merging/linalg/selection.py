@@ -3,8 +3,8 @@
 Magnitudes of floats are ordered as the integers that their bits spell. So the k-th smallest is found digit by digit,
 as in radix sort: count how often each leading digit occurs, see in which bin the k-th falls, and look only at that
 bin's next digit in the next pass. The first digit is 17 bits wide (exponent and 6 bits of fraction), the second takes
-all that a float32 has left. A sample tells nearly always where to look for the first digit, so float32 data need a
-light pass and a full one, or three if it misled; float64 data need two more.
+all that a float32 has left. A sample nearly always shows where to look for the first digit, so float32 data need a
+light pass and a full one, or three where the sample misled; float64 data need two more.
 
 The state is one histogram for each task, of 3 · 2¹⁷ counters at most, whatever the length of its stream. Counts add up,
 so ranks that each see a part of the stream find the same threshold by summing their histograms.
@@ -43,19 +43,29 @@ def thresholds(
     num_tasks: int,
     reduce: Reduce = identity,
 ) -> tuple[float, ...]:
-    """Pruning thresholds of several tasks whose pieces are read side by side.
+    r"""Pruning thresholds of several tasks whose pieces are read side by side.
 
-    With L entries in a task's stream and k = L − round(L · density), entries strictly below the k-th smallest magnitude
-    are to be pruned; entries equal to it are kept, so ties may keep more than the density asks for.
+    For the L magnitudes of a task's stream in ascending order, :math:`|x|_{(1)} \le … \le |x|_{(L)}`, it is
+
+    .. math:: \theta = |x|_{(k)}, \qquad k = L - \mathrm{round}(L \cdot \mathrm{density})
+
+    Entries strictly below it are to be pruned. Entries equal to it are kept, so ties may keep more than the density
+    asks for.
 
     Args:
         stream: Called once for each pass; yields, piece by piece, one tensor of any shape for each task.
-        density: Share of entries to keep, in (0, 1].
+        density: Fraction of entries to keep, in (0, 1].
         num_tasks: Number of tasks N.
         reduce: Sums the counts, an int64 tensor on the CPU, over ranks, where each rank reads its share of the pieces.
 
     Returns:
-        One threshold for each task; 0.0 where nothing is to be pruned.
+        One threshold θ for each task; 0.0 where nothing is to be pruned.
+
+    Example:
+        Of the magnitudes 1, 2, 3, 4, half are to be kept: k = 2.
+
+        >>> thresholds(lambda: [[torch.tensor([4.0, -2.0, 1.0, -3.0])]], 0.5, num_tasks=1)
+        (2.0,)
     """
     if density == 1:
         return (0.0,) * num_tasks
@@ -113,8 +123,8 @@ def _sampled_digits(stream: Stream, density: float, num_tasks: int, reduce: Redu
 def _near_a_sample(stream: Stream, density: float, num_tasks: int, reduce: Reduce) -> _Search | None:
     """The first two digits in a light pass and a full one; ``None`` where the sample misled.
 
-    A sample tells the leading digit, or at least its neighbour. The full pass then counts what is below these three and
-    looks at the second digit of what is in them, a few entries in a hundred.
+    A sample shows the leading digit, or at least a neighbor of it. The full pass then counts what is below these three
+    and looks at the second digit of what is in them, a few entries in a hundred.
     """
     firsts = _sampled_digits(stream, density, num_tasks, reduce)
     width = 3 << DIGITS[1]
@@ -141,7 +151,22 @@ def _rank(count: int, density: float) -> int:
 
 
 def prune(values: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
-    """A copy of `values`, in `out` if given, with zeros for the magnitudes strictly below `threshold`."""
+    r"""A copy of `values`, in `out` if given, with zeros for the magnitudes strictly below `threshold`.
+
+    .. math:: x \mapsto x \cdot [\, |x| \ge \theta \,]
+
+    Args:
+        values: Numbers x of any shape.
+        threshold: θ, at least 0.
+        out: Takes the result, of the same shape.
+
+    Returns:
+        The pruned copy.
+
+    Example:
+        >>> prune(torch.tensor([4.0, -2.0, 1.0, -3.0]), 2.0)
+        tensor([ 4., -2.,  0., -3.])
+    """
     number = np.float64 if values.dtype == torch.float64 else np.float32
     # hardshrink also zeroes magnitudes equal to its limit, hence the next smaller number.
     limit = float(np.nextafter(number(threshold), number(0)))
@@ -183,7 +208,7 @@ def _count_near(values: Tensor, first: int, row: Tensor) -> None:
 
 
 def _between(values: Tensor, low: int, high: int) -> Iterator[tuple[int, Tensor | NDArray[np.int64]]]:
-    """By chunks, how many keys are below `low`, and those from there to below `high`."""
+    """For each chunk, how many keys are below `low`, and the keys from `low` to below `high`."""
     edges = np.array([low, high], dtype=np.uint64).view(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         singles = edges.astype(np.float32)

@@ -1,9 +1,12 @@
-"""Decompositions through the Gram matrix of the shorter side.
+r"""Decompositions through the Gram matrix of the shorter side.
 
-A method that needs the singular vectors of a long stack `S` (k × L, k ≪ L) never has to decompose it: `S Sᵀ` is only
-k × k, and its eigenvectors are the left singular vectors. Squaring costs half of the digits, so the Gram matrix is
-accumulated in float64 even where the data are float32: that resolves singular values down to 1e-8 of the largest, which
-no float32 SVD does. Where float64 data need directions below 1e-4, a real SVD takes over.
+A method that needs the singular vectors of a long stack A (k × L, k ≪ L) never has to decompose it:
+
+.. math:: A = U S V^T \quad\Rightarrow\quad A A^T = U S^2 U^T, \qquad V^T = S^{-1} U^T A
+
+The Gram matrix :math:`A A^T` is only k × k. Squaring costs half of the digits, so it is accumulated in float64 even
+where the data are float32: that resolves singular values down to 1e-8 of the largest, which no float32 SVD does. Where
+float64 data need directions below 1e-4, a real SVD takes over.
 
 Cost: one product of k² L, of which the half below the diagonal is skipped, and one symmetric eigenproblem of size k,
 against about 20 k² L for the SVD.
@@ -18,25 +21,29 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.linalg.divide_and_conquer import LinAlgError, leading_eigenvectors
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, not in its __all__
 
 Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Left singular vectors U (m, r), singular values S (r,), right singular vectors Vᵀ (r, n)."""
 
 TILE = (768, 384)  # of a Gram matrix, computed at once: enough for full BLAS speed, and its buffers stay small
-TORN_SIZE = 1024  # rows from which tearing saves enough to be worth its float32
 LENGTH = 4096  # columns converted to float64 at once, which bounds the extra memory
-GRAM_RESOLUTION = 1e-4  # share of the largest singular value from which a Gram matrix rivals an SVD in float64
+GRAM_RESOLUTION = 1e-4  # fraction of the largest singular value from which a Gram matrix rivals an SVD in float64
 
 
 def gram(matrices: Iterable[Tensor]) -> Tensor:
-    """Sum of A Aᵀ over matrices of k rows, at least one.
+    r"""Gram matrix :math:`\sum_t A_t A_t^T` of matrices of k rows, at least one.
 
     Args:
         matrices: Matrices of shape (k, L); L may differ. Transposed views are as good as any.
 
     Returns:
         The upper triangle of a float64 matrix (k, k), in tiles: what lies far below the diagonal stays zero.
+
+    Example:
+        >>> gram([torch.tensor([[1.0, 2.0], [0.0, 1.0]])]).triu()
+        tensor([[5., 2.],
+                [0., 1.]], dtype=torch.float64)
     """
     total: Tensor | None = None
     for matrix in matrices:
@@ -54,35 +61,32 @@ def gram(matrices: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def eigen(
-    build: Callable[[], Tensor], dtype: torch.dtype = torch.float64, num_kept: Callable[[Tensor], int] = len
-) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and leading eigenvectors of a positive semidefinite matrix, the largest first.
+def eigen(build: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    r"""Eigenvalues and eigenvectors of a positive semidefinite matrix, the largest first: :math:`A = V \Lambda V^T`.
 
     Divide-and-conquer fails on rare inputs, differently on every device and not always with a word, so there is a
-    ladder: what is quickest, the CPU's solver, and last an SVD, which for such a matrix is the same thing. Each solver
-    works in the matrix's own memory, and each starts from a fresh one.
+    ladder: the solver of the matrix's device, the CPU's, and last an SVD, which for such a matrix is the same thing.
+    Each solver works in the matrix's own memory, and each starts from a fresh one.
 
     Args:
-        build: Computes the matrix, of shape (k, k), of which only the upper triangle is read.
-        dtype: The precision in which the eigenvectors are wanted.
-        num_kept: Says, from all eigenvalues (k,), how many eigenvectors are wanted; default all.
+        build: Computes the float64 matrix A, of shape (k, k), of which only the upper triangle is read.
 
     Returns:
-        Eigenvalues (k,), none below zero, and eigenvectors in the columns of a (k, r) matrix.
+        Eigenvalues (k,), none below zero, and eigenvectors in the columns of a (k, k) matrix, both in float64.
 
     Raises:
         ArithmeticError: If no solver converges, or the input is not finite.
+
+    Example:
+        >>> values, vectors = eigen(lambda: torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64))
+        >>> values.tolist(), vectors.abs().tolist()
+        ([4.0, 1.0], [[0.0, 1.0], [1.0, 0.0]])
     """
-
-    def wanted(values: Tensor) -> int:
-        return num_kept(values.clamp(min=0))
-
     for solve in _SOLVERS:
         matrix = build()
         size, device = len(matrix), matrix.device
         try:
-            values, vectors = solve(matrix, dtype, wanted)
+            values, vectors = solve(matrix)
         except LinAlgError:
             continue
         if bool(values.isfinite().all()) and _is_orthonormal(vectors):
@@ -96,46 +100,35 @@ def _is_orthonormal(vectors: Tensor) -> bool:
     Batched solvers on GPUs have returned vectors that are not (PyTorch, issue 192483).
     """
     probe = torch.randn(vectors.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    probe = probe.to(vectors.device, vectors.dtype)
+    probe = probe.to(vectors.device)
     change = torch.linalg.vector_norm(vectors.T @ (vectors @ probe) - probe)
     return bool(change <= torch.finfo(vectors.dtype).eps ** 0.5 * torch.linalg.vector_norm(probe))
 
 
-def _is_torn(size: int, dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and size >= TORN_SIZE
-
-
-def _quickest(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
-    if matrix.device.type == "cpu" and _is_torn(len(matrix), dtype):
-        return leading_eigenvectors(matrix, num_kept)
-    return _eigh(matrix, dtype, num_kept)
-
-
-def _eigh(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     # Transposed, the matrix is laid out as the solver wants it. Then the input is the output too, and nothing is
     # copied: with the solver's workspace, twice the matrix's size, a copy would be the peak of a whole merge.
     columns, values = matrix.T, matrix.new_empty(len(matrix))
     torch.linalg.eigh(columns, UPLO="L", out=(values, columns))
-    values = values.flip(0)
-    return values, columns[:, len(columns) - num_kept(values) :].flip(1).to(dtype)
+    return values.flip(0), columns.flip(1)
 
 
-def _eigh_cpu(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
-    return _eigh(matrix.cpu(), dtype, num_kept)
+def _eigh_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    return _eigh(matrix.cpu())
 
 
-def _svd_symmetric(matrix: Tensor, dtype: torch.dtype, num_kept: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+def _svd_symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
     upper = matrix.cpu().triu()
     vectors, values, _ = torch.linalg.svd(upper + upper.triu(1).T)
-    return values, vectors[:, : num_kept(values)].to(dtype)
+    return values, vectors
 
 
-_SOLVERS = (_quickest, _eigh_cpu, _svd_symmetric)
+_SOLVERS = (_eigh, _eigh_cpu, _svd_symmetric)
 
 
-def eigen_cost(size: int, dtype: torch.dtype = torch.float64) -> float:
+def eigen_cost(size: int) -> float:
     """Operations that `eigen` of a (size, size) matrix is worth on one core; measured, since few of them are BLAS-3."""
-    return (6.5 if _is_torn(size, dtype) else 10.0) * size**3
+    return 10.0 * size**3
 
 
 def thin_svd_cost(shape: tuple[int, int]) -> float:
@@ -145,7 +138,7 @@ def thin_svd_cost(shape: tuple[int, int]) -> float:
 
 
 def rank_tolerance(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> float:
-    """Share of the largest singular value below which a direction of such a matrix is rounding noise.
+    """Fraction of the largest singular value below which a direction of such a matrix is rounding noise.
 
     Rounding every entry perturbs the spectrum by about eps · √max(m, n) of the typical entry, not by the
     eps · max(m, n) that worst-case bounds give; the latter would cut real directions of large float32 matrices.
@@ -156,7 +149,7 @@ def rank_tolerance(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> f
 def rounding_error(matrix: Tensor) -> float:
     """Length up to which a projection of `matrix` on a computed basis is nothing but rounding error.
 
-    A singular vector is off by the precision over the relative gap to its neighbours, hence the power: 6e-6 of the norm
+    A singular vector is off by the precision over the relative gap to its neighbors, hence the power: 6e-6 of the norm
     in float32, 2e-12 in float64.
     """
     return float(torch.finfo(matrix.dtype).eps ** 0.75 * torch.linalg.vector_norm(matrix))
@@ -168,16 +161,28 @@ def needs_svd(dtype: torch.dtype, smallest: float, largest: float) -> bool:
 
 
 def thin_svd(matrix: Tensor, num_directions: int | None = None, *, floor: float = 0.0) -> Triplets:
-    """Singular triplets up to the numerical rank, the largest first.
+    r"""Singular triplets up to the numerical rank, the largest first: :math:`A = U\, \mathrm{diag}(S)\, V^T`.
 
     Args:
-        matrix: Matrix of shape (m, n), float32 or float64.
+        matrix: Matrix A of shape (m, n), float32 or float64.
         num_directions: Largest number of triplets to return; default all.
         floor: Singular values up to this are noise too: the rounding error of what `matrix` was computed from.
 
     Returns:
         U (m, r), S (r,) and Vᵀ (r, n) in the matrix's precision, with r at most the numerical rank: no null vectors,
         which no decomposition determines.
+
+    Example:
+        A matrix of rank 2 has two triplets.
+
+        >>> A = torch.tensor([[0.0, 2.0], [0.0, 0.0], [1.0, 0.0]])
+        >>> U, S, Vh = thin_svd(A)
+        >>> S
+        tensor([2., 1.])
+        >>> torch.allclose(U * S @ Vh, A)
+        True
+        >>> thin_svd(torch.ones(2, 2))[1].shape
+        torch.Size([1])
     """
     if matrix.shape[0] > matrix.shape[1]:
         V, S, Uh = thin_svd(matrix.T, num_directions, floor=floor)
@@ -204,13 +209,20 @@ def join(parts: Iterable[Triplets]) -> Triplets:
 
 
 def orthogonalize(basis: Tensor) -> Tensor:
-    """The closest matrix with orthonormal rows or columns, whichever are fewer: the polar factor U Vᵀ.
+    r"""The closest matrix with orthonormal rows or columns, whichever are fewer: the polar factor.
+
+    .. math:: B = U S V^T \;\mapsto\; U V^T
 
     Args:
-        basis: Matrix of shape (m, n). If it is rank deficient, its null directions stay zero.
+        basis: Matrix B of shape (m, n). If it is rank deficient, its null directions stay zero.
 
     Returns:
         A matrix of shape (m, n), in the same precision.
+
+    Example:
+        >>> orthogonalize(torch.tensor([[0.0, 3.0], [0.5, 0.0]])).abs()
+        tensor([[0., 1.],
+                [1., 0.]])
     """
     U, _, Vh = thin_svd(basis)
     return U @ Vh
