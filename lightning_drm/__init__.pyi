@@ -1,3 +1,4 @@
+from .checkpoints.merge import merge_checkpoints
 from .data import MultiTaskDataModule
 from .merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
 from .modules import MultiTaskModule, TransformerTask
@@ -21,4 +22,5 @@ __all__ = [
     "MultiTaskModule",
     "TaskArithmetic",
     "TransformerTask",
+    "merge_checkpoints",
 ]

@@ -75,6 +75,9 @@ def test_a_missing_hub_name_is_one_clear_sentence(server, tmp_path):
     done = merge(server, tmp_path, "--base", "org/base", "--models.a", "org/gone", "--models.b", "org/tuned")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if "org/gone" in line]
-    assert line.strip() == "- a: org/gone is no file or folder here, and the hub has no such model, or not for you."
+    assert (
+        line.strip()
+        == "- a: org/gone is no file or folder here, and the hub has no model of this name that you may read."
+    )
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -14,8 +14,7 @@ import torch
 from helpers import models
 from safetensors.torch import load_file, save_file
 
-from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.cli import checkpoints
 from lightning_drm.distributed.ranks import Ranks
@@ -87,7 +86,7 @@ def test_the_number_of_processes_changes_no_bit(num_processes, device, folder, t
     cases = []
     for name, (recipe, mismatch, prefix) in recipes.items():
         case = {**files_of(folder, prefix), "max_shard_size": "4MB", "device": device}
-        merge_files(**case, output=tmp_path / f"{name} alone", recipe=recipe, mismatch=mismatch)
+        merge_checkpoints(**case, output=tmp_path / f"{name} alone", **vars(recipe), **vars(mismatch))
         cases.append({**case, "output": str(tmp_path / name), "recipe": repr(recipe), "mismatch": repr(mismatch)})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     command = [*TORCHRUN, "--nproc_per_node", str(num_processes), SCRIPT, tmp_path / "cases.json"]
@@ -100,8 +99,7 @@ def test_the_number_of_processes_changes_no_bit(num_processes, device, folder, t
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    recipe = Recipe(DRM("vertical"))
-    merge_files(**files_of(folder), output=folder / "expected", recipe=recipe, max_shard_size="8MB")
+    merge_checkpoints(**files_of(folder), output=folder / "expected", method=DRM("vertical"), max_shard_size="8MB")
     return contents(folder / "expected")
 
 
@@ -197,8 +195,8 @@ def test_a_killed_process_is_named_by_the_others(victim, size, folder, expected,
     said = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(size))
     assert f"lightning-drm: Rank {victim} (process {processes[victim].pid} on " in said
     assert "Traceback" not in said
-    result = merge_files(
-        **files_of(folder), output=tmp_path / "out", recipe=Recipe(DRM("vertical")), max_shard_size="8MB"
+    result = merge_checkpoints(
+        **files_of(folder), output=tmp_path / "out", method=DRM("vertical"), max_shard_size="8MB"
     )
     assert result.num_resumed >= 4, "another number of processes takes up what all of them wrote"
     assert contents(tmp_path / "out") == expected
@@ -221,12 +219,12 @@ def test_torchrun_ends_all_when_one_is_killed(folder, expected, tmp_path):
 
 
 def test_two_merges_into_one_folder(folder, expected, tmp_path):
-    merge = {**files_of(folder), "output": tmp_path / "out", "recipe": Recipe(DRM("vertical")), "max_shard_size": "8MB"}
-    first = multiprocessing.get_context("fork").Process(target=merge_files, kwargs=merge)
+    merge = {**files_of(folder), "output": tmp_path / "out", "method": DRM("vertical"), "max_shard_size": "8MB"}
+    first = multiprocessing.get_context("fork").Process(target=merge_checkpoints, kwargs=merge)
     first.start()
     in_the_middle(tmp_path / "out", 0)
     with pytest.raises(ValueError, match=r"Another process is merging into .*out: wait until"):
-        merge_files(**merge, overwrite=True)
+        merge_checkpoints(**merge, overwrite=True)
     first.join()
     assert first.exitcode == 0
     assert contents(tmp_path / "out") == expected

@@ -14,11 +14,9 @@ import torch
 from helpers import models
 from safetensors.torch import load_file, save_file
 
-from lightning_drm import DRM, TIES
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import DRM, TIES, merge_checkpoints
 from lightning_drm.checkpoints.reading import TensorHeader
 from lightning_drm.checkpoints.writing.shards import ShardWriter
-from lightning_drm.fusion import Recipe
 from lightning_drm.fusion.read_ahead import read_ahead
 
 
@@ -31,7 +29,7 @@ def folder(tmp_path_factory):
 
 def merge(folder, output):
     paths = {task: str(folder / task) for task in "ab"}
-    return merge_files(str(folder / "base"), paths, output, Recipe(DRM(density=0.3)), max_shard_size="150KB")
+    return merge_checkpoints(folder / "base", paths, output, DRM(density=0.3), max_shard_size="150KB")
 
 
 def contents(output):
@@ -87,13 +85,13 @@ def test_taken_up_after_some_tensors(after, method, folder, tmp_path, monkeypatc
     """Stops at a known point, so that what is taken up can be counted."""
     paths = {task: str(folder / task) for task in "ab"}
     base = str(folder / "base")
-    merge_files(base, paths, tmp_path / "whole", Recipe(method), max_shard_size="150KB")
+    merge_checkpoints(base, paths, tmp_path / "whole", method, max_shard_size="150KB")
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", stops(after))
         with pytest.raises(KeyboardInterrupt):
-            merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
+            merge_checkpoints(base, paths, tmp_path / "out", method, max_shard_size="150KB")
     assert not (tmp_path / "out").exists()
-    result = merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
+    result = merge_checkpoints(base, paths, tmp_path / "out", method, max_shard_size="150KB")
     assert result.num_resumed == after
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -153,7 +151,7 @@ def test_bytes_that_were_damaged_are_written_again(folder, tmp_path, monkeypatch
 def test_another_merge_is_not_taken_up(folder, tmp_path, monkeypatch):
     interrupted(folder, tmp_path / "out", monkeypatch)
     paths = {task: str(folder / task) for task in "ab"}
-    result = merge_files(str(folder / "base"), paths, tmp_path / "out", Recipe(DRM(density=0.4)))
+    result = merge_checkpoints(folder / "base", paths, tmp_path / "out", DRM(density=0.4))
     assert result.num_resumed == 0
 
 
@@ -161,7 +159,7 @@ def test_overwrite_replaces(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
     paths = {task: str(folder / task) for task in "ab"}
-    merge_files(str(folder / "base"), paths, tmp_path / "out", overwrite=True)
+    merge_checkpoints(folder / "base", paths, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "old").exists()
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -218,5 +216,5 @@ def test_inputs_that_change_meanwhile_are_noticed(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(ShardWriter, "write", change_and_write)
     paths = {"a": str(tmp_path / "a"), "b": str(folder / "b")}
     with pytest.raises(ValueError, match="The files of a were changed while they were merged"):
-        merge_files(str(folder / "base"), paths, tmp_path / "out")
+        merge_checkpoints(folder / "base", paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()
