@@ -20,6 +20,7 @@ from lightning_drm.cli import checkpoints
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Override, Recipe
 
+pytestmark = pytest.mark.processes
 SCRIPT = Path(__file__).with_name("merge_on_ranks.py")
 SRUN = Path(__file__).parents[2] / "examples" / "slurm" / "local" / "srun"  # a stand-in, which sets what SLURM sets
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
