@@ -203,7 +203,7 @@ def _task_vectors(plan: Plan, values: BaseValues) -> list[TaskVector]:
 
 
 def _fingerprints(plan: Plan) -> dict[str, str]:
-    """By task, what tells its files from others; the base's under an empty name."""
+    """By task, the fingerprint of its files; the base's under an empty name."""
     files = {task.name: task.input.files for task in plan.tasks}
     return {name: quick_fingerprint(paths) for name, paths in {**files, "": plan.base.tensors.files}.items()}
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from helpers import models
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import lightning_drm
 from lightning_drm import TIES, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy
+from lightning_drm.checkpoints.reading import TensorHeader, Tensors, readers
+from lightning_drm.checkpoints.reading.weights import WeightsInput
 from lightning_drm.deltas import TaskVector, hash_tensor, save_task_vector
 from lightning_drm.fusion import Override, Recipe
 
@@ -144,6 +147,53 @@ def test_a_base_in_no_known_format(bench, tmp_path):
     message = r"weights.npz is in no known format; expected a transformers folder .*, or a checkpoint file \(.ckpt"
     with pytest.raises(ValueError, match=message):
         merge_checkpoints(tmp_path / "weights.npz", {"a": bench / "full_a"}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("inside", ["", "tasks/a", "tasks/a/deltas.safetensors"])
+def test_a_run_folder_may_be_named_by_what_is_in_it(inside, bench, tmp_path):
+    """The file of deltas too, which is a file of tensors but not of weights."""
+    merge_checkpoints(bench / "base", {"a": bench / "run" / inside}, tmp_path / "out", TaskArithmetic(0.5), {"a": 0.7})
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in plain_loop({"a": "run"}).items():
+        torch.testing.assert_close(merged[name].double(), value, rtol=1e-6, atol=1e-6)
+
+
+class NumpyTensors(Tensors):
+    def __init__(self, path):
+        super().__init__([path])
+        self._arrays = np.load(path)
+        for name, array in self._arrays.items():
+            self.headers[name] = TensorHeader(array.shape, torch.from_numpy(array).dtype)
+
+    def read(self, name):
+        return torch.from_numpy(self._arrays[name])
+
+
+class NumpyFile(WeightsInput):
+    expected = "a numpy archive (.npz)"
+
+    @classmethod
+    def opens(cls, path):
+        return path.suffix == ".npz"
+
+    @classmethod
+    def open(cls, path, task, dequantize):
+        return cls(path, NumpyTensors(path))
+
+
+def test_a_new_format_is_a_class_and_a_line(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "READERS", [*readers.READERS, NumpyFile])
+    for name in ("base", "full_a"):
+        arrays = {key: value.numpy() for key, value in load_file(bench / name / "model.safetensors").items()}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    paths = {"a": tmp_path / "full_a.npz"}
+    options = {"heads": ["classifier.*"], "policy": "base_fill"}
+    merge_checkpoints(tmp_path / "base.npz", paths, tmp_path / "out", TaskArithmetic(0.5), {"a": 0.7}, **options)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in plain_loop({"a": "full"}).items():
+        torch.testing.assert_close(merged[name].double(), value, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"or a numpy archive \(\.npz\)\.$"):
+        merge_checkpoints(bench / "base", {"a": bench}, tmp_path / "none")
 
 
 def test_keywords_and_defaults_are_those_of_the_recipe_and_the_policy():

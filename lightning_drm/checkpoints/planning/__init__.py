@@ -1,7 +1,7 @@
 """The plan of a merge of checkpoints: every parameter matched with the base, and every problem known before any work.
 
 `make_plan` opens the inputs, `Matcher` holds each against the base, and the `Plan` says what will be done with each
-parameter. `sizes` tells from a plan how much will be read, written and held in memory.
+parameter. `sizes` estimates how much will be read, written and held in memory.
 """
 
 from lightning_drm.checkpoints.planning.plan import Plan, refuse, table

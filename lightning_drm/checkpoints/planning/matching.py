@@ -145,5 +145,5 @@ class Matcher:
 
 
 def _submodule(name: str, region: str) -> str:
-    """The part of a name that tells a model's submodules apart: ``pooler`` in ``bert.pooler.dense.weight``."""
+    """The submodule that a parameter is in: ``pooler`` for ``bert.pooler.dense.weight`` in the region ``bert.``."""
     return name.removeprefix(region).partition(".")[0]

@@ -39,11 +39,12 @@ class StoredInput(TaskInput):
     @classmethod
     @override
     def opens(cls, path: Path) -> bool:
-        return (path / DELTAS_FILE).is_file() or any(path.glob(f"tasks/*/{DELTAS_FILE}"))
+        return path.name == DELTAS_FILE or (path / DELTAS_FILE).is_file() or any(path.glob(f"tasks/*/{DELTAS_FILE}"))
 
     @classmethod
     @override
     def open(cls, path: Path, task: str, dequantize: bool) -> Self:
+        path = path.parent if path.name == DELTAS_FILE else path
         folder = path if (path / DELTAS_FILE).is_file() else path / "tasks" / task
         if not (folder / DELTAS_FILE).is_file():
             tasks = ", ".join(sorted(file.parent.name for file in path.glob(f"tasks/*/{DELTAS_FILE}")))

@@ -208,7 +208,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def quick_fingerprint(files: Sequence[Path]) -> str:
-    """A hash of the names, sizes, first and last megabytes of files, which tells versions apart without reading all."""
+    """A hash of the names, sizes, first and last megabytes of files, by which versions differ; most is never read."""
     digest = xxhash.xxh3_128()
     for path in files:
         size = path.stat().st_size

@@ -45,7 +45,7 @@ def card_of(plan: Plan, result: MergeResult, fingerprints: Mapping[str, str]) ->
     Args:
         plan: What was done.
         result: What came out.
-        fingerprints: By task, what tells its files from others; the base's under an empty name.
+        fingerprints: By task, the fingerprint of its files; the base's under an empty name.
     """
     base = plan.base.name
     facts = [f"parameters: {result.num_merged} merged, {result.num_kept} as in the base"]
