@@ -1,3 +1,4 @@
+from .checkpoints.merge import merge_checkpoints
 from .data import MultiTaskDataModule
 from .merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
 from .modules import MultiTaskModule, TransformerTask
@@ -23,4 +24,5 @@ __all__ = [
     "MultiTaskModule",
     "TaskArithmetic",
     "TransformerTask",
+    "merge_checkpoints",
 ]

@@ -1,4 +1,4 @@
-"""A task's deltas, computed from files when they are asked for."""
+"""A task's deltas, computed from its files and the base's when they are asked for."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,10 +15,12 @@ from lightning_drm.merging.low_rank import rows_of
 
 
 class BaseValues:
-    """The base's values in float32 (or better). Each thread keeps the last ones, since all tasks ask for them in turn.
+    """The base's values in float32, or float64 where the files have that.
+
+    Each thread keeps the values that it read last, since all tasks ask for them in turn.
 
     Args:
-        tensors: The base's files.
+        tensors: The base's tensors.
     """
 
     def __init__(self, tensors: Tensors) -> None:
@@ -32,13 +34,13 @@ class BaseValues:
         wanted = (name, rows)
         if getattr(self._last, "wanted", None) != wanted:
             self._last.wanted = None
-            self._last.value = precise(_part(self._tensors.read(name), rows))
+            self._last.value = precise(_rows(self._tensors.read(name), rows))
             self._last.wanted = wanted
         value: Tensor = self._last.value
         return value
 
     def hash(self, name: str) -> str:
-        """The hash of a parameter's stored value, read only once for all tasks."""
+        """The hash of a parameter's stored value, which is computed once for all tasks."""
         with self._lock:
             if name not in self._hashes:
                 self._hashes[name] = hash_tensor(self._tensors.read(name))
@@ -46,10 +48,10 @@ class BaseValues:
 
 
 class FileDeltas(Mapping[str, Delta]):
-    """One task's deltas by the base's names.
+    """One task's deltas, under the base's names.
 
     Args:
-        task: What the plan found out about the task.
+        task: The task, matched with the base.
         base: The base's values.
     """
 
@@ -63,7 +65,7 @@ class FileDeltas(Mapping[str, Delta]):
         return self.read(name)
 
     def read(self, name: str, rows: slice | None = None) -> Delta:
-        """A parameter's delta, or some rows of it; no more is computed than is asked for."""
+        """A parameter's delta, or some rows of it; only these are computed."""
         task = self._task
         raw = task.names[name]
         found = self._found(raw)
@@ -72,19 +74,19 @@ class FileDeltas(Mapping[str, Delta]):
             turned = found.T if name in task.transposed else found
             return turned if rows is None else rows_of(turned, rows)
         if task.input.entries[raw].form == "delta":
-            return precise(_part(found, rows))
+            return precise(_rows(found, rows))
         base = self._base.read(name, rows)
         sources = task.rows.get(name)
         if sources is None:
-            return precise(_part(found, rows)) - base
-        sources = _part(sources, rows)
+            return precise(_rows(found, rows)) - base
+        sources = _rows(sources, rows)
         delta = torch.zeros_like(base)
         known = sources >= 0
         delta[known] = precise(found[sources[known]]) - base[known]
         return delta
 
     def _found(self, raw: str) -> Delta:
-        """What the finetune says of a parameter. What was computed serves the next pieces; what is mapped is let go."""
+        """What the finetune says of a parameter; a computed delta is kept for the next pieces."""
         if self._task.input.entries[raw].form == "value":
             return self._task.input.read(raw)
         if getattr(self._last, "raw", None) != raw:
@@ -97,13 +99,15 @@ class FileDeltas(Mapping[str, Delta]):
     def _check_base(self, name: str, raw: str, rows: slice | None) -> None:
         expected = self._task.input.base_hashes.get(raw)
         if expected is not None and self._base.hash(name) != expected:
-            raise ValueError(f"{self._task.name}: {name} is not the base's value that the stored delta was taken from.")
+            raise ValueError(
+                f"{self._task.name}: its stored delta of {name} was taken from another value than this base's."
+            )
         frozen = self._task.input.base_value(raw)
-        if frozen is not None and not torch.equal(precise(_part(frozen, rows)), self._base.read(name, rows)):
-            raise ValueError(f"{self._task.name}: {name} is not the base's value that its adapter was trained on.")
+        if frozen is not None and not torch.equal(precise(_rows(frozen, rows)), self._base.read(name, rows)):
+            raise ValueError(f"{self._task.name}: its adapter was trained on another value of {name} than this base's.")
 
     @override
-    def __contains__(self, name: object) -> bool:  # the one of Mapping would compute the delta
+    def __contains__(self, name: object) -> bool:  # Mapping's own would compute the delta
         return name in self._task.names
 
     @override
@@ -120,5 +124,5 @@ def precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _part(tensor: Tensor, rows: slice | None) -> Tensor:
+def _rows(tensor: Tensor, rows: slice | None) -> Tensor:
     return tensor if rows is None else tensor[rows]

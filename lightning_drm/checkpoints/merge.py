@@ -1,147 +1,169 @@
-"""Merging models from files: plan, stream, check, and only then show the result under its name.
+"""Merging checkpoints: read, plan, merge, check, publish.
 
-At no time are more than two parameters of all tasks in memory: the one that is merged, and the next, which is read
-meanwhile; of those that are merged entry by entry, some pieces. Everything is written into a hidden folder beside the
-output; a merge that was killed is taken up there by the next one with the same arguments, and the folder gets its name
-when it is whole and checked.
+Each step is a folder or file of its own. `reading` opens every input from its headers, `planning` matches them with the
+base and lists every problem before any work is done. Then deltas are read, merged and written one parameter at a time:
+no more than two parameters of all tasks are in memory at any time, the one that is merged and the next one, which is
+read ahead; of parameters that are merged entry by entry, only a few pieces are. What was written is checked. All of it
+happens in a hidden folder beside the output, which gets its name when it is whole. A merge that was killed is taken up
+there by the next one with the same arguments.
 
-Several processes share a merge: each plans it by itself, merges its share of the parameters and writes them to where
-they belong; the first of them does what is done once. Nothing but counts and journals passes between them.
+Several processes share a merge: each makes the same plan, merges its share of the parameters and writes them where they
+belong, and the first process does whatever is done once. Only counts and journals pass between them.
 """
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
+import torch
 from huggingface_hub import HfApi
-from torch import Tensor
 
+from lightning_drm.checkpoints.architecture.vocabulary import VocabularyPolicy
 from lightning_drm.checkpoints.deltas import BaseValues, FileDeltas
-from lightning_drm.checkpoints.planning.plan import MismatchPolicy, Plan, make_plan, plan_costs, refuse, written_bytes
+from lightning_drm.checkpoints.planning import (
+    MismatchPolicy,
+    MissingPolicy,
+    OutputDtype,
+    OutputFormat,
+    Plan,
+    make_plan,
+    plan_costs,
+    refuse,
+)
 from lightning_drm.checkpoints.reading import quick_fingerprint
-from lightning_drm.checkpoints.writing.adapter import read_adapter, write_adapter
-from lightning_drm.checkpoints.writing.check import measure_factors, require_finite, require_present, summary
+from lightning_drm.checkpoints.writing.adapter import write_adapter
 from lightning_drm.checkpoints.writing.model import write_model
-from lightning_drm.checkpoints.writing.shards import JOURNAL_FILE, ShardWriter
-from lightning_drm.checkpoints.writing.sidecars import license_of
+from lightning_drm.checkpoints.writing.output_folder import OutputFolder
+from lightning_drm.checkpoints.writing.result import MergeResult, card_of
+from lightning_drm.checkpoints.writing.shards import ShardWriter
+from lightning_drm.checkpoints.writing.sidecars import write_heads
 from lightning_drm.deltas import TaskVector, fingerprint
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.fusion.fuse import Fusion
-from lightning_drm.fusion.model_card import model_card
-from lightning_drm.fusion.recipe import Recipe
+from lightning_drm.fusion.recipe import Override, Recipe
 from lightning_drm.fusion.share_out import share_out
-from lightning_drm.pretrained import resolve_pretrained
-from lightning_drm.storage import only_one, write_tensors
+from lightning_drm.merging import DRM, Method
 
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class MergeResult:
-    """What a merge from files wrote.
-
-    Attributes:
-        folder: The output.
-        output_format: ``full`` or ``adapter``.
-        num_merged: How many parameters were merged.
-        num_kept: How many are the base's.
-        num_resumed: How many an earlier, interrupted merge had written already.
-        survived: By task, the fraction of its delta that the written model has along it, measured on a sample.
-        rounding: Rounding error of the written weights relative to the merged deltas.
-        rank_errors: Relative error by parameter, where the rank was limited.
-        notes: What a user should know.
-    """
-
-    folder: Path
-    output_format: str
-    num_merged: int
-    num_kept: int
-    num_resumed: int = 0
-    survived: Mapping[str, float] = field(default_factory=dict)
-    rounding: float = 0.0
-    rank_errors: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-def merge_files(
-    base: str,
-    models: Mapping[str, str],
+def merge_checkpoints(
+    base: str | os.PathLike[str],
+    models: Mapping[str, str | os.PathLike[str]],
     output: str | os.PathLike[str],
-    recipe: Recipe | None = None,
-    mismatch: MismatchPolicy | None = None,
+    method: Method = DRM(),
+    coefficients: Mapping[str, float] | None = None,
     *,
+    convolutions: Literal["average", "matrix"] = "average",
+    non_matrix: Literal["average", "elect"] = "average",
+    overrides: Sequence[Override] = (),
+    policy: MissingPolicy = "strict",
+    vocabulary: VocabularyPolicy = "strict",
+    heads: Sequence[str] | None = None,
+    output_format: OutputFormat = "auto",
+    dtype: OutputDtype = "auto",
+    rank: int | None = None,
+    dequantize: bool = False,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     push_to_hub: str | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> MergeResult:
-    """Merges finetuned models that are on disk or on the hub.
+    """Merges finetuned models that are on disk or on the hub into one, without loading any of them.
+
+    Model folders, PEFT adapters, checkpoints and run folders may be mixed. ``lightning-drm merge`` calls this function;
+    its options have the same names.
 
     Args:
-        base: The model they all started from: a folder, a file or a hub name.
-        models: By task, its finetune: a model folder, a PEFT adapter, a checkpoint or a run folder, or a hub name.
-        output: The folder to write.
-        recipe: How to merge; DRM by default.
-        mismatch: What to do about what does not fit; refuse by default.
-        overwrite: Replace the folder if it exists.
+        base: The model that all of them started from: a folder, a file, ``package:…`` or a hub name.
+        models: By task, its finetune: a model folder, a PEFT adapter, a checkpoint, a run folder or a hub name.
+        output: The folder to write. ``from_pretrained`` loads it (or peft, for an adapter);
+            ``heads/<task>.safetensors`` in it holds the head of each task that has one.
+        method: The merging method.
+        coefficients: By task, its coefficient; 1.0 for a task that is not named.
+        convolutions: ``"matrix"`` lets a matrix method merge convolution weights as ``(out, in·k·k)`` matrices;
+            ``"average"`` treats them like embeddings.
+        non_matrix: How to merge what a matrix method does not take: by the weighted ``"average"`` of all tasks, or of
+            those that ``"elect"`` the same sign.
+        overrides: Exceptions by name; the first one that matches a parameter applies.
+        policy: What to do about parameters that a task or the base lacks: refuse (``"strict"``), merge only what all
+            have (``"intersection"``), or count what a task lacks as unchanged by it (``"base_fill"``).
+        vocabulary: What to do about vocabularies that differ: refuse (``"strict"``), keep the base's tokens
+            (``"base"``), or merge only the tokens that all have (``"intersection"``).
+        heads: Shell patterns of the heads' names; known from the models' classes if left out.
+        output_format: A whole model (``"full"``), an adapter (``"adapter"``, if all models are adapters), or the
+            smaller one that is exact (``"auto"``).
+        dtype: Precision of the written weights; each parameter's own if ``"auto"``.
+        rank: Largest rank of a merged adapter; as high as is exact if left out.
+        dequantize: Read quantized weights as the floats that they stand for, and write floats.
+        overwrite: Replace the output if it exists.
         max_shard_size: Largest size of a written file.
         device: Where to compute.
         push_to_hub: Name of a repository to upload the result to.
-        progress: Called with the number of parameters that this process has done and how many it has.
+        progress: Called with the number of parameters that this process has done, and of those that it has to do.
         ranks: The processes that share the work, all of which make this call; this one alone if left out.
 
     Returns:
-        What was done.
+        What was written, and the fraction of each task's delta that survived.
 
     Raises:
         ValueError: With every problem that the headers show, before anything is written; or if deltas are not finite,
-            or a task has left no trace in the result; or if another process is merging into the same folder.
+            nothing of a task survived, or another process is merging into the same folder.
+
+    Example:
+        >>> import torch
+        >>> from safetensors.torch import load_file, save_file
+        >>> from lightning_drm import TaskArithmetic, merge_checkpoints
+        >>> folder = getfixture("tmp_path")
+        >>> save_file({"fc.weight": torch.zeros(2, 2)}, folder / "base.safetensors")
+        >>> for task, value in {"sst2": 1.0, "rte": 2.0}.items():
+        ...     save_file({"fc.weight": torch.full((2, 2), value)}, folder / f"{task}.safetensors")
+        >>> models = {"sst2": folder / "sst2.safetensors", "rte": folder / "rte.safetensors"}
+        >>> method = TaskArithmetic(scale=0.5)
+        >>> result = merge_checkpoints(folder / "base.safetensors", models, folder / "merged", method, {"rte": 2.0})
+        >>> load_file(result.folder / "model.safetensors")["fc.weight"]
+        tensor([[2.5000, 2.5000],
+                [2.5000, 2.5000]])
     """
-    recipe, mismatch, output = recipe or Recipe(), mismatch or MismatchPolicy(), Path(output)
-    plan = make_plan(base, models, recipe, mismatch)
-    refuse([*plan.problems, *output_problems(plan, output, overwrite)])
-    partial = _partial_of(output)
-    with only_one(output, f"merging into {output}") if ranks.is_first else nullcontext():
+    recipe = Recipe(method, dict(coefficients or {}), convolutions, non_matrix, tuple(overrides))
+    patterns = list(heads) if heads is not None else None
+    mismatch = MismatchPolicy(policy, vocabulary, patterns, output_format, dtype, rank, dequantize)
+    paths = {task: os.fspath(path) for task, path in models.items()}
+    plan = make_plan(os.fspath(base), paths, recipe, mismatch)
+    folder = OutputFolder(Path(output))
+    refuse([*plan.problems, *folder.problems(plan, overwrite)])
+    with folder.locked() if ranks.is_first else nullcontext():
         if ranks.is_first:  # again: another merge may have ended before this one got the lock
-            refuse(output_problems(plan, output, overwrite))
-        result = _write(plan, partial, output, max_shard_size, device, progress, ranks)
+            refuse(folder.problems(plan, overwrite))
+            folder.clear_leftovers()
+        result = _merge(plan, folder, max_shard_size, device, progress, ranks)
         if ranks.is_first:
-            _show(partial, output)
+            folder.publish()
         ranks.wait()
     if push_to_hub is not None and ranks.is_first:
-        api = HfApi()
-        api.create_repo(push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=push_to_hub, folder_path=output, commit_message="Merged with lightning_drm")
+        _upload(folder.path, push_to_hub)
     return result
 
 
-def _write(
+def _merge(
     plan: Plan,
-    partial: Path,
-    output: Path,
+    folder: OutputFolder,
     max_shard_size: str,
-    device: str,
+    device: str | torch.device,
     progress: Progress | None,
     ranks: Ranks,
 ) -> MergeResult:
-    """Writes everything, under a hidden name."""
-    recipe, base = plan.recipe, plan.base.name
-    costs = plan_costs(plan)
+    """Merges and writes everything into the hidden folder, and checks it."""
+    costs, values = plan_costs(plan), BaseValues(plan.base.tensors)
     share = share_out({name: costs[name] for name in plan.kinds}, ranks.size)[ranks.rank]
-    values = BaseValues(plan.base.tensors)
-    vectors = [
-        TaskVector(task.name, FileDeltas(task, values), {name: plan.kinds[name] for name in task.names}, {}, {})
-        for task in plan.tasks
-    ]
     fusion = Fusion(
-        recipe,
-        vectors,
+        plan.recipe,
+        _task_vectors(plan, values),
         device,
         transposed=plan.transposed,
         shapes=plan.shapes,
@@ -149,150 +171,54 @@ def _write(
         share=set(share),
         reduce=ranks.sum,
     )
-    if ranks.is_first:
-        _clear_leftovers(partial)
     fingerprints = _fingerprints(plan)
     if plan.output_format == "adapter":
-        result = _write_adapter(plan, fusion, share, partial, output, ranks)
+        survived, rank_errors = write_adapter(folder.partial, plan, fusion, share, ranks)
+        notes = (*plan.notes, *_notes_on(survived))
+        result = MergeResult(
+            folder.path, "adapter", len(plan.kinds), 0, survived=survived, rank_errors=rank_errors, notes=notes
+        )
     else:
-        identity = fingerprint({**fingerprints, "recipe": f"{recipe!r} {plan.mismatch!r} {max_shard_size}"})
-        writer = ShardWriter(partial, plan.headers, max_shard_size, identity, ranks)
+        identity = fingerprint({**fingerprints, "recipe": f"{plan.recipe!r} {plan.mismatch!r} {max_shard_size}"})
+        writer = ShardWriter(folder.partial, plan.headers, max_shard_size, identity, ranks)
         num_resumed = len(writer.done)
-        kept, rounding = write_model(plan, fusion, values, writer, progress, ranks)
+        survived, rounding = write_model(plan, fusion, values, writer, progress, ranks)
         num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
+        notes = (*plan.notes, *_notes_on(survived))
         counts = len(plan.headers) - num_kept, num_kept, num_resumed
-        notes = (*plan.notes, *_without_deltas(kept))
-        result = MergeResult(output, "full", *counts, kept, rounding, notes=notes)
-    if not ranks.is_first:
-        return result
-    changed = [task or "the base" for task, found in _fingerprints(plan).items() if found != fingerprints[task]]
-    if changed:
-        raise ValueError(f"The files of {', '.join(changed)} were changed while they were merged: merge again.")
-    _write_heads(plan, partial)
-    card = model_card(
-        recipe,
-        {
-            task.name: {
-                "parameters with a delta": len(task.names),
-                "source": task.input.path.name,
-                "fingerprint": f"`{fingerprints[task.name]}`",
-                "kept": _percent(result.survived.get(task.name)),
-            }
-            for task in plan.tasks
-        },
-        base=base if not Path(resolve_pretrained(base)).exists() else Path(base).name,
-        base_fingerprint=fingerprints[""],
-        library="peft" if plan.output_format == "adapter" else "transformers",
-        license=license_of(plan.base.folder),
-        facts=_facts(result),
-    )
-    (partial / "README.md").write_text(card, encoding="utf-8")
+        result = MergeResult(folder.path, "full", *counts, survived=survived, rounding=rounding, notes=notes)
+    if ranks.is_first:
+        _require_unchanged(plan, fingerprints)
+        write_heads(plan, folder.partial)
+        (folder.partial / "README.md").write_text(card_of(plan, result, fingerprints), encoding="utf-8")
     return result
 
 
+def _task_vectors(plan: Plan, values: BaseValues) -> list[TaskVector]:
+    """The tasks' deltas, which are read when they are asked for."""
+    return [
+        TaskVector(task.name, FileDeltas(task, values), {name: plan.kinds[name] for name in task.names}, {}, {})
+        for task in plan.tasks
+    ]
+
+
 def _fingerprints(plan: Plan) -> dict[str, str]:
-    """What tells each task's files from others, and the base's under an empty name."""
+    """By task, the fingerprint of its files; the base's under an empty name."""
     files = {task.name: task.input.files for task in plan.tasks}
     return {name: quick_fingerprint(paths) for name, paths in {**files, "": plan.base.tensors.files}.items()}
 
 
-def output_problems(plan: Plan, output: Path, overwrite: bool) -> list[str]:
-    """What keeps the output from being written."""
-    problems = []
-    if output.exists() and not (output.is_dir() and (overwrite or not any(output.iterdir()))):
-        problems.append(f"{output} exists; choose another --output, or --overwrite true.")
-    inputs = [plan.base.folder, *(task.input.path for task in plan.tasks)]
-    if any(folder is not None and folder.exists() and output.exists() and output.samefile(folder) for folder in inputs):
-        problems.append(f"{output} is one of the inputs.")
-    parent = next(folder for folder in output.absolute().parents if folder.exists())
-    free, needed = shutil.disk_usage(parent).free + _held_by(_partial_of(output)), written_bytes(plan)
-    if plan.output_format == "full" and needed > free:
-        problems.append(f"{output} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB left.")
-    return problems
+def _require_unchanged(plan: Plan, fingerprints: Mapping[str, str]) -> None:
+    changed = [task or "the base" for task, found in _fingerprints(plan).items() if found != fingerprints[task]]
+    if changed:
+        raise ValueError(f"The files of {', '.join(changed)} were changed while they were merged: merge again.")
 
 
-def _write_adapter(
-    plan: Plan, fusion: Fusion, share: Sequence[str], partial: Path, output: Path, ranks: Ranks
-) -> MergeResult:
-    if ranks.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.wait()
-    errors = write_adapter(partial, plan, fusion, share, ranks)
-    shares = ranks.gather(_check_adapter(plan, fusion, partial) if ranks.is_first else {})[0]
-    notes = (*plan.notes, *_without_deltas(shares))
-    return MergeResult(output, "adapter", len(plan.kinds), 0, 0, shares, rank_errors=errors, notes=notes)
+def _notes_on(survived: Mapping[str, float]) -> list[str]:
+    return [f"{task}: all its deltas are zero." for task, fraction in survived.items() if math.isnan(fraction)]
 
 
-def _check_adapter(plan: Plan, fusion: Fusion, folder: Path) -> dict[str, float]:
-    """Reads the adapter back; what it has kept of each task."""
-    records = []
-    for name, factors in read_adapter(folder, plan):
-        for part in (factors.up, factors.down):
-            require_finite(name, part)
-        parts = {vector.task: vector.deltas[name] for vector in fusion.vectors if name in vector.deltas}
-        records.append(measure_factors(factors, list(parts), list(parts.values())))
-    shares, _ = summary(records, fusion.tasks)
-    require_present(plan, shares)
-    return shares
-
-
-def _without_deltas(shares: Mapping[str, float]) -> list[str]:
-    return [f"{task}: all its deltas are zero." for task, share in shares.items() if math.isnan(share)]
-
-
-def _write_heads(plan: Plan, partial: Path) -> None:
-    for task in plan.tasks:
-        tensors: dict[str, Tensor] = dict(task.input.head)
-        for raw in task.head:
-            value = task.input.read(raw)
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{task.name}: its head has an adapter at {raw}; save it as modules_to_save.")
-            tensors[raw] = value.clone()
-        if tensors:
-            write_tensors(partial / "heads" / f"{task.name}.safetensors", tensors, {"task": task.name})
-
-
-def _facts(result: MergeResult) -> list[str]:
-    facts = [f"parameters: {result.num_merged} merged, {result.num_kept} as in the base"]
-    if result.rounding:
-        facts.append(f"rounding error: {result.rounding:.2e} of the merged delta")
-    if result.rank_errors:
-        facts.append(f"rank limited, relative error at most {max(result.rank_errors.values()):.2e}")
-    return [*facts, *result.notes]
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None or math.isnan(share) else f"{100 * share:.0f} %"
-
-
-def _clear_leftovers(partial: Path) -> None:
-    """Keeps of an interrupted merge what can be taken up: shards with their journal."""
-    if partial.is_dir() and not (partial / JOURNAL_FILE).is_file():
-        shutil.rmtree(partial)
-    elif partial.is_dir():
-        for folder in [entry for entry in partial.iterdir() if entry.is_dir()]:
-            shutil.rmtree(folder)
-
-
-def _partial_of(output: Path) -> Path:
-    """The hidden folder in which an output is written."""
-    return output.with_name(f".{output.name}.partial")
-
-
-def _held_by(partial: Path) -> int:
-    """Bytes of the disk that an interrupted merge has; they are there for the next one, which takes them up or over."""
-    try:
-        return sum(file.stat().st_blocks * 512 for file in partial.rglob("*"))
-    except FileNotFoundError:  # the merge was not interrupted, and has just ended
-        return 0
-
-
-def _show(partial: Path, output: Path) -> None:
-    """Gives the finished folder its name."""
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+def _upload(folder: Path, name: str) -> None:
+    api = HfApi()
+    api.create_repo(name, exist_ok=True)
+    api.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged with lightning_drm")

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from lightning_drm.checkpoints.merge import MergeResult, merge_files, output_problems
+from lightning_drm.checkpoints.merge import merge_checkpoints
 from lightning_drm.checkpoints.planning import (
     MismatchPolicy,
     Plan,
@@ -36,6 +36,8 @@ from lightning_drm.checkpoints.planning import (
     table,
     written_bytes,
 )
+from lightning_drm.checkpoints.writing.output_folder import OutputFolder
+from lightning_drm.checkpoints.writing.result import MergeResult
 from lightning_drm.distributed.launch import are_several, start_processes, started_together
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Recipe
@@ -151,16 +153,16 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
     if config.dry_run:
         plan = make_plan(config.base, config.models, recipe, mismatch)
         _print_plan(console, plan, ranks, memory_bytes(plan, torch.device(device)))
-        refuse([*plan.problems, *output_problems(plan, Path(config.output), config.overwrite)])
+        refuse([*plan.problems, *OutputFolder(Path(config.output)).problems(plan, config.overwrite)])
         return
     with Progress(transient=True) as bar:
         row = bar.add_task(f"merging with {type(recipe.method).__name__}", total=None)
-        result = merge_files(
+        result = merge_checkpoints(
             config.base,
             config.models,
             config.output,
-            recipe,
-            mismatch,
+            **vars(recipe),
+            **vars(mismatch),
             overwrite=config.overwrite,
             max_shard_size=config.max_shard_size,
             device=device,
@@ -224,9 +226,10 @@ def _print_result(console: Console, result: MergeResult) -> None:
         console.print(f"Note: {note}")
     if result.num_resumed:
         console.print(f"Took up an interrupted merge: {result.num_resumed} parameters were there.")
-    shares = ", ".join(f"{task} {100 * share:.0f} %" for task, share in result.survived.items())
+    survived = ", ".join(f"{task} {100 * fraction:.0f} %" for task, fraction in result.survived.items())
     console.print(
-        f"Merged {result.num_merged} parameters, {result.num_kept} are the base's." + f" Kept: {shares}." * bool(shares)
+        f"Merged {result.num_merged} parameters, {result.num_kept} are the base's."
+        + f" Kept: {survived}." * bool(survived)
     )
     if result.rounding:
         console.print(f"Rounding took {result.rounding:.1e} of the merged delta.")

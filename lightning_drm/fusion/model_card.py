@@ -22,10 +22,10 @@ def model_card(
 
     Args:
         recipe: How the tasks were merged.
-        columns: By task, what its row of the table says beside its coefficient.
+        columns: By task, the entries of its row in the table beside its coefficient, under their titles.
         base: The base's name, where it has one.
-        base_fingerprint: Tells the base's version.
-        library: What loads the model.
+        base_fingerprint: Tells versions of the base apart.
+        library: The library that loads the model.
         license: The base's license, where it is known.
         facts: Further lines for the list of facts.
     """
@@ -53,7 +53,7 @@ def model_card(
             "",
             f"# {len(tasks)} tasks merged with {type(recipe.method).__name__}",
             "",
-            f"One backbone for the tasks {', '.join(tasks)}; `heads/<task>.safetensors` holds a task's head.",
+            f"One backbone for the tasks {', '.join(tasks)}; `heads/<task>.safetensors` holds the head of a task.",
             "",
             f"- method: `{recipe.method!r}`",
             f"- convolutions: {recipe.convolutions}",

@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 def read_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, the next of which is produced by a thread while the caller works on the present one.
+    """The same items; while the caller works on one, a thread produces the next one.
 
-    Only one item is ahead, so memory holds two. An error is raised when its item's turn comes.
+    Only one item is read ahead, so memory holds two. An error is raised when its item's turn comes.
 
     Args:
         items: Produced lazily; all of them in one thread, in order.

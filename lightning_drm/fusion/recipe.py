@@ -3,33 +3,36 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from lightning_drm.deltas import Kind
 from lightning_drm.merging import DRM, TIES, Method, TaskArithmetic
 
 Rule = Literal["method", "average", "elect", "base"]
-"""By the recipe's method; the weighted average; the average of the entries that agree in sign; the base's value."""
+"""The recipe's method; the weighted average; the average of the entries that agree in sign; the base's value."""
+
+Split: TypeAlias = int | list[int]
+"""A number of equal parts, or the size of each part."""
 
 
 @dataclass(frozen=True)
 class Override:
-    """Other treatment for the parameters whose name matches; what is left out stays as in the recipe.
+    """Another treatment for the parameters whose name matches; what is left out stays as in the recipe.
 
     Attributes:
-        match: Shell pattern on the whole name, such as ``*.layers.0.*``.
+        match: Shell pattern for the whole name, such as ``*.layers.0.*``.
         rule: How to merge them.
         density: The method's density for them.
-        coefficients: Coefficient by task, for the tasks that are named.
-        split: Merge the matrix in parts: a number of equal parts, or the rows (a Conv1D's columns) of each part, as for
-            a fused ``[Q; K; V]``.
+        coefficients: By task, another coefficient.
+        split: Merge the matrix in parts, as for a fused ``[Q; K; V]``: a number of equal parts, or the rows of each
+            part (the columns, in a Conv1D).
     """
 
     match: str
     rule: Rule | None = None
     density: float | None = None
     coefficients: Mapping[str, float] = field(default_factory=dict)
-    split: int | list[int] | None = None
+    split: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,16 @@ class Treatment:
     """What is done to one parameter.
 
     Attributes:
-        rule: Its name, for people.
-        method: The method that does it; ``None`` leaves the base's value.
+        rule: The rule that applies.
+        method: The method that merges it; ``None`` keeps the base's value.
         coefficients: One per task.
-        split: Parts of the matrix, if it is merged in parts.
+        split: The parts of the matrix, if it is merged in parts.
     """
 
     rule: Rule
     method: Method | None
     coefficients: tuple[float, ...]
-    split: int | list[int] | None = None
+    split: Split | None = None
 
     @property
     def works_in_pieces(self) -> bool:
@@ -58,19 +61,19 @@ class Treatment:
 class Recipe:
     """What is done to each parameter of the backbone. Heads are never merged.
 
-    A method on matrices (DRM, Iso-C, Iso-CTS, TSV-M) merges the weights of linear layers; embeddings, biases, norms and
+    A method on matrices (DRM, Iso-C, Iso-CTS, TSV-M) merges the weights of linear layers. Embeddings, biases, norms and
     buffers get the average weighted by the coefficients, times the method's ``scale`` (arXiv 2505.23117 gives them the
     average; its published code elects signs there). An elementwise method (averaging, task arithmetic, TIES, DARE-TIES)
     is defined on whole task vectors and merges every parameter.
 
     Attributes:
         method: The merging method.
-        coefficients: Coefficient by task; 1.0 for a task that is not named.
+        coefficients: By task, its coefficient; 1.0 for a task that is not named.
         convolutions: ``"matrix"`` lets a matrix method merge convolution weights as ``(out, in·k·k)`` matrices;
             ``"average"`` treats them like embeddings.
-        non_matrix: What a matrix method leaves to the rest: the weighted ``"average"`` of all tasks, or, as in DRM's
-            published code, of those that ``"elect"`` the same sign.
-        overrides: Exceptions by name; the first that matches a parameter counts.
+        non_matrix: How to merge what a matrix method does not take: by the weighted ``"average"`` of all tasks, or, as
+            in DRM's published code, of those that ``"elect"`` the same sign.
+        overrides: Exceptions by name; the first one that matches a parameter applies.
     """
 
     method: Method = field(default_factory=DRM)
@@ -86,7 +89,7 @@ class Recipe:
         return self.non_matrix
 
     def override_of(self, name: str) -> Override:
-        """The exception that holds for a parameter; an empty one if none does."""
+        """The exception that applies to a parameter; an empty one if none does."""
         return next((o for o in self.overrides if fnmatchcase(name, o.match)), Override(name))
 
     def treatment(self, name: str, kind: Kind, tasks: Sequence[str]) -> Treatment:
@@ -115,7 +118,7 @@ class Recipe:
         return [self.coefficients.get(task, 1.0) for task in tasks]
 
     def description(self, tasks: Sequence[str]) -> dict[str, object]:
-        """The recipe as configuration: the method's class path and arguments, and what else decides the merge.
+        """The recipe as configuration: the method's class path and arguments, and all other settings of the merge.
 
         Args:
             tasks: The tasks, in their order.
@@ -130,13 +133,13 @@ class Recipe:
         }
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Refuses what no task or method has.
+        """Refuses coefficients of unknown tasks, and densities for a method or rule without one.
 
         Args:
             tasks: The names of all tasks.
 
         Raises:
-            ValueError: Naming the unknown tasks and the known ones, or the methods without a density.
+            ValueError: Naming the unknown tasks and the known ones, or the override whose density cannot apply.
         """
         problems = []
         named = {*self.coefficients, *(task for override in self.overrides for task in override.coefficients)}
@@ -145,7 +148,9 @@ class Recipe:
             problems.append(f"Coefficients are given for unknown tasks {', '.join(unknown)}; tasks: {', '.join(tasks)}")
         for override in self.overrides:
             if override.density is not None and override.rule in ("average", "elect", "base"):
-                problems.append(f"The override {override.match!r} gives a density, which rule {override.rule} has not")
+                problems.append(
+                    f"The override {override.match!r} gives a density, which the rule {override.rule} does not take"
+                )
             elif override.density is not None:
                 try:
                     with_density(self.method, override.density)
@@ -155,11 +160,11 @@ class Recipe:
             raise ValueError("; ".join(problems) + ".")
 
     def problems(self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What does not fit to the parameters, one sentence each.
+        """Why the recipe does not fit a model's parameters, one sentence for each reason.
 
         Args:
-            kinds: Kind by name of all parameters that are merged.
-            shapes: Shape by name of the same.
+            kinds: By name, the kind of every parameter that is merged.
+            shapes: By name, its shape.
         """
         names = list(kinds)
         unmatched = [
@@ -170,11 +175,11 @@ class Recipe:
         return unmatched + self.misfits(kinds, shapes)
 
     def misfits(self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What does not fit to some of the parameters, one sentence each.
+        """Why the recipe does not fit some of the parameters, one sentence for each.
 
         Args:
-            kinds: Kind by name of some parameters that are merged.
-            shapes: Shape by name of the same.
+            kinds: By name, the kind of some parameters that are merged.
+            shapes: By name, their shapes.
         """
         found = []
         for name, kind in kinds.items():
@@ -193,7 +198,7 @@ def with_density(method: Method, density: float) -> Method:
 
     Args:
         method: The method.
-        density: The share to keep.
+        density: The fraction to keep.
 
     Raises:
         ValueError: If the method has no density, or it is out of range.
@@ -205,14 +210,14 @@ def with_density(method: Method, density: float) -> Method:
     return changed
 
 
-def split_sizes(split: int | list[int], length: int) -> list[int]:
+def split_sizes(split: Split, length: int) -> list[int]:
     """The sizes of the parts of an axis."""
     return list(split) if isinstance(split, list) else [length // split] * split
 
 
-def _split_problem(split: int | list[int], shape: tuple[int, ...]) -> str | None:
+def _split_problem(split: Split, shape: tuple[int, ...]) -> str | None:
     if len(shape) != 2:
-        return "only matrices can"
+        return "it is not a matrix"
     if isinstance(split, int):
         fits = split > 0 and any(length % split == 0 for length in shape)
         return None if fits else f"neither side is a multiple of {split}"

@@ -1,8 +1,8 @@
-"""Which rank merges which parameter: shared out by estimated cost, the costliest first, each to the least busy rank.
+"""Which rank merges which parameter: the costliest ones are given out first, each to the rank with the least to do.
 
 Longest-processing-time-first (Graham 1969) stays within 4/3 of the best possible largest share, and comes much closer
 where no single parameter is large beside a rank's share. It looks at names, shapes and the recipe only: not at files,
-tensors or processes, so every rank finds the same shares by itself, whatever the order of tasks and parameters.
+tensors or processes, so every rank finds the same shares by itself, whatever the order of tasks and parameters is.
 """
 
 import heapq
@@ -23,13 +23,13 @@ def costs(
     """Estimates what each parameter costs to merge, in the unit of `Method.cost`.
 
     Args:
-        treatments: What is done to each parameter; ``None`` for one that is only copied.
-        shapes: Shape of each of them.
+        treatments: By name, what is done to each parameter; ``None`` for one that is only copied.
+        shapes: By name, its shape.
         num_tasks: Number of tasks N.
-        ranks: Sum of the tasks' ranks, for parameters whose deltas are all low-rank.
+        ranks: By name, the sum of the deltas' inner dimensions, where all of a parameter's deltas are low-rank.
 
     Returns:
-        The cost by name.
+        By name, the cost.
 
     Example:
         >>> from lightning_drm.fusion.recipe import Recipe
@@ -60,11 +60,11 @@ def share_out(costs: Mapping[str, float], num_ranks: int) -> list[list[str]]:
     """Gives every parameter to one rank.
 
     Args:
-        costs: The cost by name.
+        costs: By name, the cost of each parameter.
         num_ranks: How many ranks there are.
 
     Returns:
-        For each rank the names of its parameters, in the order in which `costs` has them; every name is in one share.
+        For each rank its share: the names of its parameters, in the order of `costs`. Every name is in one share.
 
     Example:
         >>> share_out({"a": 1.0, "b": 3.0, "c": 2.0}, num_ranks=2)
@@ -84,12 +84,12 @@ def share_out(costs: Mapping[str, float], num_ranks: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Balance:
-    """How even some shares are.
+    """How even the shares are.
 
     Attributes:
         largest: Cost of the largest share over the mean: 1.0 is perfect.
-        possible: What no sharing out of whole parameters gets below: of the k R + 1 costliest parameters, one of R
-            ranks has k + 1.
+        possible: A lower bound of ``largest`` for whole parameters: of the k R + 1 costliest ones, one of R ranks has
+            at least k + 1.
     """
 
     largest: float
@@ -97,10 +97,10 @@ class Balance:
 
 
 def balance(costs: Mapping[str, float], num_ranks: int) -> Balance:
-    """Tells how evenly `share_out` shares.
+    """How evenly `share_out` shares some parameters out.
 
     Args:
-        costs: The cost by name.
+        costs: By name, the cost of each parameter.
         num_ranks: How many ranks there are.
     """
     mean = sum(costs.values()) / num_ranks

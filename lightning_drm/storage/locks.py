@@ -9,14 +9,15 @@ from filelock import FileLock, Timeout
 
 @contextmanager
 def only_one(path: Path, doing: str) -> Iterator[None]:
-    """Keeps all other processes from doing the same. The system frees the lock of a process that is killed.
+    """Keeps all other processes from doing the same work. The system frees the lock of a process that is killed.
 
     Args:
-        path: What it is done to; the lock is a hidden file beside it, which is there only as long as it is held.
-        doing: What is done, to complete "Another process is …".
+        path: The file or folder that is worked on. The lock is a hidden file beside it, which exists only while it is
+            held.
+        doing: What this process does, to complete "Another process is …".
 
     Raises:
-        ValueError: If another process is at it.
+        ValueError: If another process is doing it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -27,6 +28,6 @@ def only_one(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before it is released: who has opened the file meanwhile sees that it is gone, and makes a new one.
+        # Before the release: a process that has opened the file meanwhile sees that it is gone, and makes a new one.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

@@ -19,15 +19,15 @@ _DAY = 86400.0
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a place to write to; what is written there takes its name when it is whole, and replaces what has it.
+    """Gives a place to write to; what is written there is moved to `path` when it is whole, and replaces what is there.
 
-    What killed processes have left of the same file or folder is removed.
+    Leftovers of killed processes that wrote the same file or folder are removed.
 
     Args:
         path: The file or folder.
 
     Yields:
-        Where to write it. It is in a hidden folder of this process, in which a library may leave more than the file.
+        Where to write it: in a hidden folder of this process, in which a library may leave other files, too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
@@ -37,7 +37,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     place.mkdir()
     try:
         yield place / path.name
-        if path.is_dir():  # deleting it takes time, in which half a folder would stand under its name
+        if path.is_dir():  # deleting it takes time, during which half a folder would have this name
             path.rename(place / ".replaced")
         (place / path.name).replace(path)
     finally:
@@ -59,17 +59,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Writes a safetensors file whole or not at all.
 
     Args:
-        path: Where to; its folder is made.
-        tensors: Tensors on any device, by name.
+        path: The file; its folder is made if it is missing.
+        tensors: By name, tensors on any device.
         metadata: Strings for the file's header.
     """
     with written_whole(path) as place:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, place, dict(metadata or {}))
-        place.chmod(0o666 & ~_umask())  # safetensors writes 0600, which a team's shared folder cannot read
+        place.chmod(0o666 & ~_umask())  # safetensors writes 0600, which nobody else in a team's shared folder can read
 
 
 def _is_left(folder: Path, writer: str) -> bool:
-    """Whether its writer is dead: known on the same host, else when the folder is a day old."""
+    """Whether the writer is dead: known on the same host, and taken for granted on others after a day."""
     host, _, process = writer.rpartition("-")
     if not process.isdigit():
         return False

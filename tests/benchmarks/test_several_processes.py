@@ -20,16 +20,14 @@ NUM_BLOCKS = 4  # an even number: three quarters of a block are one layer, which
 BLOCK = {"q": (768, 768), "k": (768, 768), "v": (768, 768), "o": (768, 768), "up": (3072, 768), "down": (768, 3072)}
 SCRIPT = """
 import json, sys, time
-from lightning_drm import DRM
-from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.fusion import Recipe
+from lightning_drm import DRM, merge_checkpoints
 from lightning_drm.distributed.launch import started_together
 base, output, direction, *paths = sys.argv[1:]
 models = {str(task): path for task, path in enumerate(paths)}
 with started_together() as ranks:
     ranks.wait()
     start = time.perf_counter()
-    merge_files(base, models, output, Recipe(DRM(direction)), ranks=ranks)
+    merge_checkpoints(base, models, output, DRM(direction), ranks=ranks)
     if ranks.is_first:
         print(time.perf_counter() - start)
 """

@@ -4,8 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from lightning_drm import fusion, merging
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import fusion, merge_checkpoints, merging
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.distributed.launch import started_together
 
@@ -15,4 +14,4 @@ if __name__ == "__main__":
         for case in json.load(file):
             paths = {key: case[key] for key in ("base", "models", "output", "max_shard_size", "device")}
             recipe, mismatch = eval(case["recipe"], names), eval(case["mismatch"], names)
-            merge_files(**paths, recipe=recipe, mismatch=mismatch, ranks=ranks)
+            merge_checkpoints(**paths, **vars(recipe), **vars(mismatch), ranks=ranks)

@@ -1,13 +1,18 @@
 """Models by hub name, and uploading: real processes against a hub that speaks the protocol on this machine."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import hub, models
 from safetensors.torch import load, load_file
+
+pytestmark = pytest.mark.processes
+SHELL = Path(__file__).with_name("merges_of_a_shell.py")
 
 
 @pytest.fixture(scope="module")
@@ -29,20 +34,39 @@ def server(tmp_path_factory):
     running.shutdown()
 
 
-def merge(server, tmp_path, *words, offline=False):
-    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+def run(server, commands, *, offline=False):
+    """What commands say in one process, which finds the hub in its environment."""
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_here"}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "lightning_drm", "merge", "--output", str(tmp_path / "out"), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def test_hub_names_and_paths_mix_and_the_result_is_uploaded(server, tmp_path):
-    inputs = ["--models.a", "org/tuned", "--models.b", str(server.folder / "here"), "--models.c", "org/lora"]
-    method = ["--drm.method", "TaskArithmetic", "--drm.method.scale", "0.5"]
-    done = merge(server, tmp_path, "--base", "org/base", *inputs, *method, "--push_to_hub", "me/merged")
+    environment |= {"HF_HOME": str(server.folder / "home"), "HF_HUB_OFFLINE": str(int(offline))}
+    environment["HF_HUB_DISABLE_XET"] = "1"
+    done = subprocess.run(
+        [sys.executable, SHELL], input=json.dumps(commands), env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    merged = load_file(tmp_path / "out" / "model.safetensors")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def command(server, output, base, inputs, *options):
+    words = [word for task, name in inputs.items() for word in (f"--models.{task}", name)]
+    return ["merge", "--base", base, *words, "--output", str(server.folder / output), *options]
+
+
+@pytest.fixture(scope="module")
+def online(server):
+    """Three merges of one process: what is mixed and uploaded, what was uploaded, and a name that is not there."""
+    inputs = {"a": "org/tuned", "b": str(server.folder / "here"), "c": "org/lora"}
+    method = ["--drm.method", "TaskArithmetic", "--drm.method.scale", "0.5"]
+    commands = {
+        "mixed": command(server, "out", "org/base", inputs, *method, "--push_to_hub", "me/merged"),
+        "again": command(server, "again", "org/base", {"again": "me/merged"}, "--drm.method", "Average"),
+        "gone": command(server, "none", "org/base", {"a": "org/gone", "b": "org/tuned"}),
+    }
+    return dict(zip(commands, run(server, list(commands.values())), strict=True))
+
+
+def test_hub_names_and_paths_mix(server, online):
+    assert online["mixed"]["code"] == 0, online["mixed"]["said"]
+    merged = load_file(server.folder / "out" / "model.safetensors")
     start = models.base_model("bert").state_dict()
     tuned = [models.finetune("bert", models.base_model("bert"), seed).bert.state_dict() for seed in (1, 3)]
     adapted = models.adapter("bert", models.base_model("bert"), 2).merge_and_unload().state_dict()
@@ -50,31 +74,38 @@ def test_hub_names_and_paths_mix_and_the_result_is_uploaded(server, tmp_path):
         expected = start[name] + 0.5 * sum(state[name] - start[name] for state in (*tuned, adapted))
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
-    uploaded = server.RequestHandlerClass.repositories["me/merged"]
-    written = {
-        str(f.relative_to(tmp_path / "out")): f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()
-    }
+
+def test_the_result_is_uploaded(server, online):
+    assert online["mixed"]["code"] == 0, online["mixed"]["said"]
+    folder, uploaded = server.folder / "out", server.RequestHandlerClass.repositories["me/merged"]
+    written = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert uploaded == written
-    assert load(uploaded["model.safetensors"]).keys() == merged.keys()
+    assert load(uploaded["model.safetensors"]).keys() == load_file(folder / "model.safetensors").keys()
     card = uploaded["README.md"].decode()
     assert "base_model: org/base" in card
     assert "license: mit" in card
 
-    # What was uploaded is an input like any other; and what is in the cache needs no hub.
-    words = ["--base", "org/base", "--models.again", "me/merged", "--overwrite", "true", "--drm.method", "Average"]
-    assert merge(server, tmp_path, *words).returncode == 0
+
+def test_what_is_in_the_cache_needs_no_hub(server, online):
+    """And what was uploaded is an input like any other."""
+    assert online["again"]["code"] == 0, online["again"]["said"]
     server.RequestHandlerClass.log.clear()
-    again = merge(server, tmp_path, *words, offline=True)
-    assert again.returncode == 0, again.stderr
+    words = command(server, "offline", "org/base", {"again": "me/merged"}, "--drm.method", "Average")
+    (offline,) = run(server, [words], offline=True)
+    assert offline["code"] == 0, offline["said"]
     assert not server.RequestHandlerClass.log
-    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
-        torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-6)
+    merged = load_file(server.folder / "out" / "model.safetensors")
+    for folder in ("again", "offline"):
+        found = load_file(server.folder / folder / "model.safetensors")
+        assert found.keys() == merged.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-6)
 
 
-def test_a_missing_hub_name_is_one_clear_sentence(server, tmp_path):
-    done = merge(server, tmp_path, "--base", "org/base", "--models.a", "org/gone", "--models.b", "org/tuned")
-    assert done.returncode == 2
-    (line,) = [line for line in done.stderr.splitlines() if "org/gone" in line]
-    assert line.strip() == "- a: org/gone is no file or folder here, and the hub has no such model, or not for you."
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_a_missing_hub_name_is_one_clear_sentence(server, online):
+    assert online["gone"]["code"] == 2
+    (line,) = [line for line in online["gone"]["said"].splitlines() if "org/gone" in line]
+    expected = "- a: org/gone is no file or folder here, and the hub has no model of this name that you may read."
+    assert line.strip() == expected
+    assert "Traceback" not in online["gone"]["said"]
+    assert not (server.folder / "none").exists()

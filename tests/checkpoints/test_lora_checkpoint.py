@@ -13,14 +13,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from lightning_drm import TaskArithmetic, TransformerTask
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import TaskArithmetic, TransformerTask, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan
 from lightning_drm.fusion import Recipe
 
 LORA = {"r": 2, "lora_alpha": 6, "target_modules": ["query", "word_embeddings", "output.dense"], "use_rslora": True}
 LORA |= {"rank_pattern": {"query": 3}, "alpha_pattern": {"query": 5}}
-ITSELF = Recipe(TaskArithmetic(1.0))
+ITSELF = TaskArithmetic(1.0)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +70,7 @@ def compare(folder, module):
 def test_a_trained_task_is_itself(settings, base, tmp_path):
     module = fresh(base, **settings)
     train(module, tmp_path / "a.ckpt")
-    result = merge_files(str(base), {"a": str(tmp_path / "a.ckpt")}, tmp_path / "out", ITSELF)
+    result = merge_checkpoints(base, {"a": str(tmp_path / "a.ckpt")}, tmp_path / "out", ITSELF)
     written, start = compare(tmp_path / "out", module), load_file(base / "model.safetensors")
     changed = {name for name, value in written.items() if not torch.equal(value, start[name])}
     assert {"embeddings.word_embeddings.weight", "encoder.layer.1.attention.self.query.weight"} <= changed
@@ -86,7 +85,7 @@ def test_the_configuration_of_a_command_line(base, tmp_path):
     words += ["--model.lora.r=3", "--model.lora.lora_alpha=9", '--model.lora.target_modules=["query"]']
     cli = LightningCLI(TransformerTask, run=False, args=words, save_config_callback=None)
     train(cli.model, tmp_path / "a.ckpt")
-    merge_files(str(base), {"a": str(tmp_path / "a.ckpt")}, tmp_path / "out", ITSELF)
+    merge_checkpoints(base, {"a": str(tmp_path / "a.ckpt")}, tmp_path / "out", ITSELF)
     compare(tmp_path / "out", cli.model)
 
 
@@ -113,7 +112,7 @@ def test_a_wrapped_model_with_saved_modules(base, tmp_path):
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn_like(parameter)
     save(Holder(model, lora), tmp_path / "a.ckpt")
-    merge_files(str(base), {"a": str(tmp_path / "a.ckpt")}, tmp_path / "out", ITSELF)
+    merge_checkpoints(base, {"a": str(tmp_path / "a.ckpt")}, tmp_path / "out", ITSELF)
     written = load_file(tmp_path / "out" / "model.safetensors")
     live = copy.deepcopy(model).merge_and_unload().state_dict()
     assert written.keys() == live.keys()

@@ -10,16 +10,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_drm import Average, TaskArithmetic
+from lightning_drm import Average, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.architecture.alignment import Alignment
-from lightning_drm.checkpoints.merge import merge_files
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan
 from lightning_drm.deltas import TaskVector, hash_tensor, save_task_vector
 from lightning_drm.fusion import Recipe
 from lightning_drm.merging import LowRank
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
-SUM = Recipe(TaskArithmetic(scale=1.0))
+SUM = TaskArithmetic(scale=1.0)
 
 
 def edit(folder, change):
@@ -39,7 +38,7 @@ def test_policies(policy, tmp_path):
     extra, other = (lost.replace("layers.0", f"layers.{i}") for i in (5, 1))
     edit(tmp_path / "a", lambda tensors: tensors.update({extra: tensors.pop(lost)}))
     paths = {task: str(tmp_path / task) for task in "ab"}
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", SUM, MismatchPolicy(policy))
+    result = merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", SUM, policy=policy)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     b = load_file(tmp_path / "b" / "model.safetensors")
     if policy == "intersection":
@@ -59,7 +58,7 @@ def test_heads_follow_from_the_classes(tmp_path):
     config = models.ARCHITECTURES["bert"][2]
     BertForMaskedLM(config).save_pretrained(tmp_path / "base")
     BertForSequenceClassification(config).save_pretrained(tmp_path / "a")
-    merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", SUM)
+    merge_checkpoints(tmp_path / "base", {"a": str(tmp_path / "a")}, tmp_path / "out", SUM)
     merged, a = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "a"))
     start = load_file(tmp_path / "base" / "model.safetensors")
     assert merged.keys() == start.keys()
@@ -80,8 +79,7 @@ def test_heads_by_pattern(tmp_path):
     base.save_pretrained(tmp_path / "base")
     tuned = models.finetune("llama", base, 1)
     tuned.save_pretrained(tmp_path / "a")
-    mismatch = MismatchPolicy(heads=["lm_head.*"])
-    merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", SUM, mismatch)
+    merge_checkpoints(tmp_path / "base", {"a": tmp_path / "a"}, tmp_path / "out", SUM, heads=["lm_head.*"])
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(merged["lm_head.weight"], base.state_dict()["lm_head.weight"])
     head = load_file(tmp_path / "out" / "heads" / "a.safetensors")
@@ -94,7 +92,7 @@ def test_a_module_that_no_configuration_describes(tmp_path):
     save_file(start, tmp_path / "base.safetensors")
     torch.save({"state_dict": {f"module.{k}": v + 1 for k, v in start.items()}}, tmp_path / "a.ckpt")
     paths = {"a": str(tmp_path / "a.ckpt")}
-    merge_files(str(tmp_path / "base.safetensors"), paths, tmp_path / "out", SUM)
+    merge_checkpoints(tmp_path / "base.safetensors", paths, tmp_path / "out", SUM)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     torch.testing.assert_close(merged, {k: v + 1 if v.is_floating_point() else v for k, v in start.items()})
 
@@ -110,7 +108,7 @@ def test_stored_deltas(tmp_path):
     vector = TaskVector("a", deltas, {dense: "other", low: "matrix"}, head, hashes, {})
     save_task_vector(vector, tmp_path / "run" / "tasks" / "a")
     paths = {"a": str(tmp_path / "run")}
-    merge_files(str(tmp_path / "base"), paths, tmp_path / "out", SUM)
+    merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", SUM)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     start = base.state_dict()
     for name, value in merged.items():
@@ -120,7 +118,7 @@ def test_stored_deltas(tmp_path):
     assert torch.equal(load_file(tmp_path / "out" / "heads" / "a.safetensors")["head.weight"], head["head.weight"])
 
     edit(tmp_path / "base", lambda tensors: tensors["encoder.layer.0.output.dense.bias"].add_(1))
-    plan = make_plan(str(tmp_path / "base"), paths, SUM, MismatchPolicy())
+    plan = make_plan(str(tmp_path / "base"), paths, Recipe(SUM), MismatchPolicy())
     assert "its deltas were taken from another base" in plan.problems[0]
 
 
@@ -154,12 +152,12 @@ def test_vocabularies(vocabulary, with_tokenizers, tmp_path):
         tokenizer(words, tmp_path / "base")
     paths = {task: str(tmp_path / task) for task in own}
 
-    strict = make_plan(str(tmp_path / "base"), paths, SUM, MismatchPolicy())
+    strict = make_plan(str(tmp_path / "base"), paths, Recipe(SUM), MismatchPolicy())
     if with_tokenizers:
-        assert "a: its tokenizer shares 38 tokens with the base's, 2 of them at another row" in strict.problems[0]
+        assert "a: its tokenizer shares 38 tokens with the base's, 2 of them in other rows" in strict.problems[0]
     assert any("embed_tokens.weight has 41 rows" in problem for problem in strict.problems)
 
-    merge_files(str(tmp_path / "base"), paths, tmp_path / "out", SUM, MismatchPolicy(vocabulary=vocabulary))
+    merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", SUM, vocabulary=vocabulary)
     merged, start = load_file(tmp_path / "out" / "model.safetensors"), base.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         expected = start[name].clone()
@@ -184,10 +182,8 @@ def test_what_is_not_selected_is_bit_identical(tmp_path):
     base = models.base_model("bert")
     base.save_pretrained(tmp_path / "base")
     models.adapter("bert", base, 1).save_pretrained(tmp_path / "a")
-    mismatch = MismatchPolicy(output_format="full")
-    result = merge_files(
-        str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", Recipe(Average()), mismatch
-    )
+    paths = {"a": tmp_path / "a"}
+    result = merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", Average(), output_format="full")
     merged, start = load_file(tmp_path / "out" / "model.safetensors"), base.state_dict()
     changed = {name for name in merged if not torch.equal(merged[name], start[name])}
     assert changed == {name for name in merged if name.endswith(("query.weight", "output.dense.weight"))}

@@ -11,9 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from lightning_drm import DARETIES, DRM, TIES, Average, IsoC, TaskArithmetic
-from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.checkpoints.planning import MismatchPolicy
+from lightning_drm import DARETIES, DRM, TIES, Average, IsoC, TaskArithmetic, merge_checkpoints
 from lightning_drm.fusion import Override, Recipe
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -69,9 +67,9 @@ def test_full_finetunes(name, kind, tmp_path):
                 file.unlink()
         paths[task] = str(path)
     # A checkpoint does not say that its class has no pooler, where the base has one.
-    mismatch = MismatchPolicy("base_fill" if (name, kind) == ("vit", "checkpoint") else "strict")
-    recipe = Recipe(DRM(density=DENSITY))
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe, mismatch, max_shard_size="10KB")
+    policy = "base_fill" if (name, kind) == ("vit", "checkpoint") else "strict"
+    method = DRM(density=DENSITY)
+    result = merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", method, policy=policy, max_shard_size="10KB")
 
     loaded, info = type(base).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
@@ -101,9 +99,9 @@ def test_adapters(name, rslora, tmp_path):
     for task, model in adapters.items():
         model.save_pretrained(tmp_path / task)
     paths = {task: str(tmp_path / task) for task in adapters}
-    recipe = Recipe(DRM(density=DENSITY))
-    merge_files(str(tmp_path / "base"), paths, tmp_path / "full", recipe, MismatchPolicy(output_format="full"))
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "adapter", recipe)
+    method = DRM(density=DENSITY)
+    merge_checkpoints(tmp_path / "base", paths, tmp_path / "full", method, output_format="full")
+    result = merge_checkpoints(tmp_path / "base", paths, tmp_path / "adapter", method)
 
     assert result.output_format == "adapter"
     finetunes = [copy.deepcopy(model).double().merge_and_unload() for model in adapters.values()]
@@ -123,8 +121,8 @@ def test_one_adapter_at_coefficient_one_is_itself(bias, tmp_path):
             if parameter.requires_grad and "lora_" not in key:
                 parameter += 0.1
     model.save_pretrained(tmp_path / "a")
-    recipe = Recipe(TaskArithmetic(scale=1.0))
-    merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", recipe)
+    method = TaskArithmetic(scale=1.0)
+    merge_checkpoints(tmp_path / "base", {"a": str(tmp_path / "a")}, tmp_path / "out", method)
     expected = model.merge_and_unload().state_dict()
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert merged.keys() == expected.keys()
@@ -138,8 +136,8 @@ def test_rank_limit_reports_its_error(tmp_path):
     for seed in (1, 2):
         models.adapter("llama", base, seed).save_pretrained(tmp_path / str(seed))
     paths = {task: str(tmp_path / task) for task in "12"}
-    recipe = Recipe(TaskArithmetic(scale=1.0))
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe, MismatchPolicy(rank=2))
+    method = TaskArithmetic(scale=1.0)
+    result = merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", method, rank=2)
     exact = independent_adapter(paths)
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert len(result.rank_errors) == len(exact)
@@ -172,7 +170,7 @@ def test_formats_mix(tmp_path):
     lora = models.adapter("bert", base, 3)
     lora.save_pretrained(tmp_path / "lora")
     paths = {"x": str(tmp_path / "folder"), "y": str(tmp_path / "task.ckpt"), "z": str(tmp_path / "lora")}
-    merge_files(str(tmp_path / "base"), paths, tmp_path / "out", Recipe(DRM(density=DENSITY)))
+    merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", DRM(density=DENSITY))
     finetunes = [*(model.bert for model in tuned), copy.deepcopy(lora).double().merge_and_unload()]
     loaded = type(base).from_pretrained(tmp_path / "out").eval()
     # Beside dense deltas, an adapter's is a product in single precision.
@@ -188,7 +186,7 @@ def test_other_methods_are_the_callbacks(method, tmp_path):
     for task, model in tuned.items():
         model.save_pretrained(tmp_path / task)
     paths = {task: str(tmp_path / task) for task in tuned}
-    merge_files(str(tmp_path / "base"), paths, tmp_path / "out", Recipe(method))
+    merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", method)
     start = base.state_dict()
     deltas = {key: [model.state_dict()[key] - value for model in tuned.values()] for key, value in start.items()}
     linear = {f"{key}.weight" for key, child in base.named_modules() if isinstance(child, nn.Linear)}
@@ -217,7 +215,7 @@ def test_overrides(tmp_path):
             Override("*norm*", rule="elect"),
         ],
     )
-    merge_files(str(tmp_path / "base"), {t: str(tmp_path / t) for t in "ab"}, tmp_path / "out", recipe)
+    merge_checkpoints(tmp_path / "base", {t: str(tmp_path / t) for t in "ab"}, tmp_path / "out", **vars(recipe))
     merged = load_file(tmp_path / "out" / "model.safetensors")
     start, ends = base.state_dict(), [model.state_dict() for model in tuned]
 
@@ -243,7 +241,7 @@ def test_tied_weights_are_written_once(tmp_path):
     base = models.base_model("t5")
     base.save_pretrained(tmp_path / "base")
     models.finetune("t5", base, 1).save_pretrained(tmp_path / "a")
-    merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", Recipe(Average()))
+    merge_checkpoints(tmp_path / "base", {"a": str(tmp_path / "a")}, tmp_path / "out", Average())
     assert (
         load_file(tmp_path / "out" / "model.safetensors").keys()
         == load_file(tmp_path / "base" / "model.safetensors").keys()
@@ -256,9 +254,9 @@ def test_half_precision_is_rounded_once(dtype, tmp_path):
     base.save_pretrained(tmp_path / "base")
     tuned = models.finetune("clip", base, 1, size=0.2)
     tuned.save_pretrained(tmp_path / "a")
-    recipe = Recipe(TaskArithmetic(0.7))
+    method = TaskArithmetic(0.7)
     paths = {"a": str(tmp_path / "a")}
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe, MismatchPolicy(dtype=dtype))
+    result = merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", method, dtype=dtype)
     start, end = base.state_dict(), tuned.state_dict()
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for key, value in merged.items():
@@ -273,8 +271,8 @@ def test_adapters_of_layers_that_are_larger_than_the_sample(tmp_path):
     base = BertModel(BertConfig(hidden_size=272, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
     base.save_pretrained(tmp_path / "base")
     models.adapter("bert", base, 1).save_pretrained(tmp_path / "a")
-    recipe, mismatch = Recipe(TaskArithmetic(1.0)), MismatchPolicy(output_format="full")
-    result = merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", recipe, mismatch)
+    paths = {"a": tmp_path / "a"}
+    result = merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", TaskArithmetic(1.0), output_format="full")
     assert result.survived["a"] == pytest.approx(1.0, abs=1e-5)
 
 
@@ -286,13 +284,13 @@ def test_an_adapter_keeps_something_of_every_task(tmp_path):
         targets = ["q_proj"] if task == "a" else ["v_proj", "k_proj"]
         models.adapter("llama", base, seed, target_modules=targets).save_pretrained(tmp_path / task)
     paths = {task: str(tmp_path / task) for task in "ab"}
-    recipe = Recipe(TaskArithmetic(0.5), {"b": 0.2})
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe)
+    method, coefficients = TaskArithmetic(0.5), {"b": 0.2}
+    result = merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", method, coefficients)
     assert result.output_format == "adapter"
     assert result.survived == {"a": pytest.approx(0.5), "b": pytest.approx(0.1)}
     assert "| a | 1 |" in (card := (tmp_path / "out" / "README.md").read_text())
     assert "| 50 % |" in card
     file = tmp_path / "b" / "adapter_model.safetensors"
     save_file({name: 0 * value for name, value in load_file(file).items()}, file)
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "zero", recipe)
+    result = merge_checkpoints(tmp_path / "base", paths, tmp_path / "zero", method, coefficients)
     assert "b: all its deltas are zero." in result.notes

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-from lightning_drm import TaskArithmetic
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan
 from lightning_drm.fusion import Recipe
 
@@ -142,8 +141,8 @@ def test_dequantized_when_asked(name, plain, tmp_path):
     assert any(
         not torch.equal(start[key], value) for key, value in load_file(plain / "base" / "model.safetensors").items()
     )
-    recipe, mismatch = Recipe(TaskArithmetic(0.5)), MismatchPolicy(dequantize=True, dtype="float32")
-    result = merge_files(str(tmp_path / "q"), {"a": str(plain / "tuned")}, tmp_path / "out", recipe, mismatch)
+    method, options = TaskArithmetic(0.5), {"dequantize": True, "dtype": "float32"}
+    result = merge_checkpoints(tmp_path / "q", {"a": str(plain / "tuned")}, tmp_path / "out", method, **options)
     assert any("dequantized" in note for note in result.notes)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
@@ -154,7 +153,7 @@ def test_dequantized_when_asked(name, plain, tmp_path):
         torch.testing.assert_close(merged[key], (value + end[key]) / 2, rtol=1e-6, atol=1e-7)
     assert loaded(PROMPT).logits.isfinite().all()
 
-    merge_files(str(plain / "tuned"), {"a": str(tmp_path / "q")}, tmp_path / "turned", recipe, mismatch)
+    merge_checkpoints(plain / "tuned", {"a": str(tmp_path / "q")}, tmp_path / "turned", method, **options)
     for key, value in floats(AutoModelForCausalLM.from_pretrained(tmp_path / "turned")).items():
         torch.testing.assert_close(value, (start[key] + end[key]) / 2, rtol=1e-6, atol=1e-7)
 
@@ -162,24 +161,24 @@ def test_dequantized_when_asked(name, plain, tmp_path):
 @pytest.mark.parametrize("name", FORMATS)
 def test_refused_unless_asked(name, plain, tmp_path):
     FORMATS[name][0](plain / "base", tmp_path / "q")
-    with pytest.raises(ValueError, match=r"The base .* is quantized \(.*\).*or say --dequantize true"):
+    with pytest.raises(ValueError, match=r"The base .* is quantized \(.*\).*or set dequantize to true"):
         make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), MismatchPolicy())
     plan = make_plan(str(plain / "base"), {"a": str(tmp_path / "q")}, Recipe(), MismatchPolicy())
     assert len(plan.problems) == 1
-    assert "say --dequantize true" in plan.problems[0]
+    assert "set dequantize to true" in plan.problems[0]
 
 
 def test_an_adapter_on_a_quantized_base(plain, tmp_path):
     """What QLoRA leaves: the adapter's own delta on the dequantized weights."""
     fp8(plain / "base", tmp_path / "q", [32, 16])
     start = floats(fp8_floats(tmp_path / "q"))
-    mismatch = MismatchPolicy(dequantize=True, output_format="full", dtype="float32")
-    recipe = Recipe(TaskArithmetic(1.0))
+    options = {"dequantize": True, "output_format": "full", "dtype": "float32"}
+    method = TaskArithmetic(1.0)
     adapter = tmp_path / "lora"
     shutil.copytree(plain / "lora", adapter)
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "q")}))
-    merge_files(str(tmp_path / "q"), {"a": str(adapter)}, tmp_path / "out", recipe, mismatch)
+    merge_checkpoints(tmp_path / "q", {"a": str(adapter)}, tmp_path / "out", method, **options)
     factors = load_file(adapter / "adapter_model.safetensors")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     changed = 0
@@ -221,10 +220,10 @@ def test_a_weight_without_its_scale(plain, tmp_path):
 
 
 def test_a_missing_library_is_named(plain, tmp_path, monkeypatch):
-    from lightning_drm.checkpoints.reading import quantized
+    from lightning_drm.checkpoints.reading import quantization
 
     fp8(plain / "base", tmp_path / "q", [32, 16])
     edit_config(tmp_path / "q", quantization_config={"quant_method": "bitsandbytes"})
-    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'lightning_drm\[quantized\]'"):
         make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), MismatchPolicy(dequantize=True))

@@ -10,8 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from lightning_drm import DARETIES, DRM, Average, TaskArithmetic
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import DARETIES, DRM, Average, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, refuse
 from lightning_drm.fusion import Override, Recipe
 
@@ -48,7 +47,7 @@ WEIGHTS = {  # what is done to a finetune's tensors, the policy, and the message
     "extra": (
         lambda t: t.update({QUERY.replace("0", "7"): torch.ones(2)}),
         MismatchPolicy(),
-        "has 1 parameters that the base has not: bert.encoder.layer.7",
+        "has a parameter that the base lacks: bert.encoder.layer.7",
     ),
     "shape": (
         lambda t: t.update({QUERY: torch.ones(4, 16)}),
@@ -63,7 +62,7 @@ WEIGHTS = {  # what is done to a finetune's tensors, the policy, and the message
     "vocabulary": (
         lambda t: t.update({WORDS: torch.ones(43, 16)}),
         MismatchPolicy(),
-        "word_embeddings.weight has 43 rows, the base's vocabulary has 40; choose --vocabulary base or intersection",
+        "word_embeddings.weight has 43 rows, but the base's vocabulary has 40; set vocabulary to base or intersection",
     ),
     "quantized": (
         lambda t: t.update({QUERY + ".absmax": torch.ones(2)}),
@@ -104,7 +103,7 @@ def test_weights(case, bench, tmp_path):
     shutil.copytree(bench / "good", tmp_path / "x")
     edit_weights(tmp_path / "x", change)
     with pytest.raises(ValueError, match=message):
-        merge_files(str(bench / "base"), {"x": str(tmp_path / "x")}, tmp_path / "out", Recipe(Average()), mismatch)
+        merge_checkpoints(bench / "base", {"x": str(tmp_path / "x")}, tmp_path / "out", Average(), **vars(mismatch))
     assert not (tmp_path / "out").exists()
 
 
@@ -119,7 +118,7 @@ ADAPTERS = {  # what is changed in adapter_config.json, and the message
     "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "parameters": ({"target_parameters": ["experts"]}, "target_parameters"),
     "future": ({"use_something_new": True}, "use_something_new"),
-    "ia3": ({"peft_type": "IA3"}, "IA3 adapters are not supported, only LoRA is"),
+    "ia3": ({"peft_type": "IA3"}, "IA3 adapters are not supported; only LoRA is"),
     "prefix": ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING adapters are not supported"),
 }
 
@@ -144,7 +143,11 @@ RECIPES = {  # recipe, policy, message
     "override_task": (Recipe(overrides=[Override("*", coefficients={"y": 1.0})]), MismatchPolicy(), "unknown tasks y"),
     "density": (Recipe(Average(), overrides=[Override("*", density=0.5)]), MismatchPolicy(), "Average has no density"),
     "density_range": (Recipe(overrides=[Override("*", density=2.0)]), MismatchPolicy(), r"density must be in \(0, 1\]"),
-    "density_of_base": (Recipe(overrides=[Override("*", "base", 0.5)]), MismatchPolicy(), "which rule base has not"),
+    "density_of_base": (
+        Recipe(overrides=[Override("*", "base", 0.5)]),
+        MismatchPolicy(),
+        "which the rule base does not take",
+    ),
     "vector": (
         Recipe(overrides=[Override("*bias", "method")]),
         MismatchPolicy(),
@@ -192,10 +195,13 @@ PLACES = {  # what is given as a model, and the message
     "nothing": (lambda path: str(path / "gone"), "There is no file or folder"),
     "hub": (
         lambda path: "nobody/nothing",
-        "nobody/nothing is no file or folder here, and the hub (cannot be asked: there is no|has no such model)",
+        "nobody/nothing is no file or folder here, and the hub (cannot be asked: there is no|has no model of this)",
     ),
-    "empty": (lambda path: make(path / "e"), "holds nothing to merge; expected a transformers folder"),
-    "ending": (lambda path: make(path / "e", x__gguf="x") + "/x.gguf", "has an unknown ending; expected"),
+    "empty": (
+        lambda path: make(path / "e"),
+        r"/e is in no format that can be merged; expected a PEFT adapter folder \(",
+    ),
+    "ending": (lambda path: make(path / "e", x__gguf="x") + "/x.gguf", "/x.gguf is in no format that can be merged"),
     "torn": (lambda path: make(path / "e", model__safetensors="xxxxxxxxxxxxx"), "is not a whole safetensors file"),
     "torn_bin": (lambda path: make(path / "e", x__ckpt="xx") + "/x.ckpt", "cannot be read as a file that torch.save"),
     "no_adapter": (lambda path: make(path / "e", adapter_config__json='{"peft_type": "LORA"}'), "has an adapter_confi"),
@@ -209,7 +215,7 @@ PLACES = {  # what is given as a model, and the message
     ),
     "lora_checkpoint": (
         lambda path: lora_checkpoint(path, None),
-        "holds LoRA layers, but no LoraConfig among its hyper-parameters that tells their scaling; save it with",
+        "holds LoRA layers, but its hyper-parameters hold no LoraConfig that gives their scaling; save it with",
     ),
     "lora_checkpoints_two": (
         lambda path: lora_checkpoint(path, {"a": LoraConfig(r=2), "b": LoraConfig(r=4)}),
@@ -256,7 +262,7 @@ def test_places(case, bench, tmp_path):
 
 
 def test_a_base_that_is_an_adapter(bench):
-    with pytest.raises(ValueError, match="is an adapter; expected the model that it adapts"):
+    with pytest.raises(ValueError, match="is an adapter; expected the model that all tasks started from"):
         make_plan(str(bench / "lora"), {"x": str(bench / "good")}, Recipe(), MismatchPolicy())
 
 
@@ -279,7 +285,7 @@ def test_all_problems_come_at_once(bench, tmp_path):
     (tmp_path / "out" / "precious").write_text("x")
     paths = {"a": str(tmp_path / "a"), "b": str(tmp_path / "b"), "c": str(tmp_path / "c"), "d/e": str(bench / "good")}
     with pytest.raises(ValueError, match="6 problems") as error:
-        merge_files(str(bench / "base"), paths, tmp_path / "out", Recipe(coefficients={"z": 1.0}))
+        merge_checkpoints(bench / "base", paths, tmp_path / "out", coefficients={"z": 1.0})
     for message in ("a: lacks", "b: encoder", "c: There is no", "got 'd/e'", "unknown tasks z", "out exists"):
         assert message in str(error.value)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
@@ -296,7 +302,7 @@ def test_an_adapter_in_which_nothing_is_left_of_a_task(bench, tmp_path):
         save_file(tensors, file)
     paths = {task: str(tmp_path / task) for task in "ab"}
     with pytest.raises(ValueError, match=r"Nothing of task b is left in the merged weights.*higher density or rank"):
-        merge_files(str(bench / "base"), paths, tmp_path / "out", Recipe(TaskArithmetic(1.0)), MismatchPolicy(rank=1))
+        merge_checkpoints(bench / "base", paths, tmp_path / "out", TaskArithmetic(1.0), rank=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -311,4 +317,4 @@ def test_a_task_of_which_nothing_is_left(bench, tmp_path):
         tmp_path / "x" / "model.safetensors",
     )
     with pytest.raises(ValueError, match="Nothing of task x is left in the merged weights"):
-        merge_files(str(tmp_path / "base"), {"x": str(tmp_path / "x")}, tmp_path / "out", Recipe(DRM()))
+        merge_checkpoints(tmp_path / "base", {"x": str(tmp_path / "x")}, tmp_path / "out", DRM())

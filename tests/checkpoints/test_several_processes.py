@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ import torch
 from helpers import models
 from safetensors.torch import load_file, save_file
 
-from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.cli import checkpoints
 from lightning_drm.distributed.ranks import Ranks
@@ -69,42 +69,68 @@ def options(folder, output, direction="vertical"):
     return ["merge", "--base", files["base"], *named, "--output", str(output), *method, "--max_shard_size", "8MB"]
 
 
+OVERRIDES = [
+    Override("*.0.*q_proj*", rule="base"),
+    Override("*up_proj*", split=2),
+    Override("*norm*", rule="elect"),
+]
+MERGES = {  # a recipe, the options, and the beginning of the finetunes' names
+    "drm": (Recipe(DRM(density=0.3), {"a": 0.7}, overrides=OVERRIDES), MismatchPolicy(dtype="bfloat16"), ""),
+    "ties": (Recipe(TIES(0.3)), MismatchPolicy(), ""),
+    "dare": (Recipe(DARETIES(0.4)), MismatchPolicy(), ""),
+    "adapter": (Recipe(DRM(density=0.5)), MismatchPolicy(rank=4), "adapter_"),
+    "from_adapters": (Recipe(TaskArithmetic()), MismatchPolicy(output_format="full"), "adapter_"),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """By device, the files that one process writes for each of `MERGES`; each is made once."""
+
+    @cache
+    def files(device):
+        found = {}
+        for name, (recipe, mismatch, prefix) in MERGES.items():
+            case = {**files_of(folder, prefix), "max_shard_size": "4MB", "device": device}
+            output = folder / f"{name} alone on {device}"
+            merge_checkpoints(**case, output=output, **vars(recipe), **vars(mismatch))
+            found[name] = contents(output)
+        return found
+
+    return files
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("num_processes", [2, 4])
-def test_the_number_of_processes_changes_no_bit(num_processes, device, folder, tmp_path):
-    overrides = [
-        Override("*.0.*q_proj*", rule="base"),
-        Override("*up_proj*", split=2),
-        Override("*norm*", rule="elect"),
+def test_the_number_of_processes_changes_no_bit(num_processes, device, folder, alone, tmp_path):
+    cases = [
+        {
+            **files_of(folder, prefix),
+            "max_shard_size": "4MB",
+            "device": device,
+            "output": str(tmp_path / name),
+            "recipe": repr(recipe),
+            "mismatch": repr(mismatch),
+        }
+        for name, (recipe, mismatch, prefix) in MERGES.items()
     ]
-    recipes = {
-        "drm": (Recipe(DRM(density=0.3), {"a": 0.7}, overrides=overrides), MismatchPolicy(dtype="bfloat16"), ""),
-        "ties": (Recipe(TIES(0.3)), MismatchPolicy(), ""),
-        "dare": (Recipe(DARETIES(0.4)), MismatchPolicy(), ""),
-        "adapter": (Recipe(DRM(density=0.5)), MismatchPolicy(rank=4), "adapter_"),
-        "from_adapters": (Recipe(TaskArithmetic()), MismatchPolicy(output_format="full"), "adapter_"),
-    }
-    cases = []
-    for name, (recipe, mismatch, prefix) in recipes.items():
-        case = {**files_of(folder, prefix), "max_shard_size": "4MB", "device": device}
-        merge_files(**case, output=tmp_path / f"{name} alone", recipe=recipe, mismatch=mismatch)
-        cases.append({**case, "output": str(tmp_path / name), "recipe": repr(recipe), "mismatch": repr(mismatch)})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     command = [*TORCHRUN, "--nproc_per_node", str(num_processes), SCRIPT, tmp_path / "cases.json"]
     subprocess.run(command, check=True, env=environment(), timeout=PATIENCE)
-    for name in recipes:
-        assert contents(tmp_path / name) == contents(tmp_path / f"{name} alone"), name
+    for name, expected in alone(device).items():
+        assert contents(tmp_path / name) == expected, name
     assert len(list((tmp_path / "ties").glob("*.safetensors"))) > 2
-    assert {entry.name.removesuffix(" alone") for entry in tmp_path.iterdir()} == {*recipes, "cases.json"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {*MERGES, "cases.json"}
 
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    recipe = Recipe(DRM("vertical"))
-    merge_files(**files_of(folder), output=folder / "expected", recipe=recipe, max_shard_size="8MB")
+    merge_checkpoints(**files_of(folder), output=folder / "expected", method=DRM("vertical"), max_shard_size="8MB")
     return contents(folder / "expected")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["lightning", "srun"])
 def test_other_launchers(launcher, folder, expected, tmp_path):
     command = [sys.executable, "-m", "lightning_drm", *options(folder, tmp_path / "out")]
@@ -121,6 +147,7 @@ def test_other_launchers(launcher, folder, expected, tmp_path):
     assert done.stdout.count("Wrote") == 1, "only the first process prints"
 
 
+@pytest.mark.processes
 def test_an_error_of_one_process_is_said_once_and_ends_all(folder, start_by_hand, tmp_path):
     """The NaN is in one parameter, so one process alone finds it."""
     broken = load_file(folder / "a" / "model.safetensors")
@@ -185,6 +212,7 @@ def in_the_middle(output, rank):
         time.sleep(0.01)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("victim", "size"), [(0, 2), (1, 3)])
 def test_a_killed_process_is_named_by_the_others(victim, size, folder, expected, start_by_hand, tmp_path):
     processes = start_by_hand(options(folder, tmp_path / "out"), size)
@@ -197,14 +225,15 @@ def test_a_killed_process_is_named_by_the_others(victim, size, folder, expected,
     said = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(size))
     assert f"lightning-drm: Rank {victim} (process {processes[victim].pid} on " in said
     assert "Traceback" not in said
-    result = merge_files(
-        **files_of(folder), output=tmp_path / "out", recipe=Recipe(DRM("vertical")), max_shard_size="8MB"
+    result = merge_checkpoints(
+        **files_of(folder), output=tmp_path / "out", method=DRM("vertical"), max_shard_size="8MB"
     )
     assert result.num_resumed >= 4, "another number of processes takes up what all of them wrote"
     assert contents(tmp_path / "out") == expected
     assert not list(tmp_path.glob(".*")), "locks and partial folders are gone"
 
 
+@pytest.mark.processes
 def test_torchrun_ends_all_when_one_is_killed(folder, expected, tmp_path):
     command = [*TORCHRUN, "--nproc_per_node", "2", "-m", "lightning_drm", *options(folder, tmp_path / "out")]
     started = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -220,13 +249,14 @@ def test_torchrun_ends_all_when_one_is_killed(folder, expected, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.processes
 def test_two_merges_into_one_folder(folder, expected, tmp_path):
-    merge = {**files_of(folder), "output": tmp_path / "out", "recipe": Recipe(DRM("vertical")), "max_shard_size": "8MB"}
-    first = multiprocessing.get_context("fork").Process(target=merge_files, kwargs=merge)
+    merge = {**files_of(folder), "output": tmp_path / "out", "method": DRM("vertical"), "max_shard_size": "8MB"}
+    first = multiprocessing.get_context("fork").Process(target=merge_checkpoints, kwargs=merge)
     first.start()
     in_the_middle(tmp_path / "out", 0)
     with pytest.raises(ValueError, match=r"Another process is merging into .*out: wait until"):
-        merge_files(**merge, overwrite=True)
+        merge_checkpoints(**merge, overwrite=True)
     first.join()
     assert first.exitcode == 0
     assert contents(tmp_path / "out") == expected

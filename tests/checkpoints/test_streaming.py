@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from functools import cache
 from threading import Lock
 
 import pytest
@@ -14,11 +15,9 @@ import torch
 from helpers import models
 from safetensors.torch import load_file, save_file
 
-from lightning_drm import DRM, TIES
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import DRM, TIES, merge_checkpoints
 from lightning_drm.checkpoints.reading import TensorHeader
 from lightning_drm.checkpoints.writing.shards import ShardWriter
-from lightning_drm.fusion import Recipe
 from lightning_drm.fusion.read_ahead import read_ahead
 
 
@@ -29,9 +28,12 @@ def folder(tmp_path_factory):
     return path
 
 
-def merge(folder, output):
-    paths = {task: str(folder / task) for task in "ab"}
-    return merge_files(str(folder / "base"), paths, output, Recipe(DRM(density=0.3)), max_shard_size="150KB")
+METHOD = DRM(density=0.3)
+
+
+def merge(folder, output, method=METHOD):
+    paths = {task: folder / task for task in "ab"}
+    return merge_checkpoints(folder / "base", paths, output, method, max_shard_size="150KB")
 
 
 def contents(output):
@@ -45,7 +47,7 @@ def in_child(folder):
     return child
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """A forked process has none of its parent's threads; and rounding depends on their number, so all use one."""
     before = torch.get_num_threads()
@@ -54,10 +56,22 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_killed_at_random_moments(folder):
-    merge(folder, folder / "undisturbed")
-    expected = contents(folder / "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """By method, the files of a merge that nothing disturbed; each is made once."""
+
+    @cache
+    def files(method):
+        output = folder / f"undisturbed {method!r}"
+        merge(folder, output, method)
+        return contents(output)
+
+    return files
+
+
+@pytest.mark.processes
+def test_killed_at_random_moments(folder, undisturbed):
+    expected = undisturbed(METHOD)
     assert sum(name.endswith(".safetensors") for name in expected) > 2
     begin = time.perf_counter()
     child = in_child(folder)
@@ -66,7 +80,7 @@ def test_killed_at_random_moments(folder):
     assert contents(folder / "out") == expected
     draws = random.Random(0)
     num_resumed = []
-    for _ in range(10):
+    for _ in range(8):
         shutil.rmtree(folder / "out")
         child = in_child(folder)
         time.sleep(duration * draws.uniform(0.1, 1.0))
@@ -82,20 +96,16 @@ def test_killed_at_random_moments(folder):
 
 
 @pytest.mark.parametrize("after", [0, 7])
-@pytest.mark.parametrize("method", [DRM(density=0.3), TIES(0.3)])
-def test_taken_up_after_some_tensors(after, method, folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", [METHOD, TIES(0.3)])
+def test_taken_up_after_some_tensors(after, method, folder, undisturbed, tmp_path, monkeypatch):
     """Stops at a known point, so that what is taken up can be counted."""
-    paths = {task: str(folder / task) for task in "ab"}
-    base = str(folder / "base")
-    merge_files(base, paths, tmp_path / "whole", Recipe(method), max_shard_size="150KB")
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "write", stops(after))
         with pytest.raises(KeyboardInterrupt):
-            merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
+            merge(folder, tmp_path / "out", method)
     assert not (tmp_path / "out").exists()
-    result = merge_files(base, paths, tmp_path / "out", Recipe(method), max_shard_size="150KB")
-    assert result.num_resumed == after
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert merge(folder, tmp_path / "out", method).num_resumed == after
+    assert contents(tmp_path / "out") == undisturbed(method)
 
 
 def test_what_an_interrupted_merge_wrote_is_not_asked_of_the_disk_again(folder, tmp_path, monkeypatch):
@@ -131,8 +141,7 @@ def interrupted(folder, output, monkeypatch):
             merge(folder, output)
 
 
-def test_bytes_that_were_damaged_are_written_again(folder, tmp_path, monkeypatch):
-    merge(folder, tmp_path / "whole")
+def test_bytes_that_were_damaged_are_written_again(folder, undisturbed, tmp_path, monkeypatch):
     interrupted(folder, tmp_path / "out", monkeypatch)
     partial = tmp_path / ".out.partial"
     record = json.loads((partial / ".journal.jsonl.0").read_text().splitlines()[1])
@@ -147,13 +156,13 @@ def test_bytes_that_were_damaged_are_written_again(folder, tmp_path, monkeypatch
         journal.write('{"name": "model.norm.we')  # as a kill would cut it
     result = merge(folder, tmp_path / "out")
     assert result.num_resumed == 8
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == undisturbed(METHOD)
 
 
 def test_another_merge_is_not_taken_up(folder, tmp_path, monkeypatch):
     interrupted(folder, tmp_path / "out", monkeypatch)
     paths = {task: str(folder / task) for task in "ab"}
-    result = merge_files(str(folder / "base"), paths, tmp_path / "out", Recipe(DRM(density=0.4)))
+    result = merge_checkpoints(folder / "base", paths, tmp_path / "out", DRM(density=0.4))
     assert result.num_resumed == 0
 
 
@@ -161,7 +170,7 @@ def test_overwrite_replaces(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("x")
     paths = {task: str(folder / task) for task in "ab"}
-    merge_files(str(folder / "base"), paths, tmp_path / "out", overwrite=True)
+    merge_checkpoints(folder / "base", paths, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "old").exists()
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -218,5 +227,5 @@ def test_inputs_that_change_meanwhile_are_noticed(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(ShardWriter, "write", change_and_write)
     paths = {"a": str(tmp_path / "a"), "b": str(folder / "b")}
     with pytest.raises(ValueError, match="The files of a were changed while they were merged"):
-        merge_files(str(folder / "base"), paths, tmp_path / "out")
+        merge_checkpoints(folder / "base", paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()

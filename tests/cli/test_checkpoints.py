@@ -8,8 +8,7 @@ import yaml
 from helpers import models
 from safetensors.torch import load_file
 
-from lightning_drm import DRM, TIES, IsoC, TaskArithmetic
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import DRM, TIES, IsoC, TaskArithmetic, merge_checkpoints
 from lightning_drm.cli.checkpoints import is_file_merge
 from lightning_drm.cli.main import main
 from lightning_drm.fusion import Override, Recipe
@@ -37,7 +36,7 @@ def options(bench, output):
 
 def expected(bench, folder, recipe):
     paths = {task: str(bench / task) for task in ("sst2", "rte")}
-    merge_files(str(bench / "base"), paths, folder, recipe)
+    merge_checkpoints(bench / "base", paths, folder, **vars(recipe))
     return load_file(folder / "model.safetensors")
 
 

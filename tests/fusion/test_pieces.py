@@ -1,9 +1,7 @@
-"""Tensors in pieces and side by side: nothing of it shows in a result."""
+"""Parameters in pieces: where a piece ends shows in no result."""
 
 import copy
 import math
-import threading
-import time
 
 import pytest
 import torch
@@ -12,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_drm import DARETIES, DRM, TIES, Average, TaskArithmetic
-from lightning_drm.checkpoints.merge import merge_files
+from lightning_drm import DARETIES, DRM, TIES, Average, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, memory_bytes
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.fusion import pieces as module
-from lightning_drm.fusion.pieces import num_threads, pieces, side_by_side, together
+from lightning_drm.fusion.pieces import pieces
+from lightning_drm.fusion.threads import num_threads
 from lightning_drm.merging.method import PIECE_STEP
 
 CPU = torch.device("cpu")
@@ -33,101 +31,6 @@ def test_pieces_cover_all_rows_once(shape):
     per_row = math.prod(shape[1:])
     assert all(part.start * per_row % PIECE_STEP == 0 for part in parts)
     assert all((part.stop - part.start) * per_row <= max(module.PIECE, PIECE_STEP * per_row) for part in parts)
-
-
-def test_side_by_side_does_everything_in_threads_with_one_core():
-    before, barrier = torch.get_num_threads(), threading.Barrier(2)
-
-    def work(item):
-        if item < 2:
-            barrier.wait(timeout=60)  # two are at work at once
-        return item, torch.get_num_threads()
-
-    done = sorted(side_by_side(work, range(20), 2))
-    assert done == [(item, 1) for item in range(20)]
-    assert torch.get_num_threads() == before
-
-
-def test_side_by_side_ends_with_the_first_error():
-    begun = []
-
-    def work(item):
-        begun.append(item)
-        time.sleep(0.01)
-        if item == 3:
-            raise ValueError("item 3")
-
-    with pytest.raises(ValueError, match="item 3"):
-        list(side_by_side(work, range(1000), 2))
-    assert len(begun) < 100
-
-
-def test_threads_are_two_at_least_and_no_crowd(threads):
-    assert num_threads(CPU) == {1: 2, 3: 3, 20: 8}[threads]
-    assert num_threads(torch.device("cuda")) == 2
-
-
-@pytest.fixture(params=[1, 3, 20])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_together_adds_up_what_all_shares_found(count):
-    """Several times, and what a share does to its sum is its own."""
-    calls = []
-
-    def reduce(tensor):
-        calls.append(tensor.clone())
-        return tensor * 10
-
-    def work(share, add_up):
-        first = add_up(torch.tensor([float(sum(share())), 1.0])).mul_(2)
-        return first, add_up(torch.tensor([3.0 * len(list(share()))]))
-
-    first, second = together(work, range(10), reduce, count)
-    assert first.tolist() == [20.0 * 45, 20.0 * count]
-    assert second.tolist() == [30.0 * 10]
-    assert [call.tolist() for call in calls] == [[45.0, count], [30.0]]
-
-
-def test_together_ends_with_the_share_that_failed():
-    seen = []
-
-    def work(share, add_up):
-        for item in share():
-            seen.append(item)
-            time.sleep(0.01)
-            if item == 1:
-                raise ValueError("item 1")
-        return add_up(torch.ones(1))
-
-    with pytest.raises(ValueError, match="item 1"):
-        together(work, range(1000), lambda tensor: tensor, 2)
-    assert len(seen) < 20, "the other share went on"
-
-
-def test_together_can_be_interrupted(monkeypatch):
-    """While all threads are busy, and the main one waits for them."""
-    seen = []
-
-    def work(share, add_up):
-        for item in share():
-            seen.append(item)
-            time.sleep(0.01)
-        return add_up(torch.ones(1))
-
-    def interrupt(futures):
-        time.sleep(0.05)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "as_completed", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        together(work, range(1000), lambda tensor: tensor, 2)
-    assert len(seen) < 100
 
 
 RECIPES = {
@@ -153,7 +56,7 @@ def test_a_merge_in_pieces_is_one_of_whole_parameters(name, dtype, tmp_path, mon
     found = []
     for size in (128, 1 << 20):
         monkeypatch.setattr(module, "PIECE", size)
-        merge_files(str(tmp_path / "base"), paths, tmp_path / f"out{size}", RECIPES[name], MismatchPolicy())
+        merge_checkpoints(tmp_path / "base", paths, tmp_path / f"out{size}", **vars(RECIPES[name]))
         found.append(load_file(tmp_path / f"out{size}" / "model.safetensors"))
     assert all(torch.equal(found[0][key], value) for key, value in found[1].items())
     start = load_file(tmp_path / "base" / "model.safetensors")
@@ -196,9 +99,7 @@ def test_transposed_adapters_in_pieces(tmp_path, monkeypatch):
         for name, value in model.merge_and_unload().state_dict().items():
             expected[name] += 0.5 * (value.double() - base.state_dict()[name].double())
     paths = {task: str(tmp_path / task) for task in "ab"}
-    merge_files(
-        str(tmp_path / "base"), paths, tmp_path / "out", Recipe(Average()), MismatchPolicy(output_format="full")
-    )
+    merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", Average(), output_format="full")
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     for name in ("transformer.h.0.attn.c_attn.weight", "transformer.wte.weight"):
         assert not torch.allclose(merged[name], base.state_dict()[name])
@@ -216,7 +117,7 @@ def test_a_calibration_names_the_first_parameter_that_it_refuses(tmp_path):
     paths = {task: str(tmp_path / task) for task in "ab"}
     message = rf"{wrong['a']}: TIES: delta of task 0 holds NaN or infinite values \(task 0 is a, 1 is b\)"
     with pytest.raises(ValueError, match=message):
-        merge_files(str(tmp_path / "base"), paths, tmp_path / "out", Recipe(TIES()))
+        merge_checkpoints(tmp_path / "base", paths, tmp_path / "out", TIES())
 
 
 class Largest(Average):
@@ -241,7 +142,7 @@ def test_only_methods_that_work_in_pieces_calibrate_in_shares(tmp_path, monkeypa
     tuned = models.finetune("llama", base, 1)
     tuned.save_pretrained(tmp_path / "a")
     recipe = Recipe(Largest(), overrides=[Override("*.q_proj.weight", "average")])
-    merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", recipe)
+    merge_checkpoints(tmp_path / "base", {"a": str(tmp_path / "a")}, tmp_path / "out", **vars(recipe))
     merged = load_file(tmp_path / "out" / "model.safetensors")
     deltas = {name: value - base.state_dict()[name] for name, value in tuned.state_dict().items()}
     largest = max(float(value.abs().max()) for name, value in deltas.items() if "q_proj" not in name)

@@ -2,14 +2,14 @@
 
 The same weight is ``encoder.layer.0…`` in a bare encoder, ``bert.encoder.layer.0…`` in a classifier, and
 ``model.bert.encoder.layer.0…`` in a LightningModule's checkpoint. One prefix to take off and one to put on explain all
-of these; the pair that explains the most names wins, the shorter one if several do.
+of these. The pair that explains the most names wins; of several such pairs, the shortest.
 """
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_SHARE = 0.2  # a prefix that fewer names have than this is part of a name, not of a wrapper
+_WRAPPED = 0.2  # a wrapper's prefix stands before at least this fraction of all names
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Alignment:
 
     @classmethod
     def between(cls, names: Iterable[str], targets: Iterable[str]) -> "Alignment":
-        """Finds the prefixes.
+        """Finds the two prefixes.
 
         Args:
             names: One model's names.
-            targets: The other's.
+            targets: The other model's names.
 
         Example:
             >>> Alignment.between(["model.a.weight", "model.b.weight", "head.weight"], ["a.weight", "b.weight"])
@@ -49,15 +49,15 @@ class Alignment:
         return best
 
     def covers(self, name: str) -> bool:
-        """Whether a name is inside the part that has a counterpart."""
+        """Whether a name is in the part of the model that the other model has, too."""
         return name.startswith(self.strip)
 
     def __call__(self, name: str) -> str:
-        """The other model's name; a name that is not covered stays."""
+        """The other model's name for it; a name that is not covered stays as it is."""
         return self.add + name[len(self.strip) :] if self.covers(name) else name
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
     names = list(names)
     counts = Counter(name[: i + 1] for name in names for i, letter in enumerate(name) if letter == ".")
-    return ["", *(prefix for prefix, count in counts.items() if count >= _SHARE * len(names))]
+    return ["", *(prefix for prefix, count in counts.items() if count >= _WRAPPED * len(names))]

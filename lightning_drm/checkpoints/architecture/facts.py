@@ -1,4 +1,4 @@
-"""What a configuration says of a model's parameters, without any weights: the model is built on torch's meta device."""
+"""What a configuration says of a model's parameters, without weights: the model is built on torch's meta device."""
 
 import json
 import logging
@@ -22,17 +22,17 @@ _TASK_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Regress
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts about a model's parameters; empty where nothing is known, so that shapes and names must do.
+    """Facts about a model's parameters; empty where nothing is known, and then shapes and names have to do.
 
     Attributes:
         name: The model's class.
-        kinds: What each parameter is to its layer.
-        ties: Name of a tied tensor to the name of the one that is stored.
-        transposed: Linear weights stored ``(in, out)``.
-        vocabulary: Parameters with one row for each token.
-        backbone: Prefix of what tasks share; empty if that is everything.
-        live_name: The live model's name of a tensor under its name in a file, which transformers sometimes changes.
-        files: The file's names by the live model's, where they differ; only after `named_like`.
+        kinds: By name, what each parameter is to its layer.
+        ties: By the name of a tied tensor, the name of the one that is stored.
+        transposed: Names of the linear weights that are stored (in, out).
+        vocabulary: Names of the parameters with one row for each token.
+        backbone: Prefix of the part that the tasks share; empty if they share everything.
+        live_name: From a tensor's name in a file to the live model's, since transformers renames some.
+        files: From the live model's names to the file's, where they differ; known after `named_like`.
     """
 
     name: str = "a model without a known architecture"
@@ -51,7 +51,7 @@ class Architecture:
 
     @classmethod
     def of_folder(cls, folder: Path | None) -> "Architecture":
-        """Reads ``config.json``; custom code is not run.
+        """Reads ``config.json``; custom code in the folder is not run.
 
         Args:
             folder: A model's folder.
@@ -70,7 +70,7 @@ class Architecture:
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> "Architecture":
-        """Reads a model's structure."""
+        """Reads the structure of a model, which may be on the meta device."""
         ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         vocabulary = set()
         embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
@@ -92,7 +92,7 @@ class Architecture:
         )
 
     def named_like(self, names: set[str]) -> "Architecture":
-        """The same facts under the names that a file uses, where those have another prefix."""
+        """The same facts, under the names that a file uses."""
         if not self.known:
             return self
         files = {live: name for name in names if (live := self.live_name(name)) != name}
@@ -113,12 +113,12 @@ class Architecture:
         )
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
-        """What a parameter is to its layer: known from the layer, else told from name and shape."""
+        """What a parameter is to its layer: known from the layer, or else guessed from name and shape."""
         return self.kinds.get(name) or guess_kind(name, shape)
 
 
 def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
-    """What a parameter probably is, where no layer tells.
+    """What a parameter probably is, where no layer is known.
 
     Example:
         >>> guess_kind("layers.0.fc.weight", (4, 4)), guess_kind("token_embedding.weight", (9, 4))
@@ -156,7 +156,7 @@ def _backbone_prefix(model: PreTrainedModel) -> str:
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """How transformers renames a file's tensors when it loads them; those that it also converts keep their name."""
+    """How transformers renames a file's tensors as it loads them; those that it also converts keep their names here."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]

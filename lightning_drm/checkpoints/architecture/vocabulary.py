@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 VocabularyPolicy = Literal["strict", "base", "intersection"]
-"""Refuse; keep the base's tokens, one that a task lacks counting as unchanged; merge only tokens that all have."""
+"""Refuse; keep the base's tokens, of which a task leaves those unchanged that it lacks; merge only what all have."""
 
 
 def token_rows(base: Path | None, task: Path | None) -> dict[int, int] | None:
@@ -20,7 +20,8 @@ def token_rows(base: Path | None, task: Path | None) -> dict[int, int] | None:
         task: The task's folder.
 
     Returns:
-        Row by row of the base, for the tokens that both have; ``None`` if the two tokenizers agree, or one is missing.
+        By row of the base, the task's row, for the tokens that both have; ``None`` if the two tokenizers agree, or one
+        of them is missing.
     """
     ours, theirs = _tokenizer_file(base), _tokenizer_file(task)
     if base is None or task is None or ours is None or theirs is None:
@@ -35,12 +36,12 @@ def token_rows(base: Path | None, task: Path | None) -> dict[int, int] | None:
 
 
 def row_map(rows: dict[int, int] | None, num_base: int, num_task: int) -> Tensor | None:
-    """Row of the task for each row of the base, -1 where it has none; ``None`` if they are the same.
+    """For each row of the base's parameter, the task's row, or -1 if there is none; ``None`` if rows are the same.
 
     Args:
-        rows: From `token_rows`; without it, rows of one number are the same token.
-        num_base: Rows of the base's parameter.
-        num_task: Rows of the task's.
+        rows: From `token_rows`; without it, rows with the same number stand for the same token.
+        num_base: Number of rows of the base's parameter.
+        num_task: Number of rows of the task's parameter.
     """
     if rows is None and num_base == num_task:
         return None
@@ -49,7 +50,7 @@ def row_map(rows: dict[int, int] | None, num_base: int, num_task: int) -> Tensor
     for base_row, task_row in known.items():
         if base_row < num_base and task_row < num_task:
             mapped[base_row] = task_row
-    if rows is not None:  # rows beyond both vocabularies are padding, alike in both
+    if rows is not None:  # rows beyond both vocabularies are padding, the same in both
         used_base, used_task = max(rows, default=-1) + 1, max(rows.values(), default=-1) + 1
         if used_base == used_task and num_base == num_task:
             mapped[used_base:] = torch.arange(used_base, num_base)

@@ -1,7 +1,7 @@
 """What a merge can start from: model folders, adapters, checkpoints and stored deltas, read one tensor at a time."""
 
-from lightning_drm.checkpoints.reading.locate import BaseModel, open_base, open_input
-from lightning_drm.checkpoints.reading.source import Entry, TaskInput
+from lightning_drm.checkpoints.reading.readers import BaseModel, open_base, open_input
+from lightning_drm.checkpoints.reading.task_input import Entry, TaskInput
 from lightning_drm.checkpoints.reading.tensors import TensorHeader, Tensors, quick_fingerprint
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""LoRA as exact deltas: PEFT adapter folders, and what they share with other files of LoRA factors.
+"""LoRA as exact deltas: PEFT adapter folders, and what they have in common with other files of LoRA factors.
 
 A LoRA adapter's delta is ``s · B A``; the scaling ``s`` follows from the configuration exactly as peft computes it.
-Whatever else a configuration asks for changes that formula, the base or the layers, so every field that is not known
-to keep it exact must have its default value; any other value is refused by its field's name, future variants included.
+Any other field of a configuration may change that formula, the base or the layers. So every field that is not known to
+keep the delta exact must have its default value; another value is refused by the field's name, in future variants, too.
 """
 
 import dataclasses
@@ -10,14 +10,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from typing_extensions import override
 
-from lightning_drm.checkpoints.reading.source import Entry, TaskInput
-from lightning_drm.checkpoints.reading.tensors import PickleFiles, SafetensorsFiles, Tensors
+from lightning_drm.checkpoints.reading.task_input import Entry, TaskInput
+from lightning_drm.checkpoints.reading.tensors import CONTAINERS, Tensors
 from lightning_drm.deltas.lora import INITS_KEEPING_THE_BASE
 from lightning_drm.merging import Delta, LowRank
 
@@ -33,13 +33,13 @@ _NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "
 
 
 class LoraInput(TaskInput):
-    """Parameters that are given as LoRA factors, and others that are given as they are.
+    """Parameters that are stored as LoRA factors, and others that are stored as they are.
 
     Args:
-        path: Where they are.
+        path: The file or folder.
         tensors: The factors and values.
         config: The fields of the ``LoraConfig``.
-        folder: Where the configuration is, if it is a folder.
+        folder: The folder with the configuration, if it is one.
 
     Raises:
         ValueError: If the adapter has no exact delta, naming every reason.
@@ -115,7 +115,18 @@ class AdapterInput(LoraInput):
         ValueError: If the adapter has no exact delta, naming every reason, or its tensors are not those of LoRA.
     """
 
-    format = "adapter"
+    format = "an adapter"
+    expected = "a PEFT adapter folder (adapter_config.json)"
+
+    @classmethod
+    @override
+    def opens(cls, path: Path) -> bool:
+        return (path / CONFIG_FILE).is_file()
+
+    @classmethod
+    @override
+    def open(cls, path: Path, task: str, dequantize: bool) -> Self:
+        return cls(path)
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, _tensors(path), json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")), path)
@@ -149,11 +160,11 @@ def inexact_settings(config: Mapping[str, Any]) -> list[str]:
         config: What ``adapter_config.json`` holds.
 
     Returns:
-        One clause for each reason, naming the variant or the field.
+        One clause for each reason, with the name of the variant or the field.
     """
     kind = config.get("peft_type")
     if kind != "LORA":
-        return [f"{kind} adapters are not supported, only LoRA is"]
+        return [f"{kind} adapters are not supported; only LoRA is"]
     defaults = {
         field.name: field.default_factory() if callable(field.default_factory) else field.default
         for field in dataclasses.fields(LoraConfig)
@@ -170,8 +181,8 @@ def inexact_settings(config: Mapping[str, Any]) -> list[str]:
 
 
 def _tensors(path: Path) -> Tensors:
-    if (path / "adapter_model.safetensors").is_file():
-        return SafetensorsFiles([path / "adapter_model.safetensors"])
-    if (path / "adapter_model.bin").is_file():
-        return PickleFiles([path / "adapter_model.bin"])
-    raise ValueError(f"{path} has an {CONFIG_FILE} but neither adapter_model.safetensors nor adapter_model.bin.")
+    for container in CONTAINERS:
+        if (path / container.adapter_file).is_file():
+            return container([path / container.adapter_file])
+    files = " nor ".join(container.adapter_file for container in CONTAINERS)
+    raise ValueError(f"{path} has an {CONFIG_FILE}, but neither {files}.")

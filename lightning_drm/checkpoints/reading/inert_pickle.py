@@ -1,8 +1,8 @@
 """A pickle module for ``torch.load`` that rebuilds tensors and nothing else.
 
-Lightning checkpoints hold hyper-parameters of any class beside the weights, which ``weights_only`` refuses to read at
-all. Here every class and function outside a short list becomes a placeholder that accepts anything and does nothing, so
-the weights can be read without trusting the file.
+Beside the weights, Lightning checkpoints hold hyper-parameters of any class, and ``weights_only`` refuses to read such
+a file at all. Here every class and function outside a short list becomes a placeholder that accepts anything and does
+nothing, so the weights can be read without trusting the file.
 """
 
 import collections
@@ -25,8 +25,8 @@ class Placeholder:
     """Stands for any object that is not a tensor.
 
     Attributes:
-        kind: The name of its class or function; the file's word for it, which nothing was looked up by.
-        state: Its attributes, as far as the file gives them as a dictionary.
+        kind: The name of its class or function, as the file gives it; nothing was looked up by it.
+        state: Its attributes, if the file gives them as a dictionary.
     """
 
     kind = ""
@@ -39,7 +39,7 @@ class Placeholder:
         self.state: dict[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> "Placeholder":
-        """Another object that it would have made."""
+        """Stands for whatever the call would have made, too."""
         return self
 
     def __setstate__(self, state: Any) -> None:

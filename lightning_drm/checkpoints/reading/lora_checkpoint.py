@@ -1,14 +1,14 @@
 """A checkpoint of a module that peft injected LoRA into: frozen weights, factors and trained values in one state dict.
 
-The factors' scaling is in no tensor. It follows from the ``LoraConfig``, which `TransformerTask` and every other module
-that calls ``save_hyperparameters`` keep in the checkpoint; it is read from there as plain values, and nothing of the
-file is executed. The frozen weights tell whether the adapter was trained on the base that it is merged into.
+No tensor holds the factors' scaling. It follows from the ``LoraConfig``, which `TransformerTask` and every other module
+that calls ``save_hyperparameters`` keep in the checkpoint. It is read from there as plain values; nothing in the file
+is executed. The frozen weights show whether the adapter was trained on the base that it is merged into.
 """
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from peft import LoraConfig
 from torch import Tensor
@@ -16,10 +16,10 @@ from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.adapter import LoraInput
 from lightning_drm.checkpoints.reading.inert_pickle import Placeholder
-from lightning_drm.checkpoints.reading.tensors import Tensors, plain_name
+from lightning_drm.checkpoints.reading.tensors import Tensors, container_of, plain_name
 
 _KINDS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".modules_to_save.")
-_TELLING = {"r", "lora_alpha", "target_modules"}  # fields by which a dictionary is known as a LoraConfig's
+_TELLING = {"r", "lora_alpha", "target_modules"}  # a dictionary with these fields is a LoraConfig's
 
 
 class LoraCheckpoint(LoraInput):
@@ -27,18 +27,33 @@ class LoraCheckpoint(LoraInput):
 
     Args:
         path: The file.
-        tensors: What it holds.
-        hyperparameters: The hyper-parameters that it keeps.
+        tensors: Its tensors.
 
     Raises:
         ValueError: If the scaling is not known, there is more than one adapter, or it has no exact delta.
     """
 
     format = "a checkpoint with LoRA"
+    expected = "a checkpoint file of a module with LoRA"
     whole = True
 
-    def __init__(self, path: Path, tensors: Tensors, hyperparameters: object) -> None:
-        super().__init__(path, tensors, _config(path, hyperparameters))
+    @classmethod
+    @override
+    def opens(cls, path: Path) -> bool:
+        container = container_of(path) if path.is_file() else None
+        return container is not None and any(
+            ".lora_" in name or ".base_layer." in name for name in container([path]).headers
+        )
+
+    @classmethod
+    @override
+    def open(cls, path: Path, task: str, dequantize: bool) -> Self:
+        container = container_of(path)
+        assert container is not None, f"{path} is not a file of tensors"
+        return cls(path, container([path]))
+
+    def __init__(self, path: Path, tensors: Tensors) -> None:
+        super().__init__(path, tensors, _config(path, tensors.hyperparameters()))
         self._frozen: dict[str, str] = {}
         names = {raw: plain_name(raw).replace("base_model.model.", "", 1) for raw in tensors.headers}
         adapters = {name.split(kind)[1].split(".")[0] for name in names.values() for kind in _KINDS if kind in name}
@@ -76,7 +91,7 @@ def _config(path: Path, hyperparameters: object) -> dict[str, Any]:
     found = list(_configs(hyperparameters))
     if not found:
         raise ValueError(
-            f"{path} holds LoRA layers, but no LoraConfig among its hyper-parameters that tells their scaling; save it "
+            f"{path} holds LoRA layers, but its hyper-parameters hold no LoraConfig that gives their scaling; save it "
             "with save_hyperparameters, save the adapter with peft's save_pretrained, or merge from the run folder."
         )
     if any(config != found[0] for config in found):
@@ -91,7 +106,7 @@ def _config(path: Path, hyperparameters: object) -> dict[str, Any]:
 
 
 def _configs(value: object) -> Iterable[dict[str, Any]]:
-    """Every LoraConfig in some hyper-parameters: an object of it, or what a configuration file says of one."""
+    """Every LoraConfig in some hyper-parameters: the object itself, or its fields from a configuration file."""
     if isinstance(value, Placeholder):
         if value.kind == "LoraConfig":
             yield {**value.state, "peft_type": "LORA"}

@@ -1,7 +1,7 @@
 """Files of named tensors: their headers at once, their values one at a time.
 
-A file is opened for each read and closed after it. Both formats map files into memory, so an open file would keep every
-page that was ever read in the process; this way a merge's memory does not grow with the size of the models.
+A file is opened for each read and closed after it. Both kinds of files are mapped into memory, so an open file would
+keep every page that was ever read; this way, a merge's memory does not grow with the size of the models.
 """
 
 import json
@@ -44,6 +44,15 @@ class Tensors(ABC):
         headers: What they say of each tensor.
     """
 
+    suffixes: ClassVar[tuple[str, ...]]
+    """Endings of such files."""
+
+    model_file: ClassVar[str]
+    """What ``save_pretrained`` calls a model's file of this kind."""
+
+    adapter_file: ClassVar[str]
+    """What peft calls an adapter's file of this kind."""
+
     is_mapped: ClassVar[bool] = False
     """Whether `read` costs next to nothing until values are looked at, and then only for those."""
 
@@ -56,6 +65,10 @@ class Tensors(ABC):
     def read(self, name: str) -> Tensor:
         """One tensor's values, on the CPU; a view of the file until it is freed."""
 
+    def hyperparameters(self) -> object:
+        """What the files keep under ``hyper_parameters`` beside their tensors, as plain values; ``None`` if nothing."""
+        return None
+
 
 class SafetensorsFiles(Tensors):
     """Tensors in one or many safetensors files.
@@ -67,6 +80,9 @@ class SafetensorsFiles(Tensors):
         ValueError: If a file is not a safetensors file, or a tensor has a type that torch does not know.
     """
 
+    suffixes = (".safetensors",)
+    model_file = "model.safetensors"
+    adapter_file = "adapter_model.safetensors"
     is_mapped = True
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -96,7 +112,7 @@ class SafetensorsFiles(Tensors):
 class PickleFiles(Tensors):
     """Tensors in files that ``torch.save`` wrote: ``.bin``, ``.pt``, ``.pth`` and Lightning's ``.ckpt``.
 
-    Nothing in a file is executed: objects other than tensors and plain containers (hyper-parameters, say) become
+    Nothing in a file is executed: objects other than tensors and plain containers, such as hyper-parameters, become
     inert placeholders.
 
     Args:
@@ -106,27 +122,53 @@ class PickleFiles(Tensors):
         ValueError: If a file cannot be read, or holds no tensors by name.
     """
 
+    suffixes = (".bin", ".ckpt", ".pt", ".pth")
+    model_file = "pytorch_model.bin"
+    adapter_file = "adapter_model.bin"
+
     def __init__(self, files: Sequence[Path]) -> None:
         super().__init__(files)
         for path in files:
-            for name, tensor in load_mapped(path).items():
+            for name, tensor in _mapped_tensors(path).items():
                 self.headers[name] = TensorHeader(tuple(tensor.shape), tensor.dtype)
                 self._file_of[name] = path
 
     @override
     def read(self, name: str) -> Tensor:
-        return load_mapped(self._file_of[name])[name].detach()
+        return _mapped_tensors(self._file_of[name])[name].detach()
+
+    @override
+    def hyperparameters(self) -> object:
+        content = _load(self.files[0])
+        return content.get("hyper_parameters") if isinstance(content, Mapping) else None
 
 
-def load_mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors by name of a file that ``torch.save`` wrote, mapped and not read.
+CONTAINERS: list[type[Tensors]] = [SafetensorsFiles, PickleFiles]
+"""The kinds of files that tensors come in, the preferred one first."""
 
-    Args:
-        path: The file; a Lightning checkpoint's ``state_dict`` is taken.
+
+def container_of(file: Path) -> type[Tensors] | None:
+    """The class that reads a file, by the file's ending; ``None`` if there is none."""
+    return next((container for container in CONTAINERS if file.suffix in container.suffixes), None)
+
+
+def model_files(folder: Path) -> tuple[type[Tensors], list[Path]] | None:
+    """A model folder's files and the class that reads them; ``None`` if the folder holds no model.
 
     Raises:
-        ValueError: If the file is not one, or holds no tensors by name.
+        ValueError: If an index names shards that are not there.
     """
+    for container in CONTAINERS:
+        file, index = folder / container.model_file, folder / f"{container.model_file}.index.json"
+        if file.is_file():
+            return container, [file]
+        if index.is_file():
+            return container, _indexed_files(index)
+    return None
+
+
+def _mapped_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name of a file that ``torch.save`` wrote, mapped and not read."""
     content = _load(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -140,18 +182,8 @@ def load_mapped(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_hyperparameters(path: Path) -> object:
-    """What a Lightning checkpoint keeps under ``hyper_parameters``; objects in it are placeholders.
-
-    Args:
-        path: The file.
-    """
-    content = _load(path)
-    return content.get("hyper_parameters") if isinstance(content, Mapping) else None
-
-
 def plain_name(name: str) -> str:
-    """A parameter's name without what torch.compile and DDP put into it."""
+    """A parameter's name without what torch.compile and DDP add to it."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
@@ -166,12 +198,8 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as a file that torch.save wrote: {reason}") from error
 
 
-def indexed_files(index: Path) -> list[Path]:
-    """The shards that an index names.
-
-    Raises:
-        ValueError: If shards are missing, naming them.
-    """
+def _indexed_files(index: Path) -> list[Path]:
+    """The shards that an index names."""
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -180,7 +208,7 @@ def indexed_files(index: Path) -> list[Path]:
 
 
 def quick_fingerprint(files: Sequence[Path]) -> str:
-    """A hash of some files' names, sizes, first and last megabyte: tells versions apart without reading them."""
+    """A hash of the names, sizes, first and last megabytes of files, by which versions differ; most is never read."""
     digest = xxhash.xxh3_128()
     for path in files:
         size = path.stat().st_size

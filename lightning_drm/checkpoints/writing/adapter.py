@@ -8,9 +8,10 @@ from pathlib import Path
 from peft import LoraConfig, TaskType
 from torch import Tensor
 
-from lightning_drm.checkpoints.planning.plan import Plan
+from lightning_drm.checkpoints.planning import Plan
 from lightning_drm.checkpoints.reading.adapter import CONFIG_FILE, AdapterInput
 from lightning_drm.checkpoints.reading.tensors import SafetensorsFiles
+from lightning_drm.checkpoints.writing.check import measure_factors, require_finite, require_present, summary
 from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.fuse import Fusion
@@ -18,23 +19,40 @@ from lightning_drm.merging import Delta, LowRank
 from lightning_drm.storage import write_json, write_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
-_PARTS = ".parts"  # the factors that each process merged
+_SHARES = ".shares"  # the factors that each process merged
 _WITH_OWN_HEAD = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 
 
-def write_adapter(folder: Path, plan: Plan, fusion: Fusion, share: Sequence[str], ranks: Ranks) -> dict[str, float]:
-    """Merges and writes the adapter: each process its share, and the first one the file, since adapters are small.
+def write_adapter(
+    folder: Path, plan: Plan, fusion: Fusion, share: Sequence[str], ranks: Ranks
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Merges, writes and checks the adapter.
+
+    Each process merges its share. Adapters are small, so the first process writes the one file, and reads it back.
 
     Args:
-        folder: Where to.
+        folder: Where to write; what is there is removed.
         plan: A plan with an adapter as output.
         fusion: What merges it.
         share: The parameters that this process merges.
         ranks: All processes.
 
     Returns:
-        The relative error by name, where the rank was limited.
+        By task, the fraction of its delta that survived; and by parameter, the relative error of a limited rank.
+
+    Raises:
+        ValueError: If a factor is not finite, nothing of a task survived, or the file is not what was planned.
     """
+    if ranks.is_first:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    ranks.wait()
+    errors = _merge_and_write(folder, plan, fusion, share, ranks)
+    survived = ranks.gather(_check(folder, plan, fusion) if ranks.is_first else {})[0]
+    return survived, errors
+
+
+def _merge_and_write(folder: Path, plan: Plan, fusion: Fusion, share: Sequence[str], ranks: Ranks) -> dict[str, float]:
     own: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
     for name, factors, error in fusion.merge_low_rank(share, plan.mismatch.rank):
@@ -44,13 +62,17 @@ def write_adapter(folder: Path, plan: Plan, fusion: Fusion, share: Sequence[str]
     if ranks.size == 1:
         _write(folder, plan, own)
         return errors
-    parts = [folder / _PARTS / str(rank) for rank in range(ranks.size)]
+    shares = [folder / _SHARES / str(rank) for rank in range(ranks.size)]
     kinds = {name: plan.kinds[name] for name in own}
-    save_task_vector(TaskVector(f"rank {ranks.rank}", own, kinds, {}, {}), parts[ranks.rank])
+    save_task_vector(TaskVector(f"rank {ranks.rank}", own, kinds, {}, {}), shares[ranks.rank])
     found = {name: error for some in ranks.gather(errors) for name, error in some.items()}
     if ranks.is_first:
-        _write(folder, plan, {name: delta for part in parts for name, delta in load_task_vector(part).deltas.items()})
-        shutil.rmtree(folder / _PARTS)
+        _write(
+            folder,
+            plan,
+            {name: delta for of_rank in shares for name, delta in load_task_vector(of_rank).deltas.items()},
+        )
+        shutil.rmtree(folder / _SHARES)
     return {name: found[name] for name in plan.kinds if name in found}
 
 
@@ -74,19 +96,24 @@ def _write(folder: Path, plan: Plan, merged: Mapping[str, Delta]) -> None:
     write_json(folder / CONFIG_FILE, written)
 
 
-def read_adapter(folder: Path, plan: Plan) -> Iterator[tuple[str, LowRank]]:
-    """Name and factors of each parameter, as `write_adapter` wrote them.
+def _check(folder: Path, plan: Plan, fusion: Fusion) -> dict[str, float]:
+    """Reads the adapter back; by task, the fraction of its delta that survived."""
+    records = []
+    for name, factors in _read(folder, plan):
+        require_finite(name, factors.up)
+        require_finite(name, factors.down)
+        deltas = fusion.deltas.present(name)
+        records.append(measure_factors(factors, list(deltas), list(deltas.values())))
+    survived, _ = summary(records, fusion.tasks)
+    require_present(plan, survived)
+    return survived
 
-    Args:
-        folder: Where they are.
-        plan: The same plan.
 
-    Raises:
-        ValueError: If the file does not hold what was planned.
-    """
+def _read(folder: Path, plan: Plan) -> Iterator[tuple[str, LowRank]]:
+    """Name and factors of each parameter, as they were written."""
     written, names = SafetensorsFiles([folder / ADAPTER_FILE]), _own_names(plan)
     if len(written.headers) != 2 * len(plan.kinds):
-        raise ValueError(f"{folder} has {len(written.headers)} factors instead of {2 * len(plan.kinds)}.")
+        raise ValueError(f"{folder} holds {len(written.headers)} factors, but {2 * len(plan.kinds)} were planned.")
     for name in plan.kinds:
         a, b = _file_names(plan, names, name)
         factors = LowRank(written.read(b), written.read(a))
@@ -94,7 +121,7 @@ def read_adapter(folder: Path, plan: Plan) -> Iterator[tuple[str, LowRank]]:
 
 
 def _file_names(plan: Plan, names: dict[str, str], name: str) -> tuple[str, str]:
-    """The names of both factors, the inner one first."""
+    """The names of both factors; A, which is applied first, comes first."""
     module = f"base_model.model.{names[name].removesuffix('.weight')}"
     if plan.kinds[name] == "embedding":
         return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
@@ -102,12 +129,12 @@ def _file_names(plan: Plan, names: dict[str, str], name: str) -> tuple[str, str]
 
 
 def _is_transposed(plan: Plan, name: str) -> bool:
-    """Whether the file's factors make the transposed weight: embeddings, and Conv1D."""
+    """Whether the file's factors make the transposed weight, as those of embeddings and of a Conv1D do."""
     return plan.kinds[name] == "embedding" or name in plan.transposed
 
 
 def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:
-    """With alpha equal to the rank everywhere, peft's scaling is 1."""
+    """The adapter's configuration. Alpha is equal to the rank everywhere, so that peft's scaling is 1."""
     rank = max(ranks.values())
     others = {f"^{module.replace('.', chr(92) + '.')}": value for module, value in ranks.items() if value != rank}
     inputs = [task.input for task in plan.tasks]
@@ -127,7 +154,7 @@ def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:
 
 
 def _own_names(plan: Plan) -> dict[str, str]:
-    """The names that the adapters use, if they agree on them; the base's else."""
+    """The names that the adapters use, if they agree on them; otherwise the base's."""
     used: dict[str, set[str]] = {name: set() for name in plan.kinds}
     for task in plan.tasks:
         for name, raw in task.names.items():

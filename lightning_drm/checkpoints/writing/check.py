@@ -1,7 +1,7 @@
-"""Whether every task is still there in what was written, all of it is finite, and how much rounding took.
+"""Checks of what was written: everything is finite, something of every task survived, and how much rounding took.
 
-In a whole model, both are measured as a parameter is written, on the values that end up in the file: base + merged
-delta, rounded to the output's precision. An adapter is small, so all of it is read back and compared.
+A whole model is measured as its parameters are written, on the values that end up in the file: base + merged delta,
+rounded to the output's precision. An adapter is small, so all of it is read back and compared.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_drm.checkpoints.planning.plan import Plan
+from lightning_drm.checkpoints.planning import Plan
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.merging.low_rank import densify
 
-TRACE = 1e-6  # less than this share of a task's delta is nothing but rounding
+TRACE = 1e-6  # less than this fraction of a task's delta is nothing but rounding
 SAMPLE = 1 << 16  # entries of each parameter that are compared with each task
 
 
 def measure(
-    exact: Tensor, written: Tensor, base: Tensor, tasks: Sequence[str], parts: Sequence[Delta]
+    exact: Tensor, written: Tensor, base: Tensor, tasks: Sequence[str], deltas: Sequence[Delta]
 ) -> dict[str, Any]:
     """What one parameter contributes to the check.
 
@@ -28,16 +28,16 @@ def measure(
         written: The same, rounded.
         base: The base's values, in the precision of ``exact``.
         tasks: The tasks' names.
-        parts: Their deltas.
+        deltas: Their deltas.
 
     Returns:
-        Plain numbers, to be kept in the journal and summed up by `summary`.
+        Plain numbers, which the journal keeps and `summary` sums up.
     """
     change = _sample(written.to(exact.dtype)) - _sample(base)
-    own = [_sample(part) for part in parts]
+    own = [_sample(delta) for delta in deltas]
     record: dict[str, Any] = {
-        "overlap": {task: float(change @ part) for task, part in zip(tasks, own, strict=True)},
-        "energy": {task: float(part @ part) for task, part in zip(tasks, own, strict=True)},
+        "overlap": {task: float(change @ delta) for task, delta in zip(tasks, own, strict=True)},
+        "energy": {task: float(delta @ delta) for task, delta in zip(tasks, own, strict=True)},
     }
     if written.dtype != exact.dtype:
         error = (_sample(written.to(exact.dtype)) - _sample(exact)).norm()
@@ -46,25 +46,25 @@ def measure(
     return record
 
 
-def measure_factors(written: LowRank, tasks: Sequence[str], parts: Sequence[Delta]) -> dict[str, Any]:
+def measure_factors(written: LowRank, tasks: Sequence[str], deltas: Sequence[Delta]) -> dict[str, Any]:
     """What one parameter of an adapter contributes to the check.
 
     Args:
         written: The merged factors, as they were written.
         tasks: The names of the tasks that change the parameter.
-        parts: Their deltas.
+        deltas: Their deltas.
 
     Returns:
-        Plain numbers, to be summed up by `summary`.
+        Plain numbers, which `summary` sums up.
     """
     return {
-        "overlap": {task: _inner(written, part) for task, part in zip(tasks, parts, strict=True)},
-        "energy": {task: _inner(part, part) for task, part in zip(tasks, parts, strict=True)},
+        "overlap": {task: _inner(written, delta) for task, delta in zip(tasks, deltas, strict=True)},
+        "energy": {task: _inner(delta, delta) for task, delta in zip(tasks, deltas, strict=True)},
     }
 
 
 def _inner(one: Delta, other: Delta) -> float:
-    """Σ_ij A_ij B_ij; of two products by way of their factors, as tr(Aᵀ B) = Σ (U₁ᵀ U₂) ∘ (D₁ D₂ᵀ)."""
+    """Σ_ij A_ij B_ij; of two products from their factors, as tr(Aᵀ B) = Σ (U₁ᵀ U₂) ∘ (D₁ D₂ᵀ)."""
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         sides = one.up.T.double() @ other.up.double(), one.down.double() @ other.down.T.double()
         return float((sides[0] * sides[1]).sum())
@@ -79,22 +79,22 @@ def summary(records: Iterable[Mapping[str, Any]], tasks: Sequence[str]) -> tuple
         tasks: The tasks' names.
 
     Returns:
-        By task, the share of its delta that the written model has along it (NaN for a task without any change), and the
-        size of the rounding error relative to the merged delta.
+        By task, the fraction of its delta that survived (NaN for a task whose deltas are all zero), and the size of the
+        rounding error relative to the merged delta.
     """
     records = [record for record in records if "overlap" in record]
-    kept = {}
+    survived = {}
     for task in tasks:
         energy = sum(record["energy"].get(task, 0.0) for record in records)
         overlap = sum(record["overlap"].get(task, 0.0) for record in records)
-        kept[task] = overlap / energy if energy else float("nan")
+        survived[task] = overlap / energy if energy else float("nan")
     change = sum(record.get("change", 0.0) for record in records)
     rounding = sum(record.get("rounding", 0.0) for record in records)
-    return kept, (rounding / change) ** 0.5 if change else 0.0
+    return survived, (rounding / change) ** 0.5 if change else 0.0
 
 
 def require_finite(name: str, written: Tensor, exact: Tensor | None = None) -> None:
-    """Refuses what is not a number.
+    """Refuses values that are not finite.
 
     Args:
         name: The parameter.
@@ -102,26 +102,26 @@ def require_finite(name: str, written: Tensor, exact: Tensor | None = None) -> N
         exact: The same before rounding, if it was rounded.
 
     Raises:
-        ValueError: If rounding made it infinite, or it is not finite.
+        ValueError: If a value is not finite, or became infinite by rounding.
     """
     if _is_finite(written):
         return
     if exact is not None and _is_finite(exact):
         raise ValueError(f"{name} does not fit into {written.dtype}: it has a value of {exact.abs().max():.3g}.")
-    raise ValueError(f"{name} is not finite after merging: the base or a finetune has NaN or infinite values there.")
+    raise ValueError(f"{name} is not finite after merging: the base or a finetune holds NaN or infinite values there.")
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """By the extremes, which reads every entry once and writes none."""
+    """Looks at the extremes, which reads every entry once and writes nothing."""
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
-def require_present(plan: Plan, shares: Mapping[str, float]) -> None:
-    """Refuses a result in which nothing is left of a task.
+def require_present(plan: Plan, survived: Mapping[str, float]) -> None:
+    """Refuses a result in which nothing of a task survived.
 
     Args:
         plan: What was to be merged.
-        shares: From `summary`.
+        survived: From `summary`.
 
     Raises:
         ValueError: Naming the tasks.
@@ -131,11 +131,11 @@ def require_present(plan: Plan, shares: Mapping[str, float]) -> None:
         for index, task in enumerate(plan.tasks)
         if any(treatment.method is not None and treatment.coefficients[index] for treatment in plan.treatments.values())
     }
-    gone = [task for task, share in shares.items() if abs(share) < TRACE and task in active]
+    gone = [task for task, fraction in survived.items() if abs(fraction) < TRACE and task in active]
     if gone and plan.recipe.method.scale:
         raise ValueError(
-            f"Nothing of task {', '.join(gone)} is left in the merged weights: its deltas are pruned away or smaller "
-            "than the output's rounding; use a higher density or rank, or --dtype float32."
+            f"Nothing of task {', '.join(gone)} is left in the merged weights: its deltas were pruned away or are "
+            "smaller than the output's rounding; use a higher density or rank, or dtype float32."
         )
 
 
@@ -145,5 +145,5 @@ def _sample(delta: Delta) -> Tensor:
         return delta.reshape(1).double()
     # Whole rows, so that a large tensor is not copied.
     rows = -(-SAMPLE // max(1, prod(delta.shape[1:])))
-    part = delta.up[:rows] @ delta.down if isinstance(delta, LowRank) else delta[:rows]
-    return part.reshape(-1)[:SAMPLE].double()
+    first = delta.up[:rows] @ delta.down if isinstance(delta, LowRank) else delta[:rows]
+    return first.reshape(-1)[:SAMPLE].double()

@@ -1,7 +1,7 @@
 """A whole merged model: base + merged deltas, in shards.
 
-What is merged entry by entry comes in pieces, several parameters at once; then, one after the other, the matrices whose
-methods want them whole and all cores for themselves.
+First come the parameters that are merged entry by entry: in pieces, and several at once. Then come the matrices, one
+after the other, since their methods need them whole and use all cores.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,15 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from lightning_drm.checkpoints.deltas import BaseValues
-from lightning_drm.checkpoints.planning.plan import Plan, plan_costs
+from lightning_drm.checkpoints.planning import Plan, plan_costs
 from lightning_drm.checkpoints.reading.tensors import SafetensorsFiles
 from lightning_drm.checkpoints.writing.check import measure, require_finite, require_present, summary
 from lightning_drm.checkpoints.writing.shards import ShardWriter
 from lightning_drm.checkpoints.writing.sidecars import copy_companions
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.fuse import Fusion, Merged
-from lightning_drm.fusion.pieces import num_threads, side_by_side
 from lightning_drm.fusion.share_out import share_out
+from lightning_drm.fusion.threads import num_threads, side_by_side
 
 
 def write_model(
@@ -31,22 +31,21 @@ def write_model(
     progress: Callable[[int, int], None] | None,
     ranks: Ranks,
 ) -> tuple[dict[str, float], float]:
-    """Merges and writes the weights, each process its share, and checks them; the first one adds the configuration.
+    """Merges, writes and checks the weights. Each process does its share; the first one adds the configuration.
 
     Args:
         plan: What is to be done.
         fusion: What merges it.
         values: The base's values.
-        writer: Where to; what it has already is not written again.
-        progress: Called with the number of parameters that this process has done and how many it has.
+        writer: Where to write; what it already has is not written again.
+        progress: Called with the number of parameters that this process has done, and of those that it has to do.
         ranks: All processes.
 
     Returns:
-        By task, the share of its delta that the model has along it; and the rounding error relative to the merged
-        deltas.
+        By task, the fraction of its delta that survived; and the rounding error, relative to the merged deltas.
 
     Raises:
-        ValueError: If something is not finite, nothing of a task is left, or files are not what was planned.
+        ValueError: If a value is not finite, nothing of a task survived, or the files are not what was planned.
     """
     folder, costs = writer.folder, plan_costs(plan)
     shares = share_out({name: costs[name] for name in writer.order if name not in writer.done}, ranks.size)
@@ -55,20 +54,20 @@ def write_model(
     for num_done, _ in enumerate(done, start=1):
         if progress is not None:
             progress(num_done, len(left))
-    kept, rounding = summary(writer.collect(), fusion.tasks)
-    require_present(plan, kept)
+    survived, rounding = summary(writer.collect(), fusion.tasks)
+    require_present(plan, survived)
     if ranks.is_first:
         writer.finish()
         if plan.base.folder is not None:
             copy_companions(plan.base.folder, folder, plan.mismatch.dtype, dequantized=plan.base.is_dequantized)
         _require_headers(plan, folder)
-    return kept, rounding
+    return survived, rounding
 
 
 def _written(
     names: Sequence[str], plan: Plan, fusion: Fusion, values: BaseValues, writer: ShardWriter
 ) -> Iterator[None]:
-    """Writes some tensors, and gives a sign after each."""
+    """Writes some tensors, and yields after each."""
 
     def write(name: str, pieces: Iterable[Merged]) -> None:
         record: dict[str, Any] = {}
@@ -93,14 +92,14 @@ def _written(
 def _finished(
     name: str, pieces: Iterable[Merged], plan: Plan, fusion: Fusion, values: BaseValues, record: dict[str, Any]
 ) -> Iterator[Tensor]:
-    """The values to be written of one parameter; what is measured on the first piece of it goes into ``record``."""
+    """The values of one parameter to write; what is measured on its first piece goes into ``record``."""
     for merged in pieces:
         base = values.read(name, merged.rows).to(merged.delta.device, merged.delta.dtype)
         exact = base + merged.delta if plan.treatments[name].method is not None else base
         written = exact.to(plan.headers[name].dtype)
         require_finite(name, written, exact)
         if not record:
-            record.update(measure(exact, written, base, fusion.tasks, merged.parts))
+            record.update(measure(exact, written, base, fusion.tasks, merged.deltas))
         yield written
         del merged, base, exact, written  # before the next piece comes
 

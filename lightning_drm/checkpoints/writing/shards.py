@@ -1,10 +1,10 @@
 """Safetensors shards that are written tensor by tensor, and can be continued after a kill.
 
-`safetensors.save_file` needs all tensors of a file in memory at once. But names, shapes and types are known from the
-plan, so each file's header is written first, and then every tensor at the offset that the header promises. That is also
-why several processes can write one file, and why the files do not depend on how many there are. A journal beside the
-shards, one of each process, notes each finished tensor with the hash of its bytes; a later run, of any number of
-processes, takes up those whose bytes are still what the journal says, after a crash of the machine too.
+`safetensors.save_file` needs all tensors of a file in memory at once. But the plan knows names, shapes and types, so
+each file's header is written first, and then every tensor at the offset that the header promises. For the same reason,
+several processes can write one file, and the files do not depend on the number of processes. Beside the shards, every
+process keeps a journal that notes each finished tensor with the hash of its bytes. A later run, with any number of
+processes, takes up the tensors whose bytes are still what the journals say, even after a crash of the machine.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_drm.checkpoints.reading import TensorHeader
 from lightning_drm.distributed.ranks import ALONE, Ranks
-from lightning_drm.fusion.pieces import num_threads, side_by_side
+from lightning_drm.fusion.threads import num_threads, side_by_side
 from lightning_drm.storage import write_json, write_text
 
 JOURNAL_FILE = ".journal.jsonl"
@@ -49,15 +49,15 @@ class ShardWriter:
     """Writes a model's tensors into shards.
 
     Args:
-        folder: Where to; a folder with the journal of the same merge is continued.
-        headers: Every tensor that will be written.
+        folder: Where to write; a folder with the journal of the same merge is continued.
+        headers: By name, every tensor that will be written.
         max_shard_size: Largest size of a file, such as ``"5GB"``.
-        identity: Tells this merge from others; a journal of another one is discarded.
+        identity: Tells this merge from others; the journal of another merge is discarded.
         ranks: The processes that write together, all of which make the same writer; this one alone if left out.
 
     Attributes:
-        done: What the journals say of each tensor that is written, by name: what an interrupted merge left, and what
-            this process wrote since.
+        done: By name, what the journals say of each tensor that is written: those that an interrupted merge left, and
+            those that this process has written since.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ShardWriter:
             for old in folder.glob(_journal_of("*")):
                 old.unlink()
         self._ranks.wait()
-        # Nobody writes into the common journal any more: all must read the same, or they would share out differently.
+        # Nobody writes into the common journal any more. All ranks must read the same, or their shares would differ.
         kept_lines = _whole_lines(folder / JOURNAL_FILE)[1:]
         self.done: dict[str, dict[str, Any]] = {record["name"]: record for record in kept_lines}
         self._journal = folder / _journal_of(self._ranks.rank)
@@ -118,7 +118,7 @@ class ShardWriter:
             self._places[name] = _Place(file, len(self._prefixes[file]) + begin, end - begin)
 
     def _resume(self, identity: str) -> dict[str, dict[str, Any]]:
-        """What of an interrupted merge holds; if nothing does, empty files."""
+        """The records of an interrupted merge that still hold; if none does, makes empty files."""
         journals = [_whole_lines(file) for file in sorted(self.folder.glob(f"{JOURNAL_FILE}*"))]
         same = [lines[1:] for lines in journals if lines and lines[0].get("identity") == identity]
         if same and all(file.is_file() for file in self._prefixes):
@@ -135,19 +135,19 @@ class ShardWriter:
                 stream.truncate(end)
         return {}
 
-    def write(self, name: str, parts: Iterable[Tensor], record: Mapping[str, Any] | None = None) -> None:
+    def write(self, name: str, pieces: Iterable[Tensor], record: Mapping[str, Any] | None = None) -> None:
         """Writes one tensor and notes it; several threads may write different ones.
 
         Args:
             name: Its name.
-            parts: Its values, of the announced type: some rows after the others, or all at once.
-            record: What else to keep in the journal; looked at after the last part.
+            pieces: Its values, of the announced type: piece after piece, or all at once.
+            record: What else to keep in the journal; it is looked at after the last piece.
         """
         header, place = self.headers[name], self._places[name]
         digest, offset = xxhash.xxh3_128(), place.offset
-        for part in parts:
-            assert part.dtype == header.dtype, f"{name}: {part.dtype} is not {header.dtype}"
-            data = _bytes(part)
+        for piece in pieces:
+            assert piece.dtype == header.dtype, f"{name}: {piece.dtype} is not {header.dtype}"
+            data = _bytes(piece)
             self._put(place.file, offset, data)
             digest.update(data.data)
             offset += data.size
@@ -160,7 +160,7 @@ class ShardWriter:
             self._written.append(name)
 
     def _put(self, file: Path, offset: int, data: NDArray[np.uint8]) -> None:
-        # Closing a file drops this process' locks on it, also those that another thread has just taken.
+        # Closing a file drops all locks of this process on it, even those that another thread has just taken.
         with self._lock if self._ranks.size > 1 else nullcontext(), file.open("r+b", buffering=0) as stream:
             if self._ranks.size > 1:
                 _lock(stream, offset, data.size)
@@ -173,7 +173,7 @@ class ShardWriter:
         """Reads back what this process wrote, and waits for all others to have done the same.
 
         Returns:
-            What all journals say, in the order of `order`.
+            The records of all journals, in the order of `order`.
 
         Raises:
             ValueError: If files are not what was written.
@@ -182,7 +182,7 @@ class ShardWriter:
         changed = [name for name in self._written if hashes[name] != self.done[name]["hash"]]
         if changed:
             raise ValueError(
-                f"{self.folder} was changed by someone else while it was written: {', '.join(changed[:3])}."
+                f"{self.folder} was changed by another program while it was written: {', '.join(changed[:3])}."
             )
         for written in self._ranks.gather([self.done[name] for name in self._written]):
             self.done.update({record["name"]: record for record in written})
@@ -203,7 +203,7 @@ class ShardWriter:
         return digest.hexdigest()
 
     def finish(self) -> None:
-        """Writes the index, if there are several files, and takes the journals away; only one process does."""
+        """Writes the index, if there are several files, and removes the journals. One process does this for all."""
         if self._split.is_sharded:
             weight_map = {name: place.file.name for name, place in sorted(self._places.items())}
             write_json(self.folder / INDEX_FILE, {"metadata": self._split.metadata, "weight_map": weight_map})
@@ -216,11 +216,11 @@ def _journal_of(rank: int | str) -> str:
 
 
 def _lock(stream: IO[bytes], offset: int, size: int) -> None:
-    """Keeps a network file system from writing more of this process' cached pages than the bytes themselves.
+    """Keeps a network file system from writing more of this process's cached pages than these bytes.
 
-    Other processes may be writing what comes before and after it in the same page. The lock ends with the file.
+    Other processes may be writing the bytes before and after them in the same page. Closing the file ends the lock.
     """
-    with suppress(OSError):  # a file system without locks, such as a Lustre that is mounted so, is coherent without
+    with suppress(OSError):  # a file system that is mounted without locks, such as Lustre, is coherent without them
         fcntl.lockf(stream, fcntl.LOCK_EX, size, offset)
 
 
@@ -230,7 +230,7 @@ def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The journal's records; a line that a kill cut short is left out."""
+    """The journal's records, except for a line that a kill cut short."""
     if not path.is_file():
         return []
     records = []

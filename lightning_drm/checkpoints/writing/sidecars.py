@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights: configuration, tokenizer, processor, license."""
+"""What belongs to a model beside its weights: configuration, tokenizer, processor, license, and the tasks' heads."""
 
 import json
 import shutil
@@ -6,6 +6,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
+from torch import Tensor
+
+from lightning_drm.checkpoints.planning import Plan
+from lightning_drm.storage import write_tensors
 
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.spm", "LICENSE*", "NOTICE*")
 _LEFT = (
@@ -19,13 +23,13 @@ _LEFT = (
 
 
 def copy_companions(base: Path, output: Path, dtype: str, *, dequantized: bool = False) -> list[str]:
-    """Copies the base's small files, everything that ``from_pretrained`` may ask for.
+    """Copies the base's small files: everything that ``from_pretrained`` may ask for.
 
     Args:
         base: The base's folder.
         output: The new folder.
-        dtype: The precision that the weights were written in; ``auto`` if it is the base's.
-        dequantized: Whether the base is quantized, and what was written is not.
+        dtype: The precision in which the weights were written; ``auto`` if it is the base's.
+        dequantized: Whether the base is quantized, but the new model is not.
 
     Returns:
         The files' names.
@@ -55,3 +59,24 @@ def license_of(base: Path | None) -> str | None:
     except (ValueError, OSError):  # no metadata, or not YAML
         return None
     return str(license) if license else None
+
+
+def write_heads(plan: Plan, folder: Path) -> None:
+    """Writes every task's head as ``heads/<task>.safetensors``, under the task's own names.
+
+    Args:
+        plan: The plan.
+        folder: The new folder.
+
+    Raises:
+        ValueError: If a head was trained as an adapter, which has no value of its own.
+    """
+    for task in plan.tasks:
+        tensors: dict[str, Tensor] = dict(task.input.head)
+        for raw in task.head:
+            value = task.input.read(raw)
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{task.name}: its head has an adapter at {raw}; save it as modules_to_save.")
+            tensors[raw] = value.clone()
+        if tensors:
+            write_tensors(folder / "heads" / f"{task.name}.safetensors", tensors, {"task": task.name})

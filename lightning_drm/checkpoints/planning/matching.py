@@ -1,0 +1,149 @@
+"""Holding one task against the base, from headers alone: which parameter is which, what is a head, what is missing."""
+
+import fnmatch
+from collections.abc import Sequence
+
+from lightning_drm.checkpoints.architecture import Architecture
+from lightning_drm.checkpoints.architecture.alignment import Alignment
+from lightning_drm.checkpoints.planning.fitting import Fitting
+from lightning_drm.checkpoints.planning.planned_task import PlannedTask
+from lightning_drm.checkpoints.planning.policy import MismatchPolicy
+from lightning_drm.checkpoints.planning.same_base import check_same_base
+from lightning_drm.checkpoints.reading import BaseModel, Entry, TaskInput
+
+
+class Matcher:
+    """Matches tasks with one base.
+
+    Args:
+        base: The base.
+        architecture: What is known of it, under its files' names.
+        mismatch: What to do about what does not fit.
+
+    Attributes:
+        ties: Name of each tied tensor of the base to the name of the one that is stored.
+        names: Names of the base's other floating-point tensors.
+    """
+
+    def __init__(self, base: BaseModel, architecture: Architecture, mismatch: MismatchPolicy) -> None:
+        self._base, self._architecture, self._mismatch = base, architecture, mismatch
+        headers = base.tensors.headers
+        self.ties = {tied: source for tied, source in architecture.ties.items() if source in headers}
+        self.names = {name for name in headers if name not in self.ties and headers[name].dtype.is_floating_point}
+
+    def match(self, task: str, found: TaskInput) -> PlannedTask:
+        """Holds one task against the base.
+
+        Args:
+            task: Its name.
+            found: What its files say.
+        """
+        planned = PlannedTask(task, found)
+        align = Alignment.between(found.entries, self.names | self.ties.keys() | self._architecture.files.keys())
+        if not align.num_matches:
+            planned.problems.append(
+                f"{task}: none of its {len(found.entries)} parameters is in the base. "
+                f"The base has {', '.join(sorted(self.names)[:2])}, …; the task has "
+                f"{', '.join(list(found.entries)[:2])}, …."
+            )
+            return planned
+        own = Architecture.of_folder(found.folder).named_like(set(found.entries))
+        fitting = Fitting(planned, self._base, self._architecture, self._mismatch.vocabulary)
+        unknown = self._sort(planned, own.backbone, align, fitting)
+        inside = own.backbone.startswith(align.strip)
+        region = align.add + own.backbone.removeprefix(align.strip) if inside else align.add
+        self._note_missing(planned, own, align, region)
+        self._note_unknown(planned, unknown, align, region)
+        check_same_base(planned, self._base)
+        fitting.note_precision()
+        return planned
+
+    def _sort(self, planned: PlannedTask, backbone: str, align: Alignment, fitting: Fitting) -> list[str]:
+        """Finds out what each of the task's parameters is; returns the own names of those that the base lacks."""
+        unknown = []
+        for raw, entry in planned.input.entries.items():
+            name = self._base_name(align(raw)) if align.covers(raw) else None
+            if self._is_head(raw, name, backbone, align, planned.input):
+                planned.head.append(raw)
+            elif name in self.ties:
+                self._match_tied(planned, raw, name, entry, align)
+            elif name is None or name not in self.names:
+                unknown.append(raw)
+            elif fitting.fits(name, entry):
+                planned.names[name] = raw
+            else:
+                planned.unfit.add(name)
+        return unknown
+
+    def _base_name(self, name: str) -> str:
+        """The base file's name for an aligned name, which may be the live model's."""
+        if name in self.names or name in self.ties:
+            return name
+        live = self._architecture.live_name(name)
+        return live if live in self.names else self._architecture.files.get(live, name)
+
+    def _is_shared(self, name: str) -> bool:
+        """Whether a parameter of the base is outside the base's own head."""
+        if self._mismatch.heads is not None:
+            return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self._mismatch.heads)
+        return name.startswith(self._architecture.backbone)
+
+    def _is_head(self, raw: str, name: str | None, backbone: str, align: Alignment, found: TaskInput) -> bool:
+        if self._mismatch.heads is not None:
+            patterns = self._mismatch.heads
+            return any(fnmatch.fnmatchcase(either, pattern) for pattern in patterns for either in (raw, name or raw))
+        if not raw.startswith(backbone) or not align.covers(raw):
+            return True
+        if name in self.names:
+            return not self._is_shared(name or raw)
+        return not found.whole and found.entries[raw].form == "value"  # saved with an adapter; the base lacks it
+
+    def _match_tied(self, planned: PlannedTask, raw: str, name: str, entry: Entry, align: Alignment) -> None:
+        source = self.ties[name]
+        if entry.form != "value":
+            planned.problems.append(
+                f"{planned.name}: changes {name}, but not {source}, to which the base ties it; "
+                "merge into a base whose weights are not tied."
+            )
+        elif not any(self._base_name(align(other)) == source for other in planned.input.entries):
+            planned.names[source] = raw
+
+    def _note_missing(self, planned: PlannedTask, own: Architecture, align: Alignment, region: str) -> None:
+        """Parameters of the base that the task lacks. A submodule that the task's class never had is not missing."""
+        if not planned.input.whole:
+            return
+        there = {_submodule(name, region) for name in planned.names}
+        has = {self._base_name(align(name)) for name in own.kinds}
+        for name in sorted(self.names - planned.names.keys() - planned.unfit):
+            never_had = own.known and name not in has and _submodule(name, region) not in there
+            if name.startswith(region) and self._is_shared(name) and not never_had:
+                planned.missing.append(name)
+        if planned.missing:
+            self._complain(planned, f"lacks {len(planned.missing)} of the base's parameters", planned.missing, "")
+
+    def _note_unknown(self, planned: PlannedTask, unknown: list[str], align: Alignment, region: str) -> None:
+        """Parameters that the base lacks. A submodule that the base's class never had belongs to the head."""
+        known = {_submodule(name, region) for name in self.names}
+        extra = []
+        for raw in unknown:
+            name = self._base_name(align(raw))
+            is_value = planned.input.entries[raw].form == "value"
+            if self._architecture.known and is_value and _submodule(name, region) not in known:
+                planned.head.append(raw)
+            else:
+                extra.append(raw)
+        if extra:
+            count = "a parameter" if len(extra) == 1 else f"{len(extra)} parameters"
+            self._complain(planned, f"has {count} that the base lacks", extra, " They are left out.")
+
+    def _complain(self, planned: PlannedTask, what: str, names: Sequence[str], consequence: str) -> None:
+        text = f"{planned.name}: {what}: {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+        if self._mismatch.policy == "strict":
+            planned.problems.append(f"{text}; set policy to intersection or base_fill, or name the heads.")
+        else:
+            planned.notes.append(f"{text}.{consequence}")
+
+
+def _submodule(name: str, region: str) -> str:
+    """The submodule that a parameter is in: ``pooler`` for ``bert.pooler.dense.weight`` in the region ``bert.``."""
+    return name.removeprefix(region).partition(".")[0]

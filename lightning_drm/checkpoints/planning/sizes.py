@@ -1,0 +1,54 @@
+"""What a plan costs: work, bytes read and written, and memory, estimated from headers alone."""
+
+from math import prod
+
+import torch
+
+from lightning_drm.checkpoints.planning.plan import Plan
+from lightning_drm.fusion.pieces import largest_piece
+from lightning_drm.fusion.share_out import costs
+from lightning_drm.fusion.threads import num_threads
+
+
+def plan_costs(plan: Plan) -> dict[str, float]:
+    """By name, what each tensor of a whole merged model costs, in the unit of `Method.cost`; merged ones come first."""
+    ranks: dict[str, int] = {}
+    for name in plan.kinds:
+        entries = [task.input.entries[task.names[name]] for task in plan.tasks if name in task.names]
+        if all(entry.rank for entry in entries):
+            ranks[name] = sum(entry.rank for entry in entries)
+    treatments = {**plan.treatments, **dict.fromkeys(plan.kept)}
+    shapes = {**plan.shapes, **{name: plan.headers[name].shape for name in plan.kept}}
+    return costs(treatments, shapes, len(plan.tasks), ranks)
+
+
+def read_bytes(plan: Plan) -> int:
+    """How many bytes are read from all files."""
+    total = 0
+    for task in plan.tasks:
+        for raw in task.names.values():
+            entry = task.input.entries[raw]
+            numel = entry.rank * sum(entry.shape) if entry.rank else prod(entry.shape)
+            total += numel * entry.dtype.itemsize
+    return total + sum(prod(header.shape) * header.dtype.itemsize for header in plan.base.tensors.headers.values())
+
+
+def written_bytes(plan: Plan) -> int:
+    """How many bytes a whole merged model takes."""
+    return sum(prod(header.shape) * header.dtype.itemsize for header in plan.headers.values())
+
+
+def memory_bytes(plan: Plan, device: torch.device) -> int:
+    """About how much memory a merge needs beside the interpreter and its libraries.
+
+    For parameters that are merged as a whole, these are two stacks of the largest one, and the method's copies of one;
+    for those that are merged in pieces, one stack for each thread.
+
+    Args:
+        plan: The plan.
+        device: Where it will be computed.
+    """
+    num_tasks, in_pieces = len(plan.tasks), plan.in_pieces
+    whole = max((prod(shape) for name, shape in plan.shapes.items() if name not in in_pieces), default=0)
+    piece = max((largest_piece(plan.shapes[name], device) for name in in_pieces), default=0)
+    return 4 * max(whole * (3 * num_tasks + 4), piece * (num_tasks + 4) * num_threads(device))

@@ -1,0 +1,206 @@
+"""The public form, as in a notebook: every kind of input, held against a plain loop in float64."""
+
+import copy
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from helpers import models
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import lightning_drm
+from lightning_drm import TIES, TaskArithmetic, merge_checkpoints
+from lightning_drm.checkpoints.planning import MismatchPolicy
+from lightning_drm.checkpoints.reading import TensorHeader, Tensors, readers
+from lightning_drm.checkpoints.reading.weights import WeightsInput
+from lightning_drm.deltas import TaskVector, hash_tensor, save_task_vector
+from lightning_drm.fusion import Override, Recipe
+
+COEFFICIENTS = {"a": 0.7, "b": 1.5}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A base and two finetunes of it, as folders, adapters and run folders."""
+    folder = tmp_path_factory.mktemp("bench")
+    base = models.base_model("bert")
+    base.save_pretrained(folder / "base")
+    for seed, task in enumerate("ab", 1):
+        models.finetune("bert", base, seed).save_pretrained(folder / f"full_{task}")
+        models.adapter("bert", base, seed).save_pretrained(folder / f"lora_{task}")
+        save_task_vector(stored(base, seed, task), folder / "run" / "tasks" / task)
+    return folder
+
+
+def stored(base, seed, task):
+    """What a run folder keeps: deltas of some parameters, under the names of a LightningModule."""
+    torch.manual_seed(seed)
+    deltas = {f"model.{name}": torch.randn_like(value) for name, value in base.state_dict().items() if "query" in name}
+    kinds = {name: "matrix" if name.endswith("weight") else "other" for name in deltas}
+    hashes = {f"model.{name}": hash_tensor(value) for name, value in base.state_dict().items()}
+    return TaskVector(task, deltas, kinds, {"head.weight": torch.ones(2, 2)}, hashes)
+
+
+def finetuned(kind, task, base):
+    """A finetune's values by the base's names, in float64."""
+    seed = 1 + "ab".index(task)
+    if kind == "full":
+        state = models.finetune("bert", base, seed).bert.state_dict()
+    elif kind == "lora":
+        state = models.adapter("bert", copy.deepcopy(base), seed).double().merge_and_unload().state_dict()
+    else:
+        state = dict(base.state_dict())
+        for name, delta in stored(base, seed, task).deltas.items():
+            state[name.removeprefix("model.")] = state[name.removeprefix("model.")].double() + delta.double()
+    return {name: value.double() for name, value in state.items()}
+
+
+def plain_loop(kinds, scale=0.5):
+    """Task arithmetic: base + scale · Σ λ δ, one parameter after the other."""
+    base = models.base_model("bert")
+    start = {name: value.double() for name, value in base.state_dict().items()}
+    ends = {task: finetuned(kind, task, base) for task, kind in kinds.items()}
+    return {
+        name: value + scale * sum(COEFFICIENTS[task] * (end[name] - value) for task, end in ends.items())
+        for name, value in start.items()
+    }
+
+
+def path_of(bench, kind, task):
+    return bench / "run" if kind == "run" else bench / f"{kind}_{task}"
+
+
+@pytest.mark.parametrize("kinds", [("full", "full"), ("run", "run"), ("full", "lora"), ("lora", "run")], ids="-".join)
+def test_folders_adapters_and_run_folders(kinds, bench, tmp_path):
+    kinds = dict(zip("ab", kinds, strict=True))
+    paths = {task: path_of(bench, kind, task) for task, kind in kinds.items()}
+    result = merge_checkpoints(bench / "base", paths, tmp_path / "out", TaskArithmetic(scale=0.5), COEFFICIENTS)
+    merged, expected = load_file(result.folder / "model.safetensors"), plain_loop(kinds)
+    assert result.folder == tmp_path / "out"
+    assert result.output_format == "full"
+    assert set(result.survived) == {"a", "b"}
+    assert merged.keys() == expected.keys()
+    for name, value in merged.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-6)
+    assert {file.stem for file in (tmp_path / "out" / "heads").glob("*")} == {t for t in kinds if kinds[t] != "lora"}
+
+
+def test_adapters_give_an_adapter(bench, tmp_path):
+    paths = {task: str(bench / f"lora_{task}") for task in "ab"}
+    result = merge_checkpoints(str(bench / "base"), paths, str(tmp_path / "out"), TaskArithmetic(0.5), COEFFICIENTS)
+    assert result.output_format == "adapter"
+    adapted = PeftModel.from_pretrained(models.base_model("bert").double(), tmp_path / "out", torch_dtype=torch.float64)
+    merged = adapted.merge_and_unload().state_dict()
+    for name, value in plain_loop({"a": "lora", "b": "lora"}).items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_keywords_of_the_recipe_and_of_the_output(bench, tmp_path):
+    calls = []
+    merge_checkpoints(
+        bench / "base",
+        {"a": bench / "full_a"},
+        tmp_path / "out",
+        TaskArithmetic(0.5),
+        overrides=[Override("*query*", rule="base"), Override("*.bias", coefficients={"a": 3.0})],
+        dtype="float16",
+        max_shard_size="10KB",
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    shards = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    merged = {name: value for shard in shards for name, value in load_file(shard).items()}
+    base = models.base_model("bert")
+    start, end = base.state_dict(), models.finetune("bert", base, 1).bert.state_dict()
+    for name, value in merged.items():
+        coefficient = 0.0 if "query" in name else 3.0 if name.endswith(".bias") else 1.0
+        expected = start[name].double() + 0.5 * coefficient * (end[name].double() - start[name].double())
+        assert value.dtype == torch.float16
+        torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-6)
+    assert calls == [(done, len(merged)) for done in range(1, len(merged) + 1)]
+
+
+def test_by_default_nothing_is_overwritten(bench, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(ValueError, match=r"out exists; choose another output, or set overwrite\."):
+        merge_checkpoints(bench / "base", {"a": bench / "full_a"}, tmp_path / "out")
+    assert (tmp_path / "out" / "precious").read_text() == "x"
+
+
+def test_a_run_folder_without_the_task(bench, tmp_path):
+    message = r"c: The run folder .*run has no task 'c', only a, b; name the task as the run does, or give the path"
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoints(bench / "base", {"c": bench / "run"}, tmp_path / "out", TIES())
+
+
+@pytest.mark.parametrize(("name", "what"), [("run", "stored deltas"), ("lora_a", "an adapter")])
+def test_a_base_must_be_a_whole_model(name, what, bench, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name} is {what}; expected the model that all tasks started from"):
+        merge_checkpoints(bench / name, {"a": bench / "full_a"}, tmp_path / "out")
+
+
+def test_a_base_in_no_known_format(bench, tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "weights.npz")
+    message = r"weights.npz is in no known format; expected a transformers folder .*, or a checkpoint file \(.ckpt"
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoints(tmp_path / "weights.npz", {"a": bench / "full_a"}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("inside", ["", "tasks/a", "tasks/a/deltas.safetensors"])
+def test_a_run_folder_may_be_named_by_what_is_in_it(inside, bench, tmp_path):
+    """The file of deltas too, which is a file of tensors but not of weights."""
+    merge_checkpoints(bench / "base", {"a": bench / "run" / inside}, tmp_path / "out", TaskArithmetic(0.5), {"a": 0.7})
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in plain_loop({"a": "run"}).items():
+        torch.testing.assert_close(merged[name].double(), value, rtol=1e-6, atol=1e-6)
+
+
+class NumpyTensors(Tensors):
+    def __init__(self, path):
+        super().__init__([path])
+        self._arrays = np.load(path)
+        for name, array in self._arrays.items():
+            self.headers[name] = TensorHeader(array.shape, torch.from_numpy(array).dtype)
+
+    def read(self, name):
+        return torch.from_numpy(self._arrays[name])
+
+
+class NumpyFile(WeightsInput):
+    expected = "a numpy archive (.npz)"
+
+    @classmethod
+    def opens(cls, path):
+        return path.suffix == ".npz"
+
+    @classmethod
+    def open(cls, path, task, dequantize):
+        return cls(path, NumpyTensors(path))
+
+
+def test_a_new_format_is_a_class_and_a_line(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "READERS", [*readers.READERS, NumpyFile])
+    for name in ("base", "full_a"):
+        arrays = {key: value.numpy() for key, value in load_file(bench / name / "model.safetensors").items()}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    paths = {"a": tmp_path / "full_a.npz"}
+    options = {"heads": ["classifier.*"], "policy": "base_fill"}
+    merge_checkpoints(tmp_path / "base.npz", paths, tmp_path / "out", TaskArithmetic(0.5), {"a": 0.7}, **options)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in plain_loop({"a": "full"}).items():
+        torch.testing.assert_close(merged[name].double(), value, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"or a numpy archive \(\.npz\)\.$"):
+        merge_checkpoints(bench / "base", {"a": bench}, tmp_path / "none")
+
+
+def test_keywords_and_defaults_are_those_of_the_recipe_and_the_policy():
+    """They are written out for readers of the signature, so they must not drift apart."""
+    parameters = inspect.signature(merge_checkpoints).parameters
+    written = {name: parameter.default for name, parameter in parameters.items()}
+    for fields in (vars(Recipe()), vars(MismatchPolicy())):
+        for name, default in fields.items():
+            assert written[name] == default or (name, written[name]) == ("coefficients", None)
+    assert lightning_drm.merge_checkpoints is merge_checkpoints
