@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lightning_drm.data.quickstart.similar import similar_groups
 from lightning_drm.pretrained import package_folder
 
-DISTRIBUTIONS = ("emoji",)
+PACKAGE = "emoji"
 LANGUAGES = ("de", "en", "es", "fr", "id", "it", "pt", "tr")
 """Those written in Latin letters."""
 
@@ -40,7 +40,7 @@ def emoji_family(emoji: str) -> str:
 
 
 def _names(language: str) -> Iterator[tuple[str, str]]:
-    folder = package_folder("emoji") / "unicode_codes"
+    folder = package_folder(PACKAGE) / "unicode_codes"
     file = folder / ("emoji.json" if language == "en" else f"emoji_{language}.json")
     for emoji, entry in json.loads(file.read_text(encoding="utf-8")).items():
         if not _SKIN_TONE.search(emoji):
