@@ -3,7 +3,7 @@
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import xxhash
 from datasets import Dataset, DatasetDict
@@ -50,6 +50,8 @@ class QuickstartTask(TextTask):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        if source not in get_args(Source):
+            raise ValueError(f"Expected one of {', '.join(get_args(Source))} as source, got {source!r}.")
         super().__init__(
             source,
             pretrained,
@@ -78,7 +80,7 @@ class QuickstartTask(TextTask):
         return split_by_content(encode_labels(DatasetDict({"train": table}), "label")["train"], self.seed)
 
 
-def _fingerprint(source: str, version: str) -> str:
-    """Names the rows in the cache of `datasets`: by the code in this folder and the version of the package it reads."""
+def _fingerprint(source: str, release: str) -> str:
+    """Names the rows in the cache of `datasets`: by the code in this folder and the release of the package it reads."""
     code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    return xxhash.xxh128_hexdigest(b"\0".join([source.encode(), version.encode(), *code]))
+    return xxhash.xxh128_hexdigest(b"\0".join([source.encode(), release.encode(), *code]))
