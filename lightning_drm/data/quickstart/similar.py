@@ -1,21 +1,38 @@
 """Texts that are copies of each other, or nearly."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from fractions import Fraction
 
+import numpy as np
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.neighbors import radius_neighbors_graph
+from sklearn.feature_extraction.text import CountVectorizer
 
 
-def similar_groups(texts: Sequence[str], similarity: float = 0.5) -> list[int]:
+def similar_groups(texts: Sequence[str], similarity: Fraction, families: Sequence[Hashable] = ()) -> list[int]:
     """Number the texts so that two share a number if they are alike, or both like a third.
+
+    How similar two texts are is what the words that they share weigh, divided by what all words of either weigh. A word
+    weighs the more the fewer texts have it: 1 + ⌊log₂(number of texts / number of texts with the word)⌋. All of this is
+    integers, so no rounding decides whether two texts are alike, and every machine finds the same groups.
 
     Args:
         texts: the texts.
-        similarity: two texts are alike from this cosine similarity of their TF-IDF word vectors on.
+        similarity: two texts are alike from this similarity on.
+        families: one per text, if given; texts of one family are alike whatever their words.
+
+    Returns:
+        One number per text. They only tell which texts are in one group.
 
     """
-    vectors = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True).fit_transform(texts)
-    alike = radius_neighbors_graph(vectors, 1 - similarity, metric="cosine")
-    _, groups = connected_components(alike, directed=False)
+    has_word = csr_array(CountVectorizer(token_pattern=r"\w+", binary=True, dtype=np.int64).fit_transform(texts))
+    weights = np.array([(len(texts) // int(count)).bit_length() for count in has_word.sum(axis=0)])
+    weight = (has_word * weights).sum(axis=1)
+    shared = ((has_word * weights) @ has_word.T).tocoo()
+    either = weight[shared.row] + weight[shared.col] - shared.data
+    alike = similarity.denominator * shared.data >= similarity.numerator * either
+    first_of: dict[Hashable, int] = {}
+    firsts = [first_of.setdefault(family, text) for text, family in enumerate(families)]
+    ends = np.append(shared.row[alike], np.arange(len(firsts))), np.append(shared.col[alike], firsts).astype(np.int64)
+    _, groups = connected_components(csr_array((np.ones(len(ends[0])), ends), shape=shared.shape), directed=False)
     return [int(group) for group in groups]

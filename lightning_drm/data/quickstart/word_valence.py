@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 from lightning_drm.pretrained import package_folder
 
-DISTRIBUTIONS = ("vaderSentiment",)
+PACKAGE = "vaderSentiment"
 
 
 def read() -> Iterator[dict[str, str | int]]:
     """Yield the lexicon's words (not its smileys); words that look like one family share a group."""
-    lexicon = package_folder("vaderSentiment") / "vader_lexicon.txt"
+    lexicon = package_folder(PACKAGE) / "vader_lexicon.txt"
     for line in lexicon.read_text(encoding="utf-8").splitlines():
         word, mean_rating, *_ = line.split("\t")
         if re.fullmatch(r"[a-z]{3,}([ -][a-z]+)*", word):
