@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi
 from torch import Tensor
 
 from lightning_drm.checkpoints.deltas import BaseValues, FileDeltas
@@ -115,6 +114,8 @@ def merge_files(
             _show(partial, output)
         ranks.wait()
     if push_to_hub is not None and ranks.is_first:
+        from huggingface_hub import HfApi
+
         api = HfApi()
         api.create_repo(push_to_hub, exist_ok=True)
         api.upload_folder(repo_id=push_to_hub, folder_path=output, commit_message="Merged with lightning_drm")

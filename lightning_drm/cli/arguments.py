@@ -30,11 +30,10 @@ def own_defaults() -> Iterator[None]:
     same class under another of its names.
 
     Example:
+        >>> files = ["--base", "BASE", "--models.a", "PATH", "--output", "DIR"]
         >>> with own_defaults():
-        ...     method = file_merge_parser().parse_args(
-        ...         "--base b --models.a m --output o --drm.method DRM --drm.method.scale 2 --drm.method TaskArithmetic".split()
-        ...     ).drm.method
-        >>> method.init_args.scale
+        ...     merge = file_merge_parser().parse_args([*files, "--drm.method", "TaskArithmetic"])
+        >>> merge.drm.method.init_args.scale
         0.4
     """
     _typehints.discard_init_args_on_class_path_change = _drop_arguments

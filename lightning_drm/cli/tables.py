@@ -59,7 +59,6 @@ def print_result(console: Console, result: MergeResult) -> None:
     if result.rounding:
         console.print(f"Rounding changed the merged delta by {result.rounding:.1e} of its size.")
     if result.rank_errors:
-        console.print(
-            f"Limiting the rank changed a parameter's delta by at most {max(result.rank_errors.values()):.1e} of its size."
-        )
+        largest = max(result.rank_errors.values())
+        console.print(f"Limiting the rank changed a parameter's delta by at most {largest:.1e} of its size.")
     console.print(f"Wrote {result.folder} ({result.output_format}).")

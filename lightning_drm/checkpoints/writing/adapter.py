@@ -1,11 +1,13 @@
 """A merged PEFT adapter: exactly the merged deltas, as factors that peft loads."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig, TaskType
 from torch import Tensor
 
 from lightning_drm.checkpoints.planning.plan import Plan
@@ -16,6 +18,9 @@ from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.fuse import Fusion
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.storage import write_json, write_tensors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PARTS = ".parts"  # the factors that each process merged
@@ -108,6 +113,8 @@ def _is_transposed(plan: Plan, name: str) -> bool:
 
 def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:
     """With alpha equal to the rank everywhere, peft's scaling is 1."""
+    from peft import LoraConfig, TaskType
+
     rank = max(ranks.values())
     others = {f"^{module.replace('.', chr(92) + '.')}": value for module, value in ranks.items() if value != rank}
     inputs = [task.input for task in plan.tasks]

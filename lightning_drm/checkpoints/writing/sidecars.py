@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard
 
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.spm", "LICENSE*", "NOTICE*")
 _LEFT = (
@@ -50,6 +49,8 @@ def licence_of(base: Path | None) -> str | None:
     """The licence that the base's model card names."""
     if base is None or not (base / "README.md").is_file():
         return None
+    from huggingface_hub import ModelCard
+
     try:
         licence = ModelCard.load(base / "README.md").data.get("license")
     except (ValueError, OSError):  # no metadata, or not YAML
