@@ -132,7 +132,7 @@ def file_merge_parser() -> ArgumentParser:
     parser.add_argument(
         "--coefficients", type=dict[str, float], default={}, help="One for each task; 1.0 where none is given."
     )
-    parser.add_class_arguments(Recipe, "drm", skip={"coefficients"})
+    parser.add_class_arguments(Recipe, "drm", skip={"coefficients"}, sub_configs=True)
     parser.set_defaults({"drm.method": {"class_path": "lightning_drm.DRM"}})
     parser.add_class_arguments(Rules, None)
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace the output if it exists.")

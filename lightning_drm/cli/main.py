@@ -16,6 +16,19 @@ from contextlib import contextmanager
 from lightning_drm.cli.overview import MERGE_FORMS, OVERVIEW, SUBCOMMANDS
 
 _OF_FILES = ("base", "models", "output")
+_NOT_FOR_USERS = (
+    ".*does not have many workers",
+    ".*`tensorboardX` has been removed",
+    ".*is smaller than the logging interval",
+    ".*loftq_config",
+    ".*isinstance.treespec, LeafSpec",
+)
+_LOUDEST = {
+    "bitsandbytes": logging.ERROR,  # it warns of kernels that it could not load, which nobody asked it for
+    "lightning.fabric.utilities.rank_zero": logging.WARNING,
+    "lightning.fabric.utilities.seed": logging.WARNING,
+    "lightning.pytorch.utilities.rank_zero": logging.WARNING,
+}
 
 atexit.register(gc.freeze)  # or an interpreter that ends would look through a million objects once more
 
@@ -87,13 +100,13 @@ def _keep_others_quiet() -> None:
     """Keeps what other libraries say of their own affairs off the terminal."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn when data loaders fork
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`tensorboardX` has been removed.*")
-    warnings.filterwarnings("ignore", message=".*loftq_config.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels that it could not load, and nobody asked for
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    if not sys.stderr.isatty():  # a file would get every state of a bar
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for message in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=message)
+    for logger, level in _LOUDEST.items():
+        logging.getLogger(logger).setLevel(level)
     with _collector_paused():
         from transformers.utils.logging import disable_progress_bar
     # transformers' own bars take longer to read than the small steps they show.

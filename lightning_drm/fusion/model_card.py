@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import yaml
 
-from lightning_drm.fusion.recipe import Recipe
+from lightning_drm.fusion.recipe import Recipe, class_path
 
 
 def model_card(
@@ -22,9 +22,9 @@ def model_card(
 
     Args:
         recipe: How the tasks were merged.
-        columns: By task, what its row of the table says beside its coefficient.
+        columns: For each task, the cells of its row in the table, beside its coefficient.
         base: The base's name, where it has one.
-        base_fingerprint: Tells the base's version.
+        base_fingerprint: Identifies the base's weights.
         library: What loads the model.
         licence: The base's licence, where it is known.
         facts: Further lines for the list of facts.
@@ -55,7 +55,7 @@ def model_card(
             "",
             f"One backbone for the tasks {', '.join(tasks)}; `heads/<task>.safetensors` holds a task's head.",
             "",
-            f"- method: `{recipe.method!r}`",
+            f"- method: `{recipe.method!r}`, whose class is `{class_path(recipe.method)}`",
             f"- convolutions: {recipe.convolutions}",
             f"- embeddings, biases, norms: {recipe.vectors}",
             *overrides,

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from lightning_drm import merging
 from lightning_drm.deltas import Kind
 from lightning_drm.merging import DRM, TIES, Method, TaskArithmetic
 
@@ -121,7 +122,7 @@ class Recipe:
             tasks: The tasks, in their order.
         """
         return {
-            "class_path": f"lightning_drm.{type(self.method).__name__}",
+            "class_path": class_path(self.method),
             "init_args": self.method.hyperparameters(),
             "coefficients": dict(zip(tasks, self.coefficients_of(tasks), strict=True)),
             "convolutions": self.convolutions,
@@ -130,7 +131,7 @@ class Recipe:
         }
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Refuses what no task or method has.
+        """Refuses coefficients of unknown tasks and densities that nothing takes.
 
         Args:
             tasks: The names of all tasks.
@@ -145,7 +146,7 @@ class Recipe:
             problems.append(f"Coefficients are given for unknown tasks {', '.join(unknown)}; tasks: {', '.join(tasks)}")
         for override in self.overrides:
             if override.density is not None and override.rule in ("average", "elect", "base"):
-                problems.append(f"The override {override.match!r} gives a density, which rule {override.rule} has not")
+                problems.append(f"The override {override.match!r} gives a density, but rule {override.rule} takes none")
             elif override.density is not None:
                 try:
                     with_density(self.method, override.density)
@@ -155,7 +156,7 @@ class Recipe:
             raise ValueError("; ".join(problems) + ".")
 
     def problems(self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What does not fit to the parameters, one sentence each.
+        """What does not fit the parameters, one sentence each.
 
         Args:
             kinds: Kind by name of all parameters that are merged.
@@ -170,7 +171,7 @@ class Recipe:
         return unmatched + self.misfits(kinds, shapes)
 
     def misfits(self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What does not fit to some of the parameters, one sentence each.
+        """What does not fit some of the parameters, one sentence each.
 
         Args:
             kinds: Kind by name of some parameters that are merged.
@@ -186,6 +187,22 @@ class Recipe:
             if override.split is not None and (problem := _split_problem(override.split, shape)):
                 found.append(f"{name} of shape {shape} cannot be split: {problem}.")
         return found
+
+
+def class_path(method: Method) -> str:
+    """The path that imports a method's class: ``lightning_drm.<Name>`` for those of this package.
+
+    Args:
+        method: The method, of this package or a user's own.
+
+    Example:
+        >>> class_path(DRM())
+        'lightning_drm.DRM'
+    """
+    own = type(method)
+    if getattr(merging, own.__name__, None) is own:  # lightning_drm exports what its room `merging` does
+        return f"lightning_drm.{own.__name__}"
+    return f"{own.__module__}.{own.__qualname__}"
 
 
 def with_density(method: Method, density: float) -> Method:
