@@ -86,7 +86,7 @@ def main() -> dict[str, dict[str, float]]:
         L.seed_everything(0, verbose=False)
         module = SmallCNN(data.num_classes)
         module.features.load_state_dict(base.features.state_dict())
-        trainer(max_epochs=5, callbacks=[merge]).fit(module, data)
+        trainer(max_epochs=5, callbacks=[merge.for_task(name)]).fit(module, data)
         metrics = trainer().test(MultiTaskModule({name: module}), data, verbose=False)
         accuracy["individual"][name] = metrics[0][f"accuracy/{name}"]
     results = trainer().test(merge.merged_module, [d.test_dataloader() for d in tasks.values()], verbose=False)

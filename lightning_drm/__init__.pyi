@@ -2,6 +2,7 @@ from .data import MultiTaskDataModule
 from .merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
 from .modules import MultiTaskModule, TransformerTask
 from .training.callback import DRMMergeCallback
+from .training.session import MergeSession
 from .training.trainer import MergeTrainer
 
 __version__: str
@@ -16,6 +17,7 @@ __all__ = [
     "IsoC",
     "IsoCTS",
     "LowRank",
+    "MergeSession",
     "MergeTrainer",
     "MultiTaskDataModule",
     "MultiTaskModule",

@@ -20,13 +20,13 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_drm.checkpoints.deltas import BaseValues, FileDeltas
-from lightning_drm.checkpoints.planning.plan import Plan, Rules, make_plan, plan_costs, refuse, written_bytes
+from lightning_drm.checkpoints.planning.plan import MismatchPolicy, Plan, make_plan, plan_costs, refuse, written_bytes
 from lightning_drm.checkpoints.reading import quick_fingerprint
 from lightning_drm.checkpoints.writing.adapter import read_adapter, write_adapter
 from lightning_drm.checkpoints.writing.check import measure_factors, require_finite, require_present, summary
 from lightning_drm.checkpoints.writing.model import write_model
 from lightning_drm.checkpoints.writing.shards import JOURNAL_FILE, ShardWriter
-from lightning_drm.checkpoints.writing.sidecars import licence_of
+from lightning_drm.checkpoints.writing.sidecars import license_of
 from lightning_drm.deltas import TaskVector, fingerprint
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.fusion.fuse import Fusion
@@ -49,7 +49,7 @@ class MergeResult:
         num_merged: How many parameters were merged.
         num_kept: How many are the base's.
         num_resumed: How many an earlier, interrupted merge had written already.
-        kept_shares: By task, the share of its delta that the written model has along it, measured on a sample.
+        survived: By task, the fraction of its delta that the written model has along it, measured on a sample.
         rounding: Rounding error of the written weights relative to the merged deltas.
         rank_errors: Relative error by parameter, where the rank was limited.
         notes: What a user should know.
@@ -60,7 +60,7 @@ class MergeResult:
     num_merged: int
     num_kept: int
     num_resumed: int = 0
-    kept_shares: Mapping[str, float] = field(default_factory=dict)
+    survived: Mapping[str, float] = field(default_factory=dict)
     rounding: float = 0.0
     rank_errors: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ def merge_files(
     models: Mapping[str, str],
     output: str | os.PathLike[str],
     recipe: Recipe | None = None,
-    rules: Rules | None = None,
+    mismatch: MismatchPolicy | None = None,
     *,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
@@ -87,7 +87,7 @@ def merge_files(
         models: By task, its finetune: a model folder, a PEFT adapter, a checkpoint or a run folder, or a hub name.
         output: The folder to write.
         recipe: How to merge; DRM by default.
-        rules: What to do about what does not fit; refuse by default.
+        mismatch: What to do about what does not fit; refuse by default.
         overwrite: Replace the folder if it exists.
         max_shard_size: Largest size of a written file.
         device: Where to compute.
@@ -102,8 +102,8 @@ def merge_files(
         ValueError: With every problem that the headers show, before anything is written; or if deltas are not finite,
             or a task has left no trace in the result; or if another process is merging into the same folder.
     """
-    recipe, rules, output = recipe or Recipe(), rules or Rules(), Path(output)
-    plan = make_plan(base, models, recipe, rules)
+    recipe, mismatch, output = recipe or Recipe(), mismatch or MismatchPolicy(), Path(output)
+    plan = make_plan(base, models, recipe, mismatch)
     refuse([*plan.problems, *output_problems(plan, output, overwrite)])
     partial = _partial_of(output)
     with only_one(output, f"merging into {output}") if ranks.is_first else nullcontext():
@@ -156,7 +156,7 @@ def _write(
     if plan.output_format == "adapter":
         result = _write_adapter(plan, fusion, share, partial, output, ranks)
     else:
-        identity = fingerprint({**fingerprints, "recipe": f"{recipe!r} {plan.rules!r} {max_shard_size}"})
+        identity = fingerprint({**fingerprints, "recipe": f"{recipe!r} {plan.mismatch!r} {max_shard_size}"})
         writer = ShardWriter(partial, plan.headers, max_shard_size, identity, ranks)
         num_resumed = len(writer.done)
         kept, rounding = write_model(plan, fusion, values, writer, progress, ranks)
@@ -177,14 +177,14 @@ def _write(
                 "parameters with a delta": len(task.names),
                 "source": task.input.path.name,
                 "fingerprint": f"`{fingerprints[task.name]}`",
-                "kept": _percent(result.kept_shares.get(task.name)),
+                "kept": _percent(result.survived.get(task.name)),
             }
             for task in plan.tasks
         },
         base=base if not Path(resolve_pretrained(base)).exists() else Path(base).name,
         base_fingerprint=fingerprints[""],
         library="peft" if plan.output_format == "adapter" else "transformers",
-        licence=licence_of(plan.base.folder),
+        license=license_of(plan.base.folder),
         facts=_facts(result),
     )
     (partial / "README.md").write_text(card, encoding="utf-8")

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace, _typehints
 from jsonargparse._util import import_object
 from jsonargparse.typing import PositiveInt
 
-from lightning_drm.checkpoints.planning import Rules
+from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.fusion import Recipe
 
 _hand_on_arguments = _typehints.discard_init_args_on_class_path_change
@@ -48,7 +48,7 @@ def _drop_arguments(parser_or_action: Any, previous: Namespace | None, value: Na
     if not previous or previous["class_path"] == value["class_path"]:
         return
     if previous["class_path"] is None:  # arguments alone, which are those of the annotated class
-        _hand_on_arguments(parser_or_action, previous, value)
+        _hand_on_arguments(parser_or_action, previous, value)  # type: ignore[no-untyped-call]
     elif import_object(previous["class_path"]) is not import_object(value["class_path"]):
         previous.pop("init_args", None)
         previous.pop("dict_kwargs", None)
@@ -134,7 +134,7 @@ def file_merge_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(Recipe, "drm", skip={"coefficients"}, sub_configs=True)
     parser.set_defaults({"drm.method": {"class_path": "lightning_drm.DRM"}})
-    parser.add_class_arguments(Rules, None)
+    parser.add_class_arguments(MismatchPolicy, None)
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace the output if it exists.")
     parser.add_argument("--max_shard_size", type=str, default="5GB", help="Largest size of a written file.")
     parser.add_argument(

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lightning_drm.checkpoints.merge import merge_files, output_problems
-from lightning_drm.checkpoints.planning import Rules, make_plan, memory_bytes, refuse
+from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, memory_bytes, refuse
 from lightning_drm.cli.arguments import file_merge_parser, own_defaults, refuse_dotted_tasks
 from lightning_drm.cli.tables import print_plan, print_result
 from lightning_drm.distributed.launch import are_several, start_processes, started_together
@@ -71,14 +71,13 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
         raise ValueError(str(error)) from error
     if config.devices not in (None, ranks.size):
         raise ValueError(f"devices is {config.devices}, but {ranks.size} processes were started.")
-    names = list(Rules.__dataclass_fields__)
-    rules = Rules(**{name: config[name] for name in names})
+    mismatch = MismatchPolicy(**{name: config[name] for name in MismatchPolicy.__dataclass_fields__})
     drm = parser.instantiate_classes(config).drm
-    recipe = Recipe(drm.method, config.coefficients, drm.convolutions, drm.vectors, tuple(drm.overrides))
+    recipe = Recipe(drm.method, config.coefficients, drm.convolutions, drm.non_matrix, tuple(drm.overrides))
     device = _own_device(config.device, ranks)
     console = Console(highlight=False)
     if config.dry_run:
-        plan = make_plan(config.base, config.models, recipe, rules)
+        plan = make_plan(config.base, config.models, recipe, mismatch)
         print_plan(console, plan, ranks, memory_bytes(plan, torch.device(device)))
         refuse([*plan.problems, *output_problems(plan, Path(config.output), config.overwrite)])
         return
@@ -89,7 +88,7 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
             config.models,
             config.output,
             recipe,
-            rules,
+            mismatch,
             overwrite=config.overwrite,
             max_shard_size=config.max_shard_size,
             device=device,

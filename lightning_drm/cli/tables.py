@@ -49,10 +49,10 @@ def print_result(console: Console, result: MergeResult) -> None:
         console.print(f"Note: {note}")
     if result.num_resumed:
         console.print(f"Resumed an interrupted merge, which had written {result.num_resumed} parameters.")
-    if result.kept_shares:
+    if result.survived:
         shares = Table("task", "survived")
         shares.columns[1].justify = "right"
-        for task, share in result.kept_shares.items():
+        for task, share in result.survived.items():
             shares.add_row(task, f"{100 * share:.0f} %")
         console.print(shares)
     console.print(f"Merged {result.num_merged} parameters; {result.num_kept} stayed as in the base.")

@@ -15,7 +15,7 @@ class MultiTaskDataModule(LightningDataModule):
     """Named tasks, each with its own data module: finetuned one at a time, validated and tested together.
 
     `val_dataloader` and `test_dataloader` give one loader per task, in the order of `tasks`, so that `dataloader_idx`
-    tells which head to use. For finetuning take one task: `trainer.fit(module, datamodule=data.tasks["topic"])`.
+    says which head to use. For finetuning take one task: `trainer.fit(module, datamodule=data.tasks["topic"])`.
 
     Args:
         tasks: data modules by task name. The names become folder names.

@@ -5,8 +5,8 @@ come out wrong. Our own sets are therefore filled up to a multiple of the number
 is `IGNORE_INDEX`. Then the sampler has nothing to repeat, every process sees the same number of batches, and a loss or
 metric that leaves out `IGNORE_INDEX` is exact.
 
-How to make such a sample of a user's own data set cannot be known. There the repeated samples are told by their place
-in the sampler's order, and left out when they are counted: see `repeated`.
+Nobody can know how to make such a sample of a user's own data set. There, repeated samples are recognized by their
+place in the sampler's order, and left out of the count: see `repeated`.
 """
 
 from collections.abc import Sized

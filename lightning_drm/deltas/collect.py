@@ -7,20 +7,21 @@ subtraction would round most small deltas to zero. LoRA layers give their factor
 Cost: one pass over the backbone to hash it and one copy of its trainable part, once for all tasks; one pass per task
 to verify what was frozen and one to subtract.
 
-Under several ranks, all of them take part. Weights that are sharded stay so: each rank notes and subtracts its piece,
-and the whole of a delta is put together for one parameter at a time. Where every rank has all weights, buffers still
-differ (a batch norm sees each rank's own batches); rank 0's count, as in checkpoints.
+Under several ranks, all of them take part. Weights that are sharded stay so: each rank notes and subtracts what it
+holds, and the whole of a delta is put together for one parameter at a time. Where every rank has all weights, buffers
+still differ (a batch norm sees each rank's own batches); those of rank 0 count, as in checkpoints.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
 from lightning_drm.deltas.lora import adapted_weight_delta, refuse_unsupported_adapters
 from lightning_drm.deltas.parameters import Parameter, backbone_parameters, head_state
-from lightning_drm.deltas.sharded import from_piece, piece, whole
+from lightning_drm.deltas.sharded import from_local, local, whole
 from lightning_drm.deltas.task_vector import TaskVector
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.merging import Delta, LowRank
@@ -36,7 +37,8 @@ class Base:
 
     def __init__(self) -> None:
         self.hashes: dict[str, str] = {}
-        self._pieces: dict[str, Tensor] = {}  # all of a tensor, where it is not sharded
+        self._held: dict[str, Tensor] = {}  # copies of what may train: all of a tensor, or a rank's part of it
+        self._live: dict[str, Tensor] = {}  # those of the module seen last: the rest of the base, and how it is sharded
         self._set_by: str | None = None
 
     def remember(self, module: nn.Module, head: Sequence[str], task: str, ranks: Ranks = ALONE) -> None:
@@ -60,24 +62,27 @@ class Base:
         _require_agreement(ranks.gather(fingerprint(hashes)), task)
         self.require(hashes, task)
         for name, parameter in parameters.items():
-            if name not in self._pieces and _may_train(parameter):
-                self._pieces[name] = piece(parameter.tensor.detach()).to("cpu", copy=True)
+            if name not in self._held and _may_train(parameter):
+                self._held[name] = local(parameter.tensor.detach()).to("cpu", copy=True)
+        self._look_at(parameters)
 
-    def require(self, hashes: Mapping[str, str], task: str) -> None:
+    def require(self, hashes: Mapping[str, str], task: str, *, where: str = "") -> None:
         """Checks that a task started from this base; the first one asked defines it.
 
         Args:
             hashes: Hash by name of the task's backbone before training.
             task: The task's name.
+            where: Where they come from, if they were stored, for messages.
 
         Raises:
             ValueError: If they differ, naming both tasks and the parameters.
         """
+        named = f"task {task!r}{where and f' (stored in {where})'}"
         if self._set_by is None:
-            self.hashes, self._set_by = dict(hashes), task
+            self.hashes, self._set_by = dict(hashes), named
         elif difference := describe_difference(self.hashes, hashes):
             raise ValueError(
-                f"Task {task!r} starts from another base than task {self._set_by!r}: {difference}. "
+                f"T{named[1:]} starts from another base than {self._set_by}: {difference}. "
                 "Every task must load the same pretrained weights, in the same dtype."
             )
 
@@ -89,7 +94,7 @@ class Base:
             head: Names of its head.
         """
         parameters = backbone_parameters(module, head)
-        return {name: p for name, p in parameters.items() if p.adapter is not None or name in self._pieces}
+        return {name: p for name, p in parameters.items() if p.adapter is not None or name in self._held}
 
     def task_vector(
         self,
@@ -121,7 +126,7 @@ class Base:
         parameters = backbone_parameters(module, head)
         problems = []
         for name, parameter in parameters.items():
-            base, tensor = self._pieces.get(name), _settled(parameter.tensor, ranks)
+            base, tensor = self._held.get(name), _settled(parameter.tensor, ranks)
             delta: Delta | None = None
             if parameter.adapter is not None:
                 delta = adapted_weight_delta(parameter.adapter, name)
@@ -136,6 +141,7 @@ class Base:
                 deltas[name] = keep(name, delta) if keep is not None else delta
         if problems:
             raise ValueError(f"Task {task!r} cannot be collected: {'; '.join(problems)}.")
+        self._look_at(parameters)
         state = {name: whole(_settled(tensor, ranks)) for name, tensor in head_state(module, head).items()}
         return TaskVector(
             task=task,
@@ -146,31 +152,51 @@ class Base:
             settings=dict(settings or {}),
         )
 
-    def tensors(self, module: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
-        """The whole base by parameter name: what was copied, and what a trained module still holds unchanged.
+    def tensors(self, module: nn.Module | None = None, head: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The whole base by parameter name: what was copied before training, and what a live module still holds.
 
         Args:
-            module: A module of any task of this base, trained or not, sharded as the trained ones were.
-            head: Names of its head.
+            module: A module of any task of this base, trained or not; the one that was noted or collected last if left
+                out.
+            head: Names of the given module's head.
 
         Returns:
             The base's tensors; where the module's are sharded, sharded like those and on their device.
 
         Raises:
-            ValueError: If the trained modules were sharded and this one is not, but has other weights than the base.
+            ValueError: If the module's weights are not the base's where they should be, naming parameters.
         """
-        parameters = backbone_parameters(module, head)
-        return {name: self._tensor(name, parameter.tensor.detach()) for name, parameter in parameters.items()}
+        if module is not None:
+            self._look_at(backbone_parameters(module, head))
+        found = {name: self._tensor(name) for name in self.hashes}
+        changed = [name for name, tensor in found.items() if tensor is None]
+        if changed:
+            listed = f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''}"
+            raise ValueError(
+                f"The base is no longer at hand: {listed} differ from the weights that the tasks started from; "
+                "give a module of this base that has not been trained."
+            )
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def _tensor(self, name: str, live: Tensor) -> Tensor:
-        held = self._pieces.get(name)
-        if held is None:
-            return live
-        if held.shape == piece(live).shape:
-            return from_piece(held, live)
-        if hash_tensor(live) != self.hashes[name]:
-            raise ValueError(f"{name} was trained sharded, so the base must come from a module that is not trained.")
-        return live
+    def _look_at(self, parameters: Mapping[str, Parameter]) -> None:
+        """Remembers live tensors, without keeping alive what was copied before training."""
+        self._live = {
+            name: parameter.tensor
+            for name, parameter in parameters.items()
+            if isinstance(parameter.tensor, DTensor) or not self._holds_all(name, parameter.tensor)
+        }
+
+    def _holds_all(self, name: str, like: Tensor) -> bool:
+        return name in self._held and self._held[name].shape == like.shape
+
+    def _tensor(self, name: str) -> Tensor | None:
+        """A tensor of the base; ``None`` if the live one is another."""
+        held, live = self._held.get(name), self._live.get(name)
+        if held is not None and (live is None or held.shape == local(live).shape):
+            return from_local(held, live) if live is not None else held
+        if live is None or hash_tensor(whole(live)) != self.hashes[name]:
+            return None
+        return live.detach()
 
 
 def _require_agreement(fingerprints: Sequence[str], task: str) -> None:
@@ -202,8 +228,8 @@ def _is_unchanged_buffer(tensor: Tensor, base: Tensor) -> bool:
 
 def _subtract(finetuned: Tensor, base: Tensor) -> Tensor:
     precision = torch.promote_types(finetuned.dtype, torch.float32)
-    difference = piece(finetuned).to(precision) - base.to(finetuned.device, precision)
-    return from_piece(difference, finetuned)
+    difference = local(finetuned).to(precision) - base.to(finetuned.device, precision)
+    return from_local(difference, finetuned)
 
 
 def _is_finite(delta: Delta) -> bool:

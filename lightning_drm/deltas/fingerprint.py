@@ -1,6 +1,7 @@
 """Proof that two tasks started from the same base: one hash per parameter, and one over all of them.
 
-The hashes cover names, shapes, dtypes and bytes. They are not cryptographic: they tell a mistake, not a forgery.
+The hashes cover names, shapes, dtypes and bytes. They are not cryptographic: they reveal mistakes, not
+forgeries.
 """
 
 from collections.abc import Mapping
@@ -29,13 +30,13 @@ def hash_tensor(tensor: Tensor) -> str:
 
 
 def fingerprint(hashes: Mapping[str, str]) -> str:
-    """One hash over the hashes of all parameters, whatever their order."""
+    """One hash over the hashes of all parameters; their order does not matter."""
     lines = "\n".join(f"{name}={value}" for name, value in sorted(hashes.items()))
     return xxhash.xxh3_128(lines.encode()).hexdigest()
 
 
 def describe_difference(ours: Mapping[str, str], theirs: Mapping[str, str]) -> str | None:
-    """What two bases differ in, in words, or ``None`` if they are the same.
+    """Says in words how two bases differ; ``None`` if they are the same.
 
     Args:
         ours: Hash by parameter name of one base.

@@ -4,7 +4,7 @@ A LoRA layer computes ``W + s · B A`` with ``A`` of shape ``(r, in)``, ``B`` of
 from alpha, the rank and rsLoRA. Its delta therefore *is* the pair ``(s · B, A)``: no dense product is formed.
 The scaling is read from the layer, where peft keeps the number it really multiplies with, and never recomputed.
 
-Variants whose effective weight is not ``W + s · B A`` (DoRA, …), or whose initialisation moves the base weight
+Variants whose effective weight is not ``W + s · B A`` (DoRA, …), or whose initialization moves the base weight
 (PiSSA, OLoRA, …), would be silently wrong here, so they are refused by name.
 
 Importing peft takes seconds, and a module has adapters only where peft was imported to make them, so nothing here
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.lora import LoraLayer
 
-# Initialisations that leave the base weight as it was; every other one subtracts something from it.
+# Initializations that leave the base weight as it was; every other one subtracts something from it.
 INITS_KEEPING_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
@@ -102,7 +102,7 @@ def _refuse_inexact(layer: LoraLayer, adapter: str, name: str) -> None:
     if not isinstance(layer, lora_layers.Linear | lora_layers.Embedding | lora_layers._ConvNd):
         raise ValueError(
             f"{name}: LoRA around a {type(layer.get_base_layer()).__name__} ({type(layer).__name__}) is not supported, "
-            "only around linear, embedding and convolution weights that are not quantised; leave it out of the targets."
+            "only around linear, embedding and convolution weights that are not quantized; leave it out of the targets."
         )
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__

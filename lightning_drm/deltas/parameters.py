@@ -1,9 +1,9 @@
 """Which tensors of a live module are merged, and what they are called.
 
 The tensors of a module fall into its head, which belongs to one task, and its backbone, which all tasks share. A name
-here is the one the tensor has in the plain module, without wrappers of peft or FSDP1 around it, so that a full finetune
-and a LoRA finetune of one base speak of the same parameters, however they were trained. A tied tensor is one parameter
-and has one name, its first.
+here is the one that the tensor has in the plain module, without wrappers of peft or FSDP1 around it, so that a full
+finetune and a LoRA finetune of one base speak of the same parameters, however they were trained. A tied tensor is one
+parameter and has one name, its first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 Kind = Literal["matrix", "convolution", "embedding", "other"]
-"""What a parameter is to its layer, which decides the rule that merges it."""
+"""The role of a parameter in its layer, which decides the rule that merges it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _kind(module: nn.Module, name: str, tensor: Tensor) -> Kind:
     if isinstance(module, nn.modules.conv._ConvNd) and name == "weight":
         return "convolution"
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return "other"  # also where it normalises over two dimensions
+        return "other"  # also where it normalizes over two dimensions
     if tensor.ndim == 2 and (name.endswith("weight") or isinstance(module, nn.Linear | Conv1D)):
         return "matrix"
     return "other"

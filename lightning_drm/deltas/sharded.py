@@ -1,7 +1,7 @@
-"""Tensors that are spread over ranks (FSDP2's ``DTensor``): a rank's own piece, and the whole.
+"""Tensors that are spread over ranks (FSDP2's ``DTensor``): what a rank holds locally, and the whole.
 
-Deltas are differences, entry by entry, so a rank subtracts piece from piece; only what leaves a parameter's entries
-apart, such as hashing, storing and merging, needs the whole of it, one parameter at a time.
+Deltas are differences, entry by entry, so each rank subtracts what it holds; only work that needs all entries together,
+such as hashing, storing and merging, gathers the whole of a tensor, one parameter at a time.
 """
 
 from torch import Tensor
@@ -13,16 +13,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def piece(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def from_piece(held: Tensor, like: Tensor) -> Tensor:
+def from_local(held: Tensor, like: Tensor) -> Tensor:
     """A tensor sharded like another one, from what this rank holds of it.
 
     Args:
-        held: This rank's piece, on any device.
+        held: This rank's part, on any device.
         like: A tensor of the same shape, sharded or not.
     """
     if not isinstance(like, DTensor):

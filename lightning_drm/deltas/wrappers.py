@@ -22,13 +22,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def is_flat(module: nn.Module) -> bool:
-    """Whether FSDP1 has taken over some of a module's parameters; it never gives them back."""
+    """Whether FSDP1 has taken over some of a module's parameters, which it never gives back."""
     flattened = any(_is_fsdp_flattened(parameter) for parameter in module.parameters())
     return flattened or any(isinstance(child, FullyShardedDataParallel) for child in module.modules())
 
 
 def refuse_apart(module: nn.Module) -> None:
-    """Refuses a module of which FSDP1 leaves something to each process alone, as it has nothing in common to collect.
+    """Refuses a module with parameters that FSDP1 leaves to each process alone: there is no common value to collect.
 
     Args:
         module: The module as it is trained, its parts in FSDP1's care.

@@ -1,4 +1,4 @@
-"""The accuracy a base has to be compared with: its untouched features with a linear head trained on them.
+"""The accuracy that a finetune has to beat: a linear head trained on the untouched base's features.
 
 The backbone runs once, without gradients, over some training samples; the head is then a multinomial logistic
 regression on these features, solved to convergence by L-BFGS. This needs a head that is one linear layer on one vector
@@ -67,17 +67,17 @@ def _features(module: nn.Module, layer: nn.Linear, batches: Iterable[Any]) -> tu
 
 
 def _logistic_regression(features: Tensor, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Weight ``(classes, dim)`` and bias ``(classes,)`` in float64, on standardised features for a fast solve."""
+    """Weight ``(classes, dim)`` and bias ``(classes,)`` in float64, on standardized features for a fast solve."""
     features = features.double()
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-8)
-    standardised = (features - mean) / deviation
+    standardized = (features - mean) / deviation
     weight = features.new_zeros(num_classes, features.shape[1], requires_grad=True)
     bias = features.new_zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        logits = standardised @ weight.T + bias
+        logits = standardized @ weight.T + bias
         loss = (
             functional.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX) + _WEIGHT_DECAY * weight.square().sum()
         )

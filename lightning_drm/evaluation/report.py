@@ -73,14 +73,14 @@ def write_plot(comparison: Comparison, path: Path) -> None:
     figure = Figure(figsize=(max(6.4, 1.5 * len(groups) + 1.5), 4.2), layout="constrained")
     axes = figure.add_subplot()
     width = 0.27
-    colours = dict(zip(ROWS, matplotlib.colormaps["viridis"]([0.85, 0.5, 0.15]), strict=True))
+    colors = dict(zip(ROWS, matplotlib.colormaps["viridis"]([0.85, 0.5, 0.15]), strict=True))
     for offset, row in enumerate(ROWS):
         values = comparison.accuracy[row]
         positions = [index + (offset - 1) * width for index, group in enumerate(groups) if values[group] is not None]
         heights = [100 * value for group in groups if (value := values[group]) is not None]
         if not heights:
             continue
-        bars = axes.bar(positions, heights, width, label=row, color=colours[row])
+        bars = axes.bar(positions, heights, width, label=row, color=colors[row])
         axes.bar_label(bars, fmt="%.0f", padding=1, fontsize=8)
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylim(0, 108)

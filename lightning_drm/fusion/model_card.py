@@ -15,7 +15,7 @@ def model_card(
     base: str | None,
     base_fingerprint: str,
     library: str = "transformers",
-    licence: str | None = None,
+    license: str | None = None,
     facts: Sequence[str] = (),
 ) -> str:
     """Writes the card.
@@ -26,7 +26,7 @@ def model_card(
         base: The base's name, where it has one.
         base_fingerprint: Identifies the base's weights.
         library: What loads the model.
-        licence: The base's licence, where it is known.
+        license: The base's license, where it is known.
         facts: Further lines for the list of facts.
     """
     tasks = list(columns)
@@ -34,8 +34,8 @@ def model_card(
     if base is not None:
         metadata["base_model"] = base
         metadata["base_model_relation"] = "adapter" if library == "peft" else "merge"
-    if licence is not None:
-        metadata["license"] = licence
+    if license is not None:
+        metadata["license"] = license
     metadata["tags"] = ["merge", "lightning_drm"]
     titles = list(next(iter(columns.values())))
     rows = [
@@ -57,7 +57,7 @@ def model_card(
             "",
             f"- method: `{recipe.method!r}`, whose class is `{class_path(recipe.method)}`",
             f"- convolutions: {recipe.convolutions}",
-            f"- embeddings, biases, norms: {recipe.vectors}",
+            f"- embeddings, biases, norms: {recipe.non_matrix}",
             *overrides,
             f"- base: {base or 'not named'}, fingerprint `{base_fingerprint}`",
             f"- made with: {packages}",

@@ -69,7 +69,7 @@ class Recipe:
         coefficients: Coefficient by task; 1.0 for a task that is not named.
         convolutions: ``"matrix"`` lets a matrix method merge convolution weights as ``(out, in·k·k)`` matrices;
             ``"average"`` treats them like embeddings.
-        vectors: What a matrix method leaves to the rest: the weighted ``"average"`` of all tasks, or, as in DRM's
+        non_matrix: What a matrix method leaves to the rest: the weighted ``"average"`` of all tasks, or, as in DRM's
             published code, of those that ``"elect"`` the same sign.
         overrides: Exceptions by name; the first that matches a parameter counts.
     """
@@ -77,14 +77,14 @@ class Recipe:
     method: Method = field(default_factory=DRM)
     coefficients: Mapping[str, float] = field(default_factory=dict)
     convolutions: Literal["average", "matrix"] = "average"
-    vectors: Literal["average", "elect"] = "average"
+    non_matrix: Literal["average", "elect"] = "average"
     overrides: Sequence[Override] = ()
 
     def rule(self, kind: Kind) -> Rule:
         """The rule for a parameter of some kind, exceptions aside."""
         if self.method.elementwise or kind == "matrix" or (kind == "convolution" and self.convolutions == "matrix"):
             return "method"
-        return self.vectors
+        return self.non_matrix
 
     def override_of(self, name: str) -> Override:
         """The exception that holds for a parameter; an empty one if none does."""
@@ -126,7 +126,7 @@ class Recipe:
             "init_args": self.method.hyperparameters(),
             "coefficients": dict(zip(tasks, self.coefficients_of(tasks), strict=True)),
             "convolutions": self.convolutions,
-            "vectors": self.vectors,
+            "non_matrix": self.non_matrix,
             "overrides": [asdict(override) for override in self.overrides],
         }
 

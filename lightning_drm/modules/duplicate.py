@@ -1,16 +1,18 @@
-"""Copying a LightningModule without what it merely refers to."""
+"""Copying a task's module without what it merely refers to."""
 
 import copy
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from lightning import LightningModule
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 
-def duplicate(module: LightningModule, replacements: dict[int, Any] | None = None) -> LightningModule:
-    """A deep copy of a module, detached from its Trainer.
+
+def duplicate(module: M, replacements: Mapping[int, Any] | None = None) -> M:
+    """A deep copy of a module, detached from its Trainer where it has one.
 
     Hyper-parameters and factories (of optimizers, say) that LightningCLI made refer to the CLI itself, and through it
     to every object of the run: they are shared, not copied.
@@ -20,13 +22,13 @@ def duplicate(module: LightningModule, replacements: dict[int, Any] | None = Non
         replacements: By ``id`` of an object inside the module, what the copy gets in its place.
     """
     memo = dict(replacements or {})
-    for named in (vars(module), module.hparams, vars(module).get("_hparams_initial", {})):
+    for named in (vars(module), getattr(module, "hparams", {}), vars(module).get("_hparams_initial", {})):
         shared = [value for name, value in named.items() if isinstance(value, partial) or name == "_instantiator"]
         memo |= {id(value): value for value in shared}
     return copy.deepcopy(module, memo)
 
 
-def without_weights(module: LightningModule) -> LightningModule:
+def without_weights(module: M) -> M:
     """A copy of a module that has its layers and buffers, but of its parameters only shapes and types.
 
     Args:
@@ -38,7 +40,7 @@ def without_weights(module: LightningModule) -> LightningModule:
     )
 
 
-def with_buffers_of(module: LightningModule, template: LightningModule) -> LightningModule:
+def with_buffers_of(module: nn.Module, template: M) -> M:
     """What `without_weights` made of a module, with copies of the buffers as the module has them now.
 
     Args:

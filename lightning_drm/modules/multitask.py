@@ -1,10 +1,10 @@
-"""The merged model: one backbone, one head per task.
+"""The merged model: every task's own module around one shared backbone.
 
-The tasks' modules share the backbone's layers, not only their tensors, so that each layer can be sharded once. Under a
-strategy that shards, the blocks of the backbone are sharded and the rest, heads included, is whole on every rank.
+Under a strategy that shards, the blocks of the backbone are sharded and the rest, heads included, is whole on every
+rank.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -20,7 +20,8 @@ from lightning_drm.deltas import backbone_parameters, head_state, remove_adapter
 from lightning_drm.deltas.sharded import shard_like, whole
 from lightning_drm.deltas.wrappers import refuse_divided, refuse_flat
 from lightning_drm.modules.duplicate import duplicate
-from lightning_drm.modules.protocol import IGNORE_INDEX, classify
+from lightning_drm.modules.protocol import IGNORE_INDEX, classify, head_names_of
+from lightning_drm.modules.reused_layers import reuse_layers
 from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_blocks
 
 
@@ -35,7 +36,7 @@ class MultiTaskModule(LightningModule):
         modules: Module by task, in the order of the test dataloaders. Usually made by `assemble`.
     """
 
-    def __init__(self, modules: Mapping[str, LightningModule]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.task_names = list(modules)
         # Lists, not dicts: a ModuleDict refuses names with dots and those of its own methods.
@@ -49,43 +50,51 @@ class MultiTaskModule(LightningModule):
     @classmethod
     def assemble(
         cls,
-        module: LightningModule,
-        head: Sequence[str],
-        backbone: Mapping[str, Tensor],
-        heads: Mapping[str, Mapping[str, Tensor]],
+        modules: Mapping[str, nn.Module],
+        backbone: Mapping[str, Tensor] | None = None,
+        heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+        *,
+        head: Sequence[str] | None = None,
     ) -> Self:
-        """Builds the module from one task's module, whose own weights stay as they are.
+        """Builds the module from copies of the tasks' modules; the modules themselves stay as they are.
+
+        Each copy keeps what its author gave it (hyper-parameters, metrics, label maps, loss), and all of them compute
+        with one backbone.
 
         Args:
-            module: Any task's module; gives the structure, and the backbone tensors that ``backbone`` leaves out.
-            head: Names of its head.
-            backbone: Backbone tensors by name. They are used, not copied, and shared by all tasks. If some are
-                sharded, so are the module's blocks in the end, and all ranks call this together.
-            heads: By task, its head's tensors by name; their shapes may differ from those of ``module``.
+            modules: By task, its own module. Their parameters may be on torch's meta device where `backbone` and
+                `heads` replace them.
+            backbone: Backbone tensors by name. They are used, not copied, and shared by all tasks; those that are left
+                out are the first module's own. If some are sharded, so are the modules' blocks in the end, and all
+                ranks call this together.
+            heads: By task, its head's tensors by name, which are copied; each module's own if left out.
+            head: Names of the head; each module's own ``head_names`` if left out.
 
         Returns:
             A module with one backbone in memory, without adapters.
+
+        Raises:
+            ValueError: If a head's tensors are not those of its module's head.
         """
+        backbone, heads = backbone or {}, heads or {}
         sharded = {name: tensor for name, tensor in backbone.items() if isinstance(tensor, DTensor)}
         places = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in sharded.items()}
+        first = next(iter(modules.values()))
+        own = backbone_parameters(first, head_names_of(first, head))
         plain = {**backbone, **places}
-        shared = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
-        replaced = {name: _as_parameter(plain.get(name, tensor), tensor) for name, tensor in shared.items()}
-        copies: dict[str, LightningModule] = {}
-        layers: dict[int, nn.Module] = {}
-        for task, tensors in heads.items():
-            copies[task] = _copy_with(module, head, replaced, tensors, layers)
-            if not layers:
-                layers = {id(module.get_submodule(p)): copies[task].get_submodule(p) for p in _shared(module, head)}
-        for copied in copies.values():
-            _without_adapters(copied)
+        shared = {name: _as_parameter(plain.get(name, p.tensor), p.tensor) for name, p in own.items()}
+        copies: dict[str, nn.Module] = {}
+        for task, module in modules.items():
+            copies[task] = _copy_with(module, head_names_of(module, head), shared, heads.get(task))
+            if len(copies) > 1:
+                reuse_layers(next(iter(copies.values())), copies[task])
         assembled = cls(copies)
         if sharded:
-            assembled._take_up(sharded, replaced)
+            assembled._take_up(sharded, shared)
         return assembled
 
-    def task_module(self, task: str) -> LightningModule:
-        """The module of one task: the shared backbone with that task's head.
+    def task_module(self, task: str) -> nn.Module:
+        """One task's own module, as its author wrote it, around the shared backbone.
 
         Args:
             task: The task's name.
@@ -95,7 +104,7 @@ class MultiTaskModule(LightningModule):
         """
         if task not in self.task_names:
             raise KeyError(f"No task {task!r}; tasks: {', '.join(self.task_names)}.")
-        return cast(LightningModule, self.task_modules[self.task_names.index(task)])
+        return self.task_modules[self.task_names.index(task)]
 
     @override
     def configure_model(self) -> None:
@@ -172,49 +181,29 @@ def _as_parameter(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _copy_with(
-    module: LightningModule,
-    head: Sequence[str],
-    backbone: Mapping[str, Tensor],
-    head_tensors: Mapping[str, Tensor],
-    layers: Mapping[int, nn.Module],
-) -> LightningModule:
-    """A copy of a module in which tensors and layers are replaced by others, also of other shapes, as they are copied.
+    module: nn.Module, head: Sequence[str], backbone: Mapping[str, Tensor], head_tensors: Mapping[str, Tensor] | None
+) -> nn.Module:
+    """A copy of a module, without adapters, whose tensors are replaced as they are copied.
 
     Args:
         module: The module.
         head: Names of its head.
         backbone: Its backbone's tensors.
-        head_tensors: Its head's tensors, which are copied.
-        layers: Layers to use in place of its own, by the id of those.
+        head_tensors: Its head's tensors, which are copied and may have other shapes; its own if left out.
     """
     backbone_live = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
     head_live = head_state(module, head)
+    head_tensors = head_live if head_tensors is None else head_tensors
+    if difference := sorted(backbone_live.keys() ^ backbone.keys()):
+        raise ValueError(f"{type(module).__name__} has another backbone than the first task: {', '.join(difference)}.")
     if head_live.keys() != head_tensors.keys():
         raise ValueError(f"A head has the tensors {sorted(head_tensors)}, the module's head {sorted(head_live)}.")
     # Replaced while copying, so that the backbone is never in memory twice.
     memo: dict[int, Any] = {id(live): backbone[name] for name, live in backbone_live.items()}
-    memo |= {id(live): _as_parameter(head_tensors[name].clone(), live) for name, live in head_live.items()}
-    return duplicate(module, memo | dict(layers))
-
-
-def _shared(module: nn.Module, head: Sequence[str]) -> Iterator[str]:
-    """Paths of the largest submodules that hold something of the backbone and nothing of the head."""
-    backbone = {id(parameter.tensor) for parameter in backbone_parameters(module, head).values()}
-    own = {id(tensor) for tensor in head_state(module, head).values()}
-
-    def walk(parent: nn.Module, prefix: str) -> Iterator[str]:
-        for name, child in parent.named_children():
-            tensors = {id(tensor) for tensor in (*child.parameters(), *child.buffers())}
-            if tensors & own:
-                yield from walk(child, f"{prefix}{name}.")
-            elif tensors & backbone:
-                yield prefix + name
-
-    return walk(module, "")
-
-
-def _without_adapters(copied: nn.Module) -> None:
+    memo |= {id(live): _as_parameter(head_tensors[name].detach().clone(), live) for name, live in head_live.items()}
+    copied = duplicate(module, memo)
     remove_adapters(copied)
     for child in copied.modules():
-        if isinstance(child, nn.Linear):  # a head of another task may have another number of classes
+        if isinstance(child, nn.Linear):  # where one module serves tasks whose heads have other numbers of classes
             child.out_features = child.weight.shape[0]
+    return copied

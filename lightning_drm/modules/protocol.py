@@ -1,8 +1,8 @@
-"""What a LightningModule must tell to be merged and tested as one of several tasks.
+"""What a module must say about itself to be merged and tested as one of several tasks.
 
 Its *head*: the submodules or parameters named by ``head_names``; everything else is its backbone, shared by all tasks.
 Its *logits and targets*: by a method ``classify(batch)``, unless batches are pairs ``(inputs, targets)`` and the
-module's output are the logits.
+module's output is the logits.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ __all__ = ["IGNORE_INDEX", "Classifies", "classify", "head_names_of"]
 
 @runtime_checkable
 class Classifies(Protocol):
-    """A task's module that says itself what its logits and targets are."""
+    """A task's module that computes its logits and targets itself."""
 
     def classify(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits ``(batch, classes)`` and targets ``(batch,)`` of one batch."""

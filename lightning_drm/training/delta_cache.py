@@ -20,7 +20,7 @@ from lightning_drm.training.run_folder import RunFolder
 Store = Literal["auto", "device", "cpu", "disk"]
 
 
-class WaitingRoom:
+class DeltaCache:
     """Takes in task vectors, and stores them if there is a run folder.
 
     Args:
@@ -74,7 +74,7 @@ class WaitingRoom:
         deltas = {name: delta if self._is_own(name) else delta.to("meta") for name, delta in vector.deltas.items()}
         return dataclasses.replace(vector, deltas=deltas)
 
-    def everywhere(self, vector: TaskVector, name: str) -> Delta:
+    def fetch(self, vector: TaskVector, name: str) -> Delta:
         """A delta on every rank, in host memory where its owner alone had it; all ranks ask for it together.
 
         Args:
@@ -85,11 +85,11 @@ class WaitingRoom:
         if self.ranks.size == 1 or isinstance(vector.deltas, StoredDeltas):
             return delta
 
-        def fetch(tensor: Tensor) -> Tensor:
+        def copied(tensor: Tensor) -> Tensor:
             own = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor.cpu().contiguous()
             return self.ranks.copy_from(own, self.owners[name])
 
-        return LowRank(fetch(delta.up), fetch(delta.down)) if isinstance(delta, LowRank) else fetch(delta)
+        return LowRank(copied(delta.up), copied(delta.down)) if isinstance(delta, LowRank) else copied(delta)
 
     def _is_own(self, name: str) -> bool:
         return self.owners[name] == self.ranks.rank

@@ -1,7 +1,15 @@
-"""A progress bar that says which task it is about and what is being done with it."""
+"""Progress bars: which task is trained or tested, and how far a merge is."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.progress import Progress
 from typing_extensions import override
+
+from lightning_drm.distributed.ranks import Ranks
+from lightning_drm.fusion import Recipe
 
 
 class TaskProgressBar(RichProgressBar):
@@ -23,3 +31,19 @@ class TaskProgressBar(RichProgressBar):
     @override
     def test_description(self) -> str:
         return self.label
+
+
+@contextmanager
+def merging_bar(recipe: Recipe, ranks: Ranks) -> Iterator[Callable[[int, int], None]]:
+    """A bar that the first rank shows while all of them merge.
+
+    Args:
+        recipe: How they merge.
+        ranks: The ranks.
+
+    Yields:
+        What to call with the number of parameters that are merged, and of those that will be.
+    """
+    with Progress(console=Console(stderr=True), disable=not ranks.is_first) as bar:
+        row = bar.add_task(f"merging with {type(recipe.method).__name__}", total=None)
+        yield lambda done, total: bar.update(row, completed=done, total=total)

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector
+from lightning_drm.deltas import DELTAS_FILE, TaskVector, load_task_vector, save_task_vector
 from lightning_drm.storage import only_one, write_json
 
 
@@ -43,6 +43,10 @@ class RunFolder:
     def base_head(self, task: str) -> Path:
         """The head that was trained on the untouched base, where there is one."""
         return self.task(task) / "base_head.safetensors"
+
+    def has_task_vector(self, task: str) -> bool:
+        """Whether a task was finetuned and collected."""
+        return (self.task(task) / DELTAS_FILE).is_file()
 
     def is_done(self, task: str) -> bool:
         """Whether a task was finetuned, collected and measured."""
@@ -82,7 +86,7 @@ class RunFolder:
         Raises:
             FileNotFoundError: If the task was not finetuned in this run folder.
         """
-        if not (self.task(task) / "deltas.safetensors").is_file():
+        if not self.has_task_vector(task):
             raise FileNotFoundError(f"{self.task(task)} holds no deltas of task {task!r}: finetune it first.")
         return load_task_vector(self.task(task))
 

@@ -1,6 +1,6 @@
-"""The settings of a finetune, flat and comparable, so that a run can tell whether a stored task is still what is asked.
+"""The settings of a finetune, flat and comparable, so that a run sees whether a stored task still fits.
 
-Only what can change the result counts: not where the run is stored, what is shown or logged, or on which hardware.
+Only settings that can change the result count: not the folder, the logging, the progress bars or the hardware.
 """
 
 import dataclasses

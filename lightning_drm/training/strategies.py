@@ -1,4 +1,4 @@
-"""Which of Lightning's strategies deltas can be collected under, and where these have all weights."""
+"""The Lightning strategies under which deltas can be collected, and when each process has all weights."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +20,7 @@ from lightning_drm.deltas import Parameter
 
 
 def refuse_strategy(strategy: Strategy) -> None:
-    """Refuses, by name, strategies and settings of theirs under which deltas cannot be taken, or would be lost.
+    """Refuses strategies, and settings of theirs, under which deltas cannot be taken or would be lost.
 
     Args:
         strategy: The Trainer's strategy.

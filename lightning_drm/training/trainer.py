@@ -1,44 +1,54 @@
 """Lightning's Trainer for several tasks: finetune each, merge, test, report.
 
 The orchestration only: a fresh Trainer and a fresh module per task (a Trainer fits once), the same seed before each,
-and a run folder that remembers what is done. Deltas and fusing are the callback's, accuracies the evaluation's.
+and a run folder that remembers what is done. A model goes one way: this Trainer makes each task's module
+(`task_modules`), the session collects and fuses (`session`), and the outcome is measured (`scoring`).
 
 Under a strategy of several processes, all of them go through all of it together, from before the first fit to the
-report. What the run folder says is read by one rank, for the others may see it late; and that rank writes.
+report. One rank reads and writes the run folder, since the others may see new files late.
 """
 
 import copy
 import gc
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from signal import SIGTERM
 from typing import Any, TypeVar, cast
 
-from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from safetensors.torch import load_file
 from typing_extensions import override
 
 from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.deltas import head_state
-from lightning_drm.distributed.ranks import ALONE, Ranks
-from lightning_drm.evaluation import Comparison, linear_probe, logged_metrics, measure, terminal_table, write_report
-from lightning_drm.modules import MultiTaskModule, data_parallel, duplicate, head_names_of
-from lightning_drm.storage import write_tensors
+from lightning_drm.evaluation import Comparison, logged_metrics, terminal_table, write_report
+from lightning_drm.modules import MultiTaskModule
 from lightning_drm.training.callback import DRMMergeCallback
-from lightning_drm.training.merged_folder import read_merged
+from lightning_drm.training.collect import CollectTask
 from lightning_drm.training.progress import TaskProgressBar
 from lightning_drm.training.run_folder import RunFolder
+from lightning_drm.training.scoring import Scoring
+from lightning_drm.training.session import MergeSession
 from lightning_drm.training.settings import changed_settings, finetune_settings
 from lightning_drm.training.strategies import refuse_strategy
+from lightning_drm.training.task_modules import TaskModules
 
 Accuracies = dict[str, float | None]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one call of `fit`, `merge` or `test` works with."""
+
+    session: MergeSession
+    folder: RunFolder
+    data: MultiTaskDataModule
+    modules: TaskModules
+    scoring: Scoring
 
 
 class MergeTrainer(Trainer):
@@ -59,7 +69,6 @@ class MergeTrainer(Trainer):
         # Lightning adds to the list of callbacks that it got, and a strategy serves one Trainer.
         self._arguments = {**kwargs, "callbacks": self._given_callbacks}
         self._arguments["strategy"] = copy.deepcopy(kwargs.get("strategy", "auto"))
-        self._ranks: Ranks = ALONE
         super().__init__(**kwargs)
         self._console = Console(quiet=not is_writer(), highlight=False)
 
@@ -95,29 +104,30 @@ class MergeTrainer(Trainer):
         if not isinstance(datamodule, MultiTaskDataModule):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
             return
-        merge, folder = self._merge_callback(datamodule)
-        tasks = _chosen(merge.tasks, only)
-        settings = {task: self._settings(model, datamodule, task) for task in tasks}
+        run = self._run_of(model, datamodule)
+        session, folder = run.session, run.folder
+        tasks = _chosen(session.tasks, only)
+        settings = {task: self._settings(run, task) for task in tasks}
 
         def finetune_and_merge(done: list[str]) -> None:
             if only is None:
-                merge.restore(done)
+                session.restore(done)
             for task in tasks:
                 if task in done:
                     accuracy = folder.read_metrics(task)["individual"]
                     self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
                 else:
-                    self._finetune(model, datamodule.tasks[task], task, merge, settings[task], base_batches)
+                    self._finetune(run, task, settings[task], base_batches)
             if only is None:
-                self._merge_and_report(merge, folder, model, datamodule)
+                self._merge_and_report(run)
 
         with _locked(folder, tasks):
             found = [] if retrain else _still_valid(folder, settings)
-            self._on_all_ranks(merge, lambda: finetune_and_merge(self.strategy.broadcast(found)))
+            self._on_all_ranks(session, lambda: finetune_and_merge(self.strategy.broadcast(found)))
         if only is None:
             return
-        if missing := folder.missing(merge.tasks):
-            self._say(f"In {folder.path}, {', '.join(missing)} still to be finetuned.")
+        if missing := folder.missing(session.tasks):
+            self._say(f"In {folder.path}: {', '.join(missing)} still to be finetuned.")
         else:
             self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
 
@@ -131,15 +141,15 @@ class MergeTrainer(Trainer):
         Raises:
             ValueError: If tasks are not finetuned yet.
         """
-        merge, folder = self._merge_callback(datamodule)
-        _require_done(folder, merge.tasks)
+        run = self._run_of(model, datamodule)
+        _require_done(run)
 
         def restore_and_merge() -> None:
-            merge.restore()
-            self._merge_and_report(merge, folder, model, datamodule)
+            run.session.restore(run.session.tasks)
+            self._merge_and_report(run)
 
-        with _locked(folder, merge.tasks):
-            self._on_all_ranks(merge, restore_and_merge)
+        with _locked(run.folder, run.session.tasks):
+            self._on_all_ranks(run.session, restore_and_merge)
 
     @override
     def test(  # type: ignore[override]  # some of Lightning's arguments come as keywords
@@ -166,18 +176,27 @@ class MergeTrainer(Trainer):
         """
         if model is None or isinstance(model, MultiTaskModule) or not isinstance(datamodule, MultiTaskDataModule):
             return super().test(model, dataloaders, datamodule=datamodule, **kwargs)
-        merge, folder = self._merge_callback(datamodule)
-        _require_done(folder, merge.tasks)
-        with _locked(folder, merge.tasks):
-            return self._on_all_ranks(merge, lambda: [self._measure_again(merge, folder, model, datamodule)])
+        run = self._run_of(model, datamodule)
+        _require_done(run)
 
-    def _on_all_ranks(self, merge: DRMMergeCallback, function: Callable[[], T]) -> T:
+        def measure_again() -> list[Mapping[str, float]]:
+            run.session.restore(run.session.tasks)
+            base: Accuracies = {}
+            individual: Accuracies = {}
+            for task in run.session.tasks:
+                base[task], individual[task] = run.scoring.stored_base(task), run.scoring.finetuned(task)
+            return [self._report(run, base, individual, run.scoring.stored_merged())]
+
+        with _locked(run.folder, run.session.tasks):
+            return self._on_all_ranks(run.session, measure_again)
+
+    def _on_all_ranks(self, session: MergeSession, function: Callable[[], T]) -> T:
         """Calls a function on all processes of the strategy, which start here unless something else started them."""
 
         def joined() -> T:
-            self.strategy.connect(LightningModule())  # a strategy that shards wants one to tell of its mesh
+            self.strategy.connect(LightningModule())  # a strategy that shards hands its mesh to a module
             self.strategy.setup_environment()
-            self._ranks = merge.join(self.world_size)
+            session.join(self.world_size)
             return function()
 
         launcher = self.strategy.launcher
@@ -189,104 +208,53 @@ class MergeTrainer(Trainer):
             launcher.kill(SIGTERM)
             raise
 
-    def _measure_again(
-        self, merge: DRMMergeCallback, folder: RunFolder, template: LightningModule, datamodule: MultiTaskDataModule
-    ) -> Mapping[str, float]:
-        merge.restore()
-        base: Accuracies = {}
-        individual: Accuracies = {}
-        for task in merge.tasks:
-            base[task], individual[task] = self._measure_stored(template, datamodule.tasks[task], task, merge, folder)
-        module = self._fresh_module(template, datamodule.tasks[merge.tasks[0]])
-        head = head_names_of(module, merge.head)
-        heads = read_merged(folder.merged, module, head, merge.tasks)
-        merged = self._measure(MultiTaskModule.assemble(module, head, {}, heads), datamodule, "merged · test")
-        return self._report(merge, folder, base, individual, merged)
-
-    def _finetune(
-        self,
-        template: LightningModule,
-        data: LightningDataModule,
-        task: str,
-        merge: DRMMergeCallback,
-        settings: Mapping[str, object],
-        base_batches: int,
-    ) -> None:
-        folder = _folder_of(merge)
+    def _finetune(self, run: _Run, task: str, settings: Mapping[str, object], base_batches: int) -> None:
         start = time.perf_counter()
-        module = self._fresh_module(template, data)
-        module.task_name, module.finetune_settings = task, dict(settings)  # type: ignore[assignment]
-        callbacks = [copy.deepcopy(callback) for callback in self._given_callbacks if callback is not merge]
+        module = run.modules.fresh(task)
+        callbacks = [copy.deepcopy(c) for c in self._given_callbacks if not isinstance(c, DRMMergeCallback)]
         arguments = {
-            "default_root_dir": folder.task(task),
+            "default_root_dir": run.folder.task(task),
             **{name: value for name, value in self._arguments.items() if value is not None},
-            "strategy": self._own_strategy(),
-            "callbacks": [*callbacks, merge, *self._progress_bar(f"{task} · finetune")],
+            "strategy": copy.deepcopy(self._arguments["strategy"]),
+            "callbacks": [
+                *callbacks,
+                CollectTask(run.session, task, settings),
+                *self._progress_bar(f"{task} · finetune"),
+            ],
         }
         if arguments.get("logger"):
             arguments["logger"] = copy.deepcopy(arguments["logger"])
         trainer = Trainer(**arguments)
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=run.data.tasks[task])
         seconds = time.perf_counter() - start
-        if isinstance(trainer.strategy, FSDPStrategy):
-            finetuned = merge.finetuned_module(self._fresh_module(template, data), task)
-        else:
-            finetuned = MultiTaskModule({task: module})
-        accuracy = self._measure(finetuned, data, f"{task} · test")[task]
+        accuracy = run.scoring.finetuned(task, module)
         self._say(f"{task}: accuracy {100 * accuracy:.1f} %, finetuned in {seconds:.0f} s")
-        del module, finetuned, trainer
+        del module, trainer
         gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
-        base = self._probe_base(template, data, task, merge, base_batches)
+        base = run.scoring.base(task, base_batches)
         if is_writer():
-            folder.write_metrics(task, {"individual": accuracy, "base": base, "finetune_seconds": round(seconds, 1)})
-        self._ranks.wait()
+            run.folder.write_metrics(
+                task, {"individual": accuracy, "base": base, "finetune_seconds": round(seconds, 1)}
+            )
+        run.session.ranks.wait()
 
-    def _probe_base(
-        self, template: LightningModule, data: LightningDataModule, task: str, merge: DRMMergeCallback, max_batches: int
-    ) -> float | None:
-        """Accuracy of the untouched backbone with a linear head trained on it; ``None`` where that is not cheap."""
-        if max_batches <= 0:
-            return None
-        module = self._fresh_module(template, data)
-        head = head_names_of(module, merge.head)
-        base = MultiTaskModule.assemble(module, head, {}, {task: head_state(module, head)})
-        if isinstance(self.strategy, ModelParallelStrategy):
-            base.shard(data_parallel(self.strategy.device_mesh))
-        base.to(self.strategy.root_device)
-        state = linear_probe(base.task_module(task), head, data.train_dataloader(), max_batches)
-        if state is None:
-            return None
-        if is_writer():
-            write_tensors(_folder_of(merge).base_head(task), state)
-        for name, tensor in head_state(base.task_module(task), head).items():
-            tensor.data.copy_(state[name])
-        return self._measure(base, data, f"{task} · base")[task]
-
-    def _merge_and_report(
-        self, merge: DRMMergeCallback, folder: RunFolder, template: LightningModule, datamodule: MultiTaskDataModule
-    ) -> None:
-        if not merge.is_merged:
-            module = self._fresh_module(template, datamodule.tasks[merge.tasks[0]])
-            merge.fuse(module, device=self.strategy.root_device)
+    def _merge_and_report(self, run: _Run) -> None:
+        tasks = run.session.tasks
+        merged = run.session.fuse(module=run.modules.make_known(), device=self.strategy.root_device)
         metrics = self.strategy.broadcast(
-            {task: folder.read_metrics(task) for task in merge.tasks} if is_writer() else {}
+            {task: run.folder.read_metrics(task) for task in tasks} if is_writer() else {}
         )
-        base = {task: metrics[task]["base"] for task in merge.tasks}
-        individual = {task: metrics[task]["individual"] for task in merge.tasks}
-        merged = self._measure(merge.merged_module, datamodule, "merged · test")
-        self._report(merge, folder, base, individual, merged)
+        base = {task: metrics[task]["base"] for task in tasks}
+        individual = {task: metrics[task]["individual"] for task in tasks}
+        self._report(run, base, individual, run.scoring.merged(merged))
 
     def _report(
-        self,
-        merge: DRMMergeCallback,
-        folder: RunFolder,
-        base: Accuracies,
-        individual: Accuracies,
-        merged: Mapping[str, float],
+        self, run: _Run, base: Accuracies, individual: Accuracies, merged: Mapping[str, float]
     ) -> dict[str, float]:
-        method = merge.recipe.description(merge.tasks)
-        comparison = Comparison(merge.tasks, base, individual, merged, method)
+        method = run.session.recipe.description(run.session.tasks)
+        comparison = Comparison(run.session.tasks, base, individual, merged, method)
         metrics = logged_metrics(comparison)
+        folder = run.folder
         if is_writer():
             write_report(comparison, folder.path)
         for logger in self.loggers:
@@ -300,73 +268,29 @@ class MergeTrainer(Trainer):
     def _say(self, sentence: str) -> None:
         self._console.print(sentence, soft_wrap=True)
 
-    def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, float]:
-        # FSDP1 would take the module over for good, and the merged one is the user's.
-        strategy = "ddp" if isinstance(self.strategy, FSDPStrategy) else self._own_strategy()
-        arguments = {**self._arguments, "strategy": strategy}
-        return measure(module, data, arguments, self._progress_bar(label))
-
-    def _own_strategy(self) -> Any:
-        """The strategy as it was given, for a Trainer of its own."""
-        return copy.deepcopy(self._arguments["strategy"])
-
-    def _measure_stored(
-        self,
-        template: LightningModule,
-        data: LightningDataModule,
-        task: str,
-        merge: DRMMergeCallback,
-        folder: RunFolder,
-    ) -> tuple[float | None, float]:
-        """Accuracy of the base (``None`` if it has no head) and of the finetune, rebuilt from the run folder."""
-        module = self._fresh_module(template, data)
-        head = head_names_of(module, merge.head)
-        base = None
-        if folder.base_head(task).is_file():
-            state = load_file(folder.base_head(task))
-            untouched = MultiTaskModule.assemble(module, head, {}, {task: state})
-            base = self._measure(untouched, data, f"{task} · base")[task]
-        individual = merge.finetuned_module(module, task)
-        return base, self._measure(individual, data, f"{task} · test")[task]
-
-    def _fresh_module(self, template: LightningModule, data: LightningDataModule) -> LightningModule:
-        """A copy of the template for a task, with the same weights each time."""
-        self._reseed()
-        module = duplicate(template)
-        if hasattr(module, "configure_task"):
-            if self.local_rank == 0 if data.prepare_data_per_node else is_writer():
-                data.prepare_data()
-            self._ranks.wait()
-            data.setup("fit")
-            if not hasattr(data, "num_classes"):
-                raise ValueError(f"{type(data).__name__} has no `num_classes`, which {type(module).__name__} asks for.")
-            cast(Any, module).configure_task(data.num_classes)
-        return module
-
-    @property
-    def _seed(self) -> int:
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-    def _reseed(self) -> None:
-        seed_everything(self._seed, workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))), verbose=False)
-
-    def _settings(self, model: LightningModule, datamodule: MultiTaskDataModule, task: str) -> dict[str, Any]:
-        return dict(finetune_settings(model, datamodule.tasks[task], self._arguments, self._seed))
+    def _settings(self, run: _Run, task: str) -> dict[str, Any]:
+        seed = run.modules.seed
+        return dict(finetune_settings(run.modules.template, run.data.tasks[task], self._arguments, seed))
 
     def _progress_bar(self, label: str) -> list[Callback]:
         shown = self._arguments.get("enable_progress_bar") is not False and is_writer()
         own = any(isinstance(callback, ProgressBar) for callback in self._given_callbacks)
         return [TaskProgressBar(label)] if shown and not own else []
 
-    def _merge_callback(self, datamodule: MultiTaskDataModule) -> tuple[DRMMergeCallback, RunFolder]:
+    def _run_of(self, model: LightningModule, data: MultiTaskDataModule) -> _Run:
         found = [callback for callback in self._given_callbacks if isinstance(callback, DRMMergeCallback)]
         if len(found) != 1:
             raise ValueError(f"MergeTrainer needs one DRMMergeCallback among its callbacks, got {len(found)}.")
-        merge = found[0]
-        if merge.tasks != datamodule.task_names:
-            raise ValueError(f"The callback's tasks {merge.tasks} are not the data module's {datamodule.task_names}.")
+        session = found[0].session
+        if session.tasks != data.task_names:
+            raise ValueError(f"The callback's tasks {session.tasks} are not the data module's {data.task_names}.")
+        if session.run_folder is None:
+            raise ValueError("MergeTrainer keeps finished tasks in a run folder: give DRMMergeCallback a dirpath.")
         refuse_strategy(self.strategy)
-        return merge, _folder_of(merge)
+        modules = TaskModules(model, data, session, self.strategy)
+        arguments, strategy, bar = self._arguments, self.strategy, self._progress_bar
+        scoring = Scoring(session, session.run_folder, modules, data, arguments, strategy, bar)
+        return _Run(session, session.run_folder, data, modules, scoring)
 
 
 def is_writer() -> bool:
@@ -379,12 +303,6 @@ def _locked(folder: RunFolder, tasks: Sequence[str]) -> AbstractContextManager[N
     return folder.locked(tasks) if is_writer() else nullcontext()
 
 
-def _folder_of(merge: DRMMergeCallback) -> RunFolder:
-    if merge.run_folder is None:
-        raise ValueError("MergeTrainer keeps finished tasks in a run folder: give DRMMergeCallback a dirpath.")
-    return merge.run_folder
-
-
 def _chosen(tasks: list[str], only: str | list[str] | None) -> list[str]:
     wanted = tasks if only is None else [only] if isinstance(only, str) else only
     if unknown := sorted(set(wanted) - set(tasks)):
@@ -392,9 +310,9 @@ def _chosen(tasks: list[str], only: str | list[str] | None) -> list[str]:
     return [task for task in tasks if task in wanted]
 
 
-def _require_done(folder: RunFolder, tasks: list[str]) -> None:
-    if missing := folder.missing(tasks):
-        raise ValueError(f"{folder.path} has no finetune of {', '.join(missing)}: run `fit` first.")
+def _require_done(run: _Run) -> None:
+    if missing := run.folder.missing(run.session.tasks):
+        raise ValueError(f"{run.folder.path} has no finetune of {', '.join(missing)}: run `fit` first.")
 
 
 def _still_valid(folder: RunFolder, settings: Mapping[str, Mapping[str, object]]) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_drm import TaskArithmetic, TransformerTask
 from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.checkpoints.planning import Rules, make_plan
+from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan
 from lightning_drm.fusion import Recipe
 
 LORA = {"r": 2, "lora_alpha": 6, "target_modules": ["query", "word_embeddings", "output.dense"], "use_rslora": True}
@@ -75,7 +75,7 @@ def test_a_trained_task_is_itself(settings, base, tmp_path):
     written, start = compare(tmp_path / "out", module), load_file(base / "model.safetensors")
     changed = {name for name, value in written.items() if not torch.equal(value, start[name])}
     assert {"embeddings.word_embeddings.weight", "encoder.layer.1.attention.self.query.weight"} <= changed
-    assert result.kept_shares["a"] == pytest.approx(1, abs=1e-4)
+    assert result.survived["a"] == pytest.approx(1, abs=1e-4)
     head = load_file(tmp_path / "out" / "heads" / "a.safetensors")
     assert torch.equal(head["model.classifier.weight"], module.model.classifier.weight)
 
@@ -128,7 +128,7 @@ def test_another_base_is_refused(base, tmp_path):
     with torch.no_grad():
         other.encoder.layer[0].attention.self.query.weight += 1e-3
     other.save_pretrained(tmp_path / "other")
-    plan = make_plan(str(tmp_path / "other"), {"a": str(tmp_path / "a.ckpt")}, Recipe(), Rules())
+    plan = make_plan(str(tmp_path / "other"), {"a": str(tmp_path / "a.ckpt")}, Recipe(), MismatchPolicy())
     assert plan.problems == [
         "a: its deltas were taken from another base: encoder.layer.0.attention.self.query.weight differs from "
         f"{tmp_path / 'other'}."
@@ -137,6 +137,6 @@ def test_another_base_is_refused(base, tmp_path):
 
 def test_no_adapter_comes_of_a_checkpoint(base, tmp_path):
     save(fresh(base), tmp_path / "a.ckpt")
-    rules = Rules(output_format="adapter")
-    plan = make_plan(str(base), {"a": str(tmp_path / "a.ckpt")}, Recipe(), rules)
+    mismatch = MismatchPolicy(output_format="adapter")
+    plan = make_plan(str(base), {"a": str(tmp_path / "a.ckpt")}, Recipe(), mismatch)
     assert plan.problems == ["The output cannot be an adapter: a is a checkpoint with LoRA."]

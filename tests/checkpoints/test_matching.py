@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaFo
 from lightning_drm import Average, TaskArithmetic
 from lightning_drm.checkpoints.architecture.alignment import Alignment
 from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.checkpoints.planning import Rules, make_plan
+from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan
 from lightning_drm.deltas import TaskVector, hash_tensor, save_task_vector
 from lightning_drm.fusion import Recipe
 from lightning_drm.merging import LowRank
@@ -39,7 +39,7 @@ def test_policies(policy, tmp_path):
     extra, other = (lost.replace("layers.0", f"layers.{i}") for i in (5, 1))
     edit(tmp_path / "a", lambda tensors: tensors.update({extra: tensors.pop(lost)}))
     paths = {task: str(tmp_path / task) for task in "ab"}
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", SUM, Rules(policy))
+    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", SUM, MismatchPolicy(policy))
     merged = load_file(tmp_path / "out" / "model.safetensors")
     b = load_file(tmp_path / "b" / "model.safetensors")
     if policy == "intersection":
@@ -80,8 +80,8 @@ def test_heads_by_pattern(tmp_path):
     base.save_pretrained(tmp_path / "base")
     tuned = models.finetune("llama", base, 1)
     tuned.save_pretrained(tmp_path / "a")
-    rules = Rules(heads=["lm_head.*"])
-    merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", SUM, rules)
+    mismatch = MismatchPolicy(heads=["lm_head.*"])
+    merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", SUM, mismatch)
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(merged["lm_head.weight"], base.state_dict()["lm_head.weight"])
     head = load_file(tmp_path / "out" / "heads" / "a.safetensors")
@@ -120,7 +120,7 @@ def test_stored_deltas(tmp_path):
     assert torch.equal(load_file(tmp_path / "out" / "heads" / "a.safetensors")["head.weight"], head["head.weight"])
 
     edit(tmp_path / "base", lambda tensors: tensors["encoder.layer.0.output.dense.bias"].add_(1))
-    plan = make_plan(str(tmp_path / "base"), paths, SUM, Rules())
+    plan = make_plan(str(tmp_path / "base"), paths, SUM, MismatchPolicy())
     assert "its deltas were taken from another base" in plan.problems[0]
 
 
@@ -154,12 +154,12 @@ def test_vocabularies(vocabulary, with_tokenizers, tmp_path):
         tokenizer(words, tmp_path / "base")
     paths = {task: str(tmp_path / task) for task in own}
 
-    strict = make_plan(str(tmp_path / "base"), paths, SUM, Rules())
+    strict = make_plan(str(tmp_path / "base"), paths, SUM, MismatchPolicy())
     if with_tokenizers:
         assert "a: its tokenizer shares 38 tokens with the base's, 2 of them at another row" in strict.problems[0]
     assert any("embed_tokens.weight has 41 rows" in problem for problem in strict.problems)
 
-    merge_files(str(tmp_path / "base"), paths, tmp_path / "out", SUM, Rules(vocabulary=vocabulary))
+    merge_files(str(tmp_path / "base"), paths, tmp_path / "out", SUM, MismatchPolicy(vocabulary=vocabulary))
     merged, start = load_file(tmp_path / "out" / "model.safetensors"), base.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         expected = start[name].clone()
@@ -184,8 +184,10 @@ def test_what_is_not_selected_is_bit_identical(tmp_path):
     base = models.base_model("bert")
     base.save_pretrained(tmp_path / "base")
     models.adapter("bert", base, 1).save_pretrained(tmp_path / "a")
-    rules = Rules(output_format="full")
-    result = merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", Recipe(Average()), rules)
+    mismatch = MismatchPolicy(output_format="full")
+    result = merge_files(
+        str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", Recipe(Average()), mismatch
+    )
     merged, start = load_file(tmp_path / "out" / "model.safetensors"), base.state_dict()
     changed = {name for name in merged if not torch.equal(merged[name], start[name])}
     assert changed == {name for name in merged if name.endswith(("query.weight", "output.dense.weight"))}

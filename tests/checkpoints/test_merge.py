@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 
 from lightning_drm import DARETIES, DRM, TIES, Average, IsoC, TaskArithmetic
 from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.checkpoints.planning import Rules
+from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.fusion import Override, Recipe
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -62,16 +62,16 @@ def test_full_finetunes(name, kind, tmp_path):
                 file.unlink()
         paths[task] = str(path)
     # A checkpoint does not say that its class has no pooler, where the base has one.
-    rules = Rules("base_fill" if (name, kind) == ("vit", "checkpoint") else "strict")
+    mismatch = MismatchPolicy("base_fill" if (name, kind) == ("vit", "checkpoint") else "strict")
     recipe = Recipe(DRM(density=DENSITY))
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe, rules, max_shard_size="10KB")
+    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe, mismatch, max_shard_size="10KB")
 
     loaded, info = type(base).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     expected = independent_merge(base, [models.backbone(model, base) for model in finetunes.values()])
     close(loaded.eval(), expected, name)
-    assert all(share > 0.3 for share in result.kept_shares.values())
+    assert all(share > 0.3 for share in result.survived.values())
     for task, model in finetunes.items():
         if type(model) is type(base):
             assert not (tmp_path / "out" / "heads").exists()
@@ -95,7 +95,7 @@ def test_adapters(name, rslora, tmp_path):
         model.save_pretrained(tmp_path / task)
     paths = {task: str(tmp_path / task) for task in adapters}
     recipe = Recipe(DRM(density=DENSITY))
-    merge_files(str(tmp_path / "base"), paths, tmp_path / "full", recipe, Rules(output_format="full"))
+    merge_files(str(tmp_path / "base"), paths, tmp_path / "full", recipe, MismatchPolicy(output_format="full"))
     result = merge_files(str(tmp_path / "base"), paths, tmp_path / "adapter", recipe)
 
     assert result.output_format == "adapter"
@@ -131,7 +131,7 @@ def test_rank_limit_reports_its_error(tmp_path):
         models.adapter("llama", base, seed).save_pretrained(tmp_path / str(seed))
     paths = {task: str(tmp_path / task) for task in "12"}
     recipe = Recipe(TaskArithmetic(scale=1.0))
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe, Rules(rank=2))
+    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe, MismatchPolicy(rank=2))
     exact = independent_adapter(paths)
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert len(result.rank_errors) == len(exact)
@@ -247,7 +247,7 @@ def test_half_precision_is_rounded_once(dtype, tmp_path):
     tuned.save_pretrained(tmp_path / "a")
     recipe = Recipe(TaskArithmetic(0.7))
     paths = {"a": str(tmp_path / "a")}
-    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe, Rules(dtype=dtype))
+    result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe, MismatchPolicy(dtype=dtype))
     start, end = base.state_dict(), tuned.state_dict()
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for key, value in merged.items():
@@ -262,9 +262,9 @@ def test_adapters_of_layers_that_are_larger_than_the_sample(tmp_path):
     base = BertModel(BertConfig(hidden_size=272, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
     base.save_pretrained(tmp_path / "base")
     models.adapter("bert", base, 1).save_pretrained(tmp_path / "a")
-    recipe, rules = Recipe(TaskArithmetic(1.0)), Rules(output_format="full")
-    result = merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", recipe, rules)
-    assert result.kept_shares["a"] == pytest.approx(1.0, abs=1e-5)
+    recipe, mismatch = Recipe(TaskArithmetic(1.0)), MismatchPolicy(output_format="full")
+    result = merge_files(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, tmp_path / "out", recipe, mismatch)
+    assert result.survived["a"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_an_adapter_keeps_something_of_every_task(tmp_path):
@@ -278,7 +278,7 @@ def test_an_adapter_keeps_something_of_every_task(tmp_path):
     recipe = Recipe(TaskArithmetic(0.5), {"b": 0.2})
     result = merge_files(str(tmp_path / "base"), paths, tmp_path / "out", recipe)
     assert result.output_format == "adapter"
-    assert result.kept_shares == {"a": pytest.approx(0.5), "b": pytest.approx(0.1)}
+    assert result.survived == {"a": pytest.approx(0.5), "b": pytest.approx(0.1)}
     assert "| a | 1 |" in (card := (tmp_path / "out" / "README.md").read_text())
     assert "| 50 % |" in card
     file = tmp_path / "b" / "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Quantised models: refused by name, and merged in floats when asked; their own libraries say what the floats are."""
+"""Quantized models: refused by name, and merged in floats when asked; their own libraries say what the floats are."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
 from lightning_drm import TaskArithmetic
 from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.checkpoints.planning import Rules, make_plan
+from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan
 from lightning_drm.fusion import Recipe
 
 SIZES = {**models.TEXT, "hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 1}
@@ -23,7 +23,7 @@ PROMPT = torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A base, a finetune and an adapter, none of them quantised."""
+    """A base, a finetune and an adapter, none of them quantized."""
     folder = tmp_path_factory.mktemp("plain")
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SIZES))
@@ -37,18 +37,18 @@ def plain(tmp_path_factory):
 
 
 def fp8(source, target, block):
-    """As transformers quantises a weight; its own loader undoes it where there is no accelerator."""
+    """As transformers quantizes a weight; its own loader undoes it where there is no accelerator."""
     shutil.copytree(source, target)
     settings = SimpleNamespace(weight_block_size=block, scale_fmt="float")
-    quantise = Fp8Quantize(SimpleNamespace(quantization_config=settings))
+    quantize = Fp8Quantize(SimpleNamespace(quantization_config=settings))
     tensors = {}
     for name, value in load_file(source / "model.safetensors").items():
-        tensors |= quantise.convert({name: value}) if "proj" in name else {name: value}
+        tensors |= quantize.convert({name: value}) if "proj" in name else {name: value}
     if block is None:
         tensors = {name: value.reshape(()) if "scale_inv" in name else value for name, value in tensors.items()}
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    quantised = {"quant_method": "fp8", "weight_block_size": block, "activation_scheme": "dynamic"}
-    edit_config(target, quantization_config=quantised)
+    quantized = {"quant_method": "fp8", "weight_block_size": block, "activation_scheme": "dynamic"}
+    edit_config(target, quantization_config=quantized)
 
 
 def fp8_floats(folder):
@@ -102,7 +102,7 @@ def compressed_floats(folder):
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
 
 
-FORMATS = {  # how a model is quantised, and how its own library gives floats back
+FORMATS = {  # how a model is quantized, and how its own library gives floats back
     "fp8_blocks": (lambda *folders: fp8(*folders, [32, 16]), fp8_floats),
     "fp8_tensor": (lambda *folders: fp8(*folders, None), fp8_floats),
     "nf4": (
@@ -134,17 +134,17 @@ def floats(model):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_dequantised_when_asked(name, plain, tmp_path):
-    """Halfway between a quantised base and a finetune, and again between a plain base and a quantised finetune."""
-    quantise, undo = FORMATS[name]
-    quantise(plain / "base", tmp_path / "q")
+def test_dequantized_when_asked(name, plain, tmp_path):
+    """Halfway between a quantized base and a finetune, and again between a plain base and a quantized finetune."""
+    quantize, undo = FORMATS[name]
+    quantize(plain / "base", tmp_path / "q")
     start, end = floats(undo(tmp_path / "q")), floats(AutoModelForCausalLM.from_pretrained(plain / "tuned"))
     assert any(
         not torch.equal(start[key], value) for key, value in load_file(plain / "base" / "model.safetensors").items()
     )
-    recipe, rules = Recipe(TaskArithmetic(0.5)), Rules(dequantize=True, dtype="float32")
-    result = merge_files(str(tmp_path / "q"), {"a": str(plain / "tuned")}, tmp_path / "out", recipe, rules)
-    assert any("dequantised" in note for note in result.notes)
+    recipe, mismatch = Recipe(TaskArithmetic(0.5)), MismatchPolicy(dequantize=True, dtype="float32")
+    result = merge_files(str(tmp_path / "q"), {"a": str(plain / "tuned")}, tmp_path / "out", recipe, mismatch)
+    assert any("dequantized" in note for note in result.notes)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -154,7 +154,7 @@ def test_dequantised_when_asked(name, plain, tmp_path):
         torch.testing.assert_close(merged[key], (value + end[key]) / 2, rtol=1e-6, atol=1e-7)
     assert loaded(PROMPT).logits.isfinite().all()
 
-    merge_files(str(plain / "tuned"), {"a": str(tmp_path / "q")}, tmp_path / "turned", recipe, rules)
+    merge_files(str(plain / "tuned"), {"a": str(tmp_path / "q")}, tmp_path / "turned", recipe, mismatch)
     for key, value in floats(AutoModelForCausalLM.from_pretrained(tmp_path / "turned")).items():
         torch.testing.assert_close(value, (start[key] + end[key]) / 2, rtol=1e-6, atol=1e-7)
 
@@ -162,24 +162,24 @@ def test_dequantised_when_asked(name, plain, tmp_path):
 @pytest.mark.parametrize("name", FORMATS)
 def test_refused_unless_asked(name, plain, tmp_path):
     FORMATS[name][0](plain / "base", tmp_path / "q")
-    with pytest.raises(ValueError, match=r"The base .* is quantised \(.*\).*or say --dequantize true"):
-        make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), Rules())
-    plan = make_plan(str(plain / "base"), {"a": str(tmp_path / "q")}, Recipe(), Rules())
+    with pytest.raises(ValueError, match=r"The base .* is quantized \(.*\).*or say --dequantize true"):
+        make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), MismatchPolicy())
+    plan = make_plan(str(plain / "base"), {"a": str(tmp_path / "q")}, Recipe(), MismatchPolicy())
     assert len(plan.problems) == 1
     assert "say --dequantize true" in plan.problems[0]
 
 
-def test_an_adapter_on_a_quantised_base(plain, tmp_path):
-    """What QLoRA leaves: the adapter's own delta on the dequantised weights."""
+def test_an_adapter_on_a_quantized_base(plain, tmp_path):
+    """What QLoRA leaves: the adapter's own delta on the dequantized weights."""
     fp8(plain / "base", tmp_path / "q", [32, 16])
     start = floats(fp8_floats(tmp_path / "q"))
-    rules = Rules(dequantize=True, output_format="full", dtype="float32")
+    mismatch = MismatchPolicy(dequantize=True, output_format="full", dtype="float32")
     recipe = Recipe(TaskArithmetic(1.0))
     adapter = tmp_path / "lora"
     shutil.copytree(plain / "lora", adapter)
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "q")}))
-    merge_files(str(tmp_path / "q"), {"a": str(adapter)}, tmp_path / "out", recipe, rules)
+    merge_files(str(tmp_path / "q"), {"a": str(adapter)}, tmp_path / "out", recipe, mismatch)
     factors = load_file(adapter / "adapter_model.safetensors")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     changed = 0
@@ -195,20 +195,20 @@ def test_an_adapter_on_a_quantised_base(plain, tmp_path):
 
 
 REFUSED = {  # what is done to an fp8 model's folder, and the message
-    "gptq": ({"quant_method": "gptq"}, "gptq cannot be dequantised here, only fp8, bitsandbytes, compressed-tensors"),
-    "awq": ({"quant_method": "awq"}, "awq cannot be dequantised here"),
+    "gptq": ({"quant_method": "gptq"}, "gptq cannot be dequantized here, only fp8, bitsandbytes, compressed-tensors"),
+    "awq": ({"quant_method": "awq"}, "awq cannot be dequantized here"),
     "grid": ({"quant_method": "fp8", "weight_block_size": [64, 16]}, r"in blocks of \[64, 16\], got .*proj.weight"),
-    "unknown": (None, "has no quantization_config in its config.json that would say how to dequantise it"),
+    "unknown": (None, "has no quantization_config in its config.json that would say how to dequantize it"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_dequantised(case, plain, tmp_path):
+def test_what_cannot_be_dequantized(case, plain, tmp_path):
     settings, message = REFUSED[case]
     fp8(plain / "base", tmp_path / "q", [32, 16])
     edit_config(tmp_path / "q", quantization_config=settings)
     with pytest.raises(ValueError, match=message):
-        make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), Rules(dequantize=True))
+        make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), MismatchPolicy(dequantize=True))
 
 
 def test_a_weight_without_its_scale(plain, tmp_path):
@@ -216,8 +216,8 @@ def test_a_weight_without_its_scale(plain, tmp_path):
     tensors = load_file(tmp_path / "q" / "model.safetensors")
     del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
     save_file(tensors, tmp_path / "q" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"up_proj.weight does not belong to any weight that can be dequantised"):
-        make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), Rules(dequantize=True))
+    with pytest.raises(ValueError, match=r"up_proj.weight does not belong to any weight that can be dequantized"):
+        make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), MismatchPolicy(dequantize=True))
 
 
 def test_a_missing_library_is_named(plain, tmp_path, monkeypatch):
@@ -226,5 +226,5 @@ def test_a_missing_library_is_named(plain, tmp_path, monkeypatch):
     fp8(plain / "base", tmp_path / "q", [32, 16])
     edit_config(tmp_path / "q", quantization_config={"quant_method": "bitsandbytes"})
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'lightning_drm\[quantised\]'"):
-        make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), Rules(dequantize=True))
+    with pytest.raises(ValueError, match=r"needs bitsandbytes: pip install 'lightning_drm\[quantized\]'"):
+        make_plan(str(tmp_path / "q"), {"a": str(plain / "tuned")}, Recipe(), MismatchPolicy(dequantize=True))

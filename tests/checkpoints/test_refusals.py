@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 
 from lightning_drm import DARETIES, DRM, Average, TaskArithmetic
 from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.checkpoints.planning import Rules, make_plan, refuse
+from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, refuse
 from lightning_drm.fusion import Override, Recipe
 
 
@@ -39,60 +39,72 @@ def edit_json(file, **changes):
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 WORDS = "bert.embeddings.word_embeddings.weight"
-WEIGHTS = {  # what is done to a finetune's tensors, the rules, and the message
-    "missing": (lambda t: t.pop(QUERY), Rules(), "lacks 1 of the base's parameters: encoder.layer.0.attention.self.q"),
+WEIGHTS = {  # what is done to a finetune's tensors, the policy, and the message
+    "missing": (
+        lambda t: t.pop(QUERY),
+        MismatchPolicy(),
+        "lacks 1 of the base's parameters: encoder.layer.0.attention.self.q",
+    ),
     "extra": (
         lambda t: t.update({QUERY.replace("0", "7"): torch.ones(2)}),
-        Rules(),
+        MismatchPolicy(),
         "has 1 parameters that the base has not: bert.encoder.layer.7",
     ),
     "shape": (
         lambda t: t.update({QUERY: torch.ones(4, 16)}),
-        Rules(),
+        MismatchPolicy(),
         r"query.weight has shape \(4, 16\), the base's has \(16, 16\)",
     ),
     "float8": (
         lambda t: t.update({QUERY: t[QUERY].to(torch.float8_e4m3fn)}),
-        Rules(),
-        "query.weight is in torch.float8_e4m3fn, which is a quantised type",
+        MismatchPolicy(),
+        "query.weight is in torch.float8_e4m3fn, which is a quantized type",
     ),
     "vocabulary": (
         lambda t: t.update({WORDS: torch.ones(43, 16)}),
-        Rules(),
+        MismatchPolicy(),
         "word_embeddings.weight has 43 rows, the base's vocabulary has 40; choose --vocabulary base or intersection",
     ),
-    "quantised": (
+    "quantized": (
         lambda t: t.update({QUERY + ".absmax": torch.ones(2)}),
-        Rules(),
-        "is quantised .*merge the unquantised weights",
+        MismatchPolicy(),
+        "is quantized .*merge the unquantized weights",
     ),
     "unrelated": (
         lambda t: [t.pop(name) for name in list(t)] and t.update(other=torch.ones(2)),
-        Rules(),
+        MismatchPolicy(),
         "none of its 1 parameters is in the base",
     ),
     "not_finite": (
         lambda t: t[QUERY].view(-1)[3].fill_(float("nan")),
-        Rules(),
+        MismatchPolicy(),
         r"query\.weight: Average: delta of task 0 holds NaN or infinite values \(task 0 is x\)",
     ),
     "adapter_of_folders": (
         lambda t: None,
-        Rules(output_format="adapter"),
+        MismatchPolicy(output_format="adapter"),
         "The output cannot be an adapter: x is weights",
     ),
-    "rank_of_a_model": (lambda t: None, Rules(rank=2), "rank limits a merged adapter, but the output is a whole model"),
-    "overflow": (lambda t: t[QUERY].mul_(1e7), Rules(dtype="float16"), "query.weight does not fit into torch.float16"),
+    "rank_of_a_model": (
+        lambda t: None,
+        MismatchPolicy(rank=2),
+        "rank limits a merged adapter, but the output is a whole model",
+    ),
+    "overflow": (
+        lambda t: t[QUERY].mul_(1e7),
+        MismatchPolicy(dtype="float16"),
+        "query.weight does not fit into torch.float16",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
 def test_weights(case, bench, tmp_path):
-    change, rules, message = WEIGHTS[case]
+    change, mismatch, message = WEIGHTS[case]
     shutil.copytree(bench / "good", tmp_path / "x")
     edit_weights(tmp_path / "x", change)
     with pytest.raises(ValueError, match=message):
-        merge_files(str(bench / "base"), {"x": str(tmp_path / "x")}, tmp_path / "out", Recipe(Average()), rules)
+        merge_files(str(bench / "base"), {"x": str(tmp_path / "x")}, tmp_path / "out", Recipe(Average()), mismatch)
     assert not (tmp_path / "out").exists()
 
 
@@ -117,36 +129,52 @@ def test_adapters(case, bench, tmp_path):
     changes, message = ADAPTERS[case]
     shutil.copytree(bench / "lora", tmp_path / "x")
     edit_json(tmp_path / "x" / "adapter_config.json", **changes)
-    plan = make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), Rules())
+    plan = make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), MismatchPolicy())
     with pytest.raises(ValueError, match=message):
         refuse(plan.problems)
 
 
-RECIPES = {  # recipe, rules, message
-    "pattern": (Recipe(overrides=[Override("*nothing*")]), Rules(), "override '\\*nothing\\*' matches no parameter"),
-    "task": (Recipe(coefficients={"z": 1.0}), Rules(), "unknown tasks z; tasks: x, lora"),
-    "override_task": (Recipe(overrides=[Override("*", coefficients={"y": 1.0})]), Rules(), "unknown tasks y"),
-    "density": (Recipe(Average(), overrides=[Override("*", density=0.5)]), Rules(), "Average has no density"),
-    "density_range": (Recipe(overrides=[Override("*", density=2.0)]), Rules(), r"density must be in \(0, 1\]"),
-    "density_of_base": (Recipe(overrides=[Override("*", "base", 0.5)]), Rules(), "which rule base has not"),
-    "vector": (Recipe(overrides=[Override("*bias", "method")]), Rules(), "DRM merges matrices: give it rule average"),
-    "split": (Recipe(overrides=[Override("*query.weight", split=3)]), Rules(), "neither side is a multiple of 3"),
-    "split_sum": (Recipe(overrides=[Override("*query.weight", split=[4, 4])]), Rules(), "the parts add up to 8"),
+RECIPES = {  # recipe, policy, message
+    "pattern": (
+        Recipe(overrides=[Override("*nothing*")]),
+        MismatchPolicy(),
+        "override '\\*nothing\\*' matches no parameter",
+    ),
+    "task": (Recipe(coefficients={"z": 1.0}), MismatchPolicy(), "unknown tasks z; tasks: x, lora"),
+    "override_task": (Recipe(overrides=[Override("*", coefficients={"y": 1.0})]), MismatchPolicy(), "unknown tasks y"),
+    "density": (Recipe(Average(), overrides=[Override("*", density=0.5)]), MismatchPolicy(), "Average has no density"),
+    "density_range": (Recipe(overrides=[Override("*", density=2.0)]), MismatchPolicy(), r"density must be in \(0, 1\]"),
+    "density_of_base": (Recipe(overrides=[Override("*", "base", 0.5)]), MismatchPolicy(), "which rule base has not"),
+    "vector": (
+        Recipe(overrides=[Override("*bias", "method")]),
+        MismatchPolicy(),
+        "DRM merges matrices: give it rule average",
+    ),
+    "split": (
+        Recipe(overrides=[Override("*query.weight", split=3)]),
+        MismatchPolicy(),
+        "neither side is a multiple of 3",
+    ),
+    "split_sum": (
+        Recipe(overrides=[Override("*query.weight", split=[4, 4])]),
+        MismatchPolicy(),
+        "the parts add up to 8",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", RECIPES)
 def test_recipes(case, bench):
-    recipe, rules, message = RECIPES[case]
+    recipe, mismatch, message = RECIPES[case]
     paths = {"x": str(bench / "good"), "lora": str(bench / "lora")}
-    plan = make_plan(str(bench / "base"), paths, recipe, rules)
+    plan = make_plan(str(bench / "base"), paths, recipe, mismatch)
     with pytest.raises(ValueError, match=message):
         refuse(plan.problems)
 
 
 def test_adapter_output_names_the_method_that_has_no_factors(bench):
     plan = make_plan(
-        str(bench / "base"), {"x": str(bench / "lora")}, Recipe(DARETIES()), Rules(output_format="adapter")
+        str(bench / "base"), {"x": str(bench / "lora")}, Recipe(DARETIES()), MismatchPolicy(output_format="adapter")
     )
     assert plan.problems == [
         "The output cannot be an adapter: with DARETIES, dropping single entries leaves a matrix of full rank."
@@ -177,7 +205,7 @@ PLACES = {  # what is given as a model, and the message
     ),
     "gptq": (
         lambda path: copy_with(path, quantization_config={"quant_method": "gptq"}),
-        r"is quantised \(gptq\)",
+        r"is quantized \(gptq\)",
     ),
     "lora_checkpoint": (
         lambda path: lora_checkpoint(path, None),
@@ -222,14 +250,14 @@ def copy_with(path, **changes):
 @pytest.mark.parametrize("case", PLACES)
 def test_places(case, bench, tmp_path):
     place, message = PLACES[case]
-    plan = make_plan(str(bench / "base"), {"x": place(tmp_path)}, Recipe(), Rules())
+    plan = make_plan(str(bench / "base"), {"x": place(tmp_path)}, Recipe(), MismatchPolicy())
     with pytest.raises(ValueError, match=message):
         refuse(plan.problems)
 
 
 def test_a_base_that_is_an_adapter(bench):
     with pytest.raises(ValueError, match="is an adapter; expected the model that it adapts"):
-        make_plan(str(bench / "lora"), {"x": str(bench / "good")}, Recipe(), Rules())
+        make_plan(str(bench / "lora"), {"x": str(bench / "good")}, Recipe(), MismatchPolicy())
 
 
 def test_an_adapter_of_another_base(bench, tmp_path):
@@ -237,10 +265,10 @@ def test_an_adapter_of_another_base(bench, tmp_path):
     BertModel(BertConfig(**models.TEXT)).save_pretrained(tmp_path / "other")
     shutil.copytree(bench / "lora", tmp_path / "x")
     edit_json(tmp_path / "x" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "other"))
-    plan = make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), Rules())
+    plan = make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), MismatchPolicy())
     assert plan.problems == [f"x: was trained on {tmp_path / 'other'}, which is not {bench / 'base'}."]
     edit_json(tmp_path / "x" / "adapter_config.json", base_model_name_or_path=str(bench / "base"))
-    assert not make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), Rules()).problems
+    assert not make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), MismatchPolicy()).problems
 
 
 def test_all_problems_come_at_once(bench, tmp_path):
@@ -268,7 +296,7 @@ def test_an_adapter_in_which_nothing_is_left_of_a_task(bench, tmp_path):
         save_file(tensors, file)
     paths = {task: str(tmp_path / task) for task in "ab"}
     with pytest.raises(ValueError, match=r"Nothing of task b is left in the merged weights.*higher density or rank"):
-        merge_files(str(bench / "base"), paths, tmp_path / "out", Recipe(TaskArithmetic(1.0)), Rules(rank=1))
+        merge_files(str(bench / "base"), paths, tmp_path / "out", Recipe(TaskArithmetic(1.0)), MismatchPolicy(rank=1))
     assert not (tmp_path / "out").exists()
 
 

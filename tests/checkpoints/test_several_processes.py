@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic
 from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.checkpoints.planning import Rules
+from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.cli import checkpoints
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Override, Recipe
@@ -78,17 +78,17 @@ def test_the_number_of_processes_changes_no_bit(num_processes, device, folder, t
         Override("*norm*", rule="elect"),
     ]
     recipes = {
-        "drm": (Recipe(DRM(density=0.3), {"a": 0.7}, overrides=overrides), Rules(dtype="bfloat16"), ""),
-        "ties": (Recipe(TIES(0.3)), Rules(), ""),
-        "dare": (Recipe(DARETIES(0.4)), Rules(), ""),
-        "adapter": (Recipe(DRM(density=0.5)), Rules(rank=4), "adapter_"),
-        "from_adapters": (Recipe(TaskArithmetic()), Rules(output_format="full"), "adapter_"),
+        "drm": (Recipe(DRM(density=0.3), {"a": 0.7}, overrides=overrides), MismatchPolicy(dtype="bfloat16"), ""),
+        "ties": (Recipe(TIES(0.3)), MismatchPolicy(), ""),
+        "dare": (Recipe(DARETIES(0.4)), MismatchPolicy(), ""),
+        "adapter": (Recipe(DRM(density=0.5)), MismatchPolicy(rank=4), "adapter_"),
+        "from_adapters": (Recipe(TaskArithmetic()), MismatchPolicy(output_format="full"), "adapter_"),
     }
     cases = []
-    for name, (recipe, rules, prefix) in recipes.items():
+    for name, (recipe, mismatch, prefix) in recipes.items():
         case = {**files_of(folder, prefix), "max_shard_size": "4MB", "device": device}
-        merge_files(**case, output=tmp_path / f"{name} alone", recipe=recipe, rules=rules)
-        cases.append({**case, "output": str(tmp_path / name), "recipe": repr(recipe), "rules": repr(rules)})
+        merge_files(**case, output=tmp_path / f"{name} alone", recipe=recipe, mismatch=mismatch)
+        cases.append({**case, "output": str(tmp_path / name), "recipe": repr(recipe), "mismatch": repr(mismatch)})
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     command = [*TORCHRUN, "--nproc_per_node", str(num_processes), SCRIPT, tmp_path / "cases.json"]
     subprocess.run(command, check=True, env=environment(), timeout=PATIENCE)

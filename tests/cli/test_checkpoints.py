@@ -40,11 +40,16 @@ def test_options(files, tmp_path, capsys):
         [
             *options(files, tmp_path / "out"),
             *("--drm.method", "DRM", "--drm.method.density", "0.5", "--coefficients.rte", "0.7"),
-            *("--drm.overrides", '[{"match": "*.layer.0.*", "coefficients": {"sst2": 2}}]', "--drm.vectors", "elect"),
+            *(
+                "--drm.overrides",
+                '[{"match": "*.layer.0.*", "coefficients": {"sst2": 2}}]',
+                "--drm.non_matrix",
+                "elect",
+            ),
         ]
     )
     overrides = [Override("*.layer.0.*", coefficients={"sst2": 2.0})]
-    recipe = Recipe(DRM(density=0.5), {"rte": 0.7}, vectors="elect", overrides=overrides)
+    recipe = Recipe(DRM(density=0.5), {"rte": 0.7}, non_matrix="elect", overrides=overrides)
     same(load_file(tmp_path / "out" / "model.safetensors"), expected(files, tmp_path / "own", recipe))
     shown = capsys.readouterr().out
     assert "Merged" in shown

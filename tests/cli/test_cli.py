@@ -84,7 +84,7 @@ def test_merge_tries_another_method_without_training(copied: Run):
         "init_args": {"density": 0.3, "scope": "global", "scale": 1.0},
         "coefficients": {"colour": 1.0, "pet": 1.0},
         "convolutions": "average",
-        "vectors": "average",
+        "non_matrix": "average",
         "overrides": [],
     }
     assert report(run)["accuracy"]["individual"] == individual

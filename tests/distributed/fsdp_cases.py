@@ -122,7 +122,7 @@ def test_shared(policy: set[type[nn.Module]]) -> bool:
     template = seeded(VectorTask)
     ones, others = (head_state(seeded(VectorTask), ["head"]) for _ in range(2))
     both = {"a": ones, "b": {name: -tensor for name, tensor in others.items()}}
-    merged = MultiTaskModule.assemble(template, ["head"], {}, both)
+    merged = MultiTaskModule.assemble(dict.fromkeys(both, template), heads=both)
     loaders = [Vectors(seed).test_dataloader() for seed in range(2)]
     right = quiet_trainer(strategy="ddp", devices=2).test(merged, loaders, verbose=False)
     sharded = FSDPOnCPU(auto_wrap_policy=policy)

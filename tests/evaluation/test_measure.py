@@ -45,7 +45,7 @@ def module() -> MultiTaskModule:
         name: {"head.weight": torch.randn(classes, 5), "head.bias": torch.randn(classes)}
         for name, classes in (("a", 3), ("b", 6))
     }
-    return MultiTaskModule.assemble(task, task.head_names, {}, heads)
+    return MultiTaskModule.assemble(dict.fromkeys(heads, task), heads=heads)
 
 
 def make_sets() -> Sets:

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_drm import DARETIES, DRM, TIES, Average, TaskArithmetic
 from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.checkpoints.planning import Rules, make_plan, memory_bytes
+from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, memory_bytes
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.fusion import pieces as module
 from lightning_drm.fusion.pieces import num_threads, pieces, side_by_side, together
@@ -136,7 +136,7 @@ RECIPES = {
     "ties": Recipe(TIES(0.3)),
     "ties_of_tensors": Recipe(TIES(0.3, "tensor")),
     "dare_ties": Recipe(DARETIES(0.5, seed=3)),
-    "elect": Recipe(DRM(density=0.4), vectors="elect"),
+    "elect": Recipe(DRM(density=0.4), non_matrix="elect"),
 }
 
 
@@ -153,7 +153,7 @@ def test_a_merge_in_pieces_is_one_of_whole_parameters(name, dtype, tmp_path, mon
     found = []
     for size in (128, 1 << 20):
         monkeypatch.setattr(module, "PIECE", size)
-        merge_files(str(tmp_path / "base"), paths, tmp_path / f"out{size}", RECIPES[name], Rules())
+        merge_files(str(tmp_path / "base"), paths, tmp_path / f"out{size}", RECIPES[name], MismatchPolicy())
         found.append(load_file(tmp_path / f"out{size}" / "model.safetensors"))
     assert all(torch.equal(found[0][key], value) for key, value in found[1].items())
     start = load_file(tmp_path / "base" / "model.safetensors")
@@ -166,10 +166,13 @@ def test_memory_is_that_of_pieces_where_all_can_be_mapped(tmp_path):
     models.finetune("llama", base, 1).save_pretrained(tmp_path / "a")
     torch.save(models.finetune("llama", base, 2).state_dict(), tmp_path / "b.ckpt")
     sums = Recipe(TaskArithmetic())
-    mapped = make_plan(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, sums, Rules())
+    mapped = make_plan(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, sums, MismatchPolicy())
     assert mapped.in_pieces == mapped.kinds.keys()
-    assert make_plan(str(tmp_path / "base"), {"b": str(tmp_path / "b.ckpt")}, sums, Rules()).in_pieces == frozenset()
-    matrices = make_plan(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, Recipe(), Rules())
+    assert (
+        make_plan(str(tmp_path / "base"), {"b": str(tmp_path / "b.ckpt")}, sums, MismatchPolicy()).in_pieces
+        == frozenset()
+    )
+    matrices = make_plan(str(tmp_path / "base"), {"a": str(tmp_path / "a")}, Recipe(), MismatchPolicy())
     assert matrices.in_pieces == {name for name, kind in matrices.kinds.items() if kind != "matrix"}
     largest = max(math.prod(shape) for shape in mapped.shapes.values())
     assert memory_bytes(mapped, CPU) == 4 * largest * (1 + 4) * num_threads(CPU)  # smaller than a piece
@@ -193,7 +196,9 @@ def test_transposed_adapters_in_pieces(tmp_path, monkeypatch):
         for name, value in model.merge_and_unload().state_dict().items():
             expected[name] += 0.5 * (value.double() - base.state_dict()[name].double())
     paths = {task: str(tmp_path / task) for task in "ab"}
-    merge_files(str(tmp_path / "base"), paths, tmp_path / "out", Recipe(Average()), Rules(output_format="full"))
+    merge_files(
+        str(tmp_path / "base"), paths, tmp_path / "out", Recipe(Average()), MismatchPolicy(output_format="full")
+    )
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     for name in ("transformer.h.0.attn.c_attn.weight", "transformer.wte.weight"):
         assert not torch.allclose(merged[name], base.state_dict()[name])

@@ -37,6 +37,11 @@ class SmallTask(L.LightningModule):
 CLASSES = {"two": 2, "a.b": 7, "values": 3}  # names that a ModuleDict would refuse
 
 
+def each(task: nn.Module) -> dict[str, nn.Module]:
+    """One module for tasks whose heads have several sizes."""
+    return dict.fromkeys(CLASSES, task)
+
+
 def make_heads(task: nn.Module) -> dict[str, dict[str, Tensor]]:
     torch.manual_seed(2)
     return {
@@ -72,7 +77,7 @@ def independent_logits(backbone: dict[str, Tensor], head: dict[str, Tensor], x: 
 
 def test_logits_are_those_of_the_merged_backbone_and_each_head(task: SmallTask) -> None:
     backbone, heads = make_backbone(task, task.head_names), make_heads(task)
-    merged = MultiTaskModule.assemble(task, task.head_names, backbone, heads)
+    merged = MultiTaskModule.assemble(each(task), backbone, heads)
     assert not any(child.training for child in merged.modules())
     x = torch.randn(6, 4)
     for name, classes in CLASSES.items():
@@ -84,7 +89,7 @@ def test_logits_are_those_of_the_merged_backbone_and_each_head(task: SmallTask) 
 
 def test_one_backbone_in_memory(task: SmallTask) -> None:
     backbone, heads = make_backbone(task, task.head_names), make_heads(task)
-    merged = MultiTaskModule.assemble(task, task.head_names, backbone, heads)
+    merged = MultiTaskModule.assemble(each(task), backbone, heads)
     for name in backbone:
         places = {merged.task_module(t).state_dict()[name].data_ptr() for t in CLASSES}
         assert places == {backbone[name].data_ptr()}, f"{name} is used, not copied"
@@ -98,7 +103,7 @@ def test_one_backbone_in_memory(task: SmallTask) -> None:
 
 def test_heads_are_copies(task: SmallTask) -> None:
     heads = make_heads(task)
-    merged = MultiTaskModule.assemble(task, task.head_names, {}, heads)
+    merged = MultiTaskModule.assemble(each(task), heads=heads)
     for name, tensors in heads.items():
         for key, tensor in head_state(merged.task_module(name), task.head_names).items():
             assert torch.equal(tensor, tensors[key])
@@ -108,7 +113,7 @@ def test_heads_are_copies(task: SmallTask) -> None:
 def test_live_module_stays_as_it_is(task: SmallTask) -> None:
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     tensors = {name: id(parameter) for name, parameter in task.named_parameters()}
-    merged = MultiTaskModule.assemble(task, task.head_names, make_backbone(task, task.head_names), make_heads(task))
+    merged = MultiTaskModule.assemble(each(task), make_backbone(task, task.head_names), make_heads(task))
     merged((torch.randn(6, 4), torch.zeros(6)), "two")
     assert task.training
     assert all(parameter.requires_grad for parameter in task.parameters())
@@ -121,11 +126,11 @@ def test_heads_that_do_not_fit_are_refused(task: SmallTask) -> None:
     heads = make_heads(task)
     del heads["two"]["scale"]
     with pytest.raises(ValueError, match=r"\['head\.bias', 'head\.weight'\], the module's head .*'scale'"):
-        MultiTaskModule.assemble(task, task.head_names, {}, heads)
+        MultiTaskModule.assemble(each(task), heads=heads)
 
 
 def test_unknown_task_is_named(task: SmallTask) -> None:
-    merged = MultiTaskModule.assemble(task, task.head_names, {}, make_heads(task))
+    merged = MultiTaskModule.assemble(each(task), heads=make_heads(task))
     with pytest.raises(KeyError, match=r"No task 'three'; tasks: two, a\.b, values"):
         merged.task_module("three")
 
@@ -133,7 +138,7 @@ def test_unknown_task_is_named(task: SmallTask) -> None:
 def test_a_real_test_routes_batches_and_counts_exactly(task: SmallTask) -> None:
     """Sets of different sizes, uneven last batches and samples to leave out: no metric may see another's batches."""
     backbone, heads = make_backbone(task, task.head_names), make_heads(task)
-    merged = MultiTaskModule.assemble(task, task.head_names, backbone, heads)
+    merged = MultiTaskModule.assemble(each(task), backbone, heads)
     sets, expected = [], {}
     for index, (name, classes) in enumerate(CLASSES.items()):
         torch.manual_seed(index)
@@ -164,7 +169,7 @@ def test_lora_module_becomes_plain_weights(pretrained: Folder, pooling: str) -> 
         name: {"model.classifier.weight": torch.randn(classes, 16), "model.classifier.bias": torch.randn(classes)}
         for name, classes in CLASSES.items()
     }
-    merged = MultiTaskModule.assemble(task, head, backbone, heads)
+    merged = MultiTaskModule.assemble(each(task), backbone, heads)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "base_layer" in name]
     assert [name for name, _ in task.named_parameters() if "lora" in name], "the live module keeps its adapters"
 
@@ -181,9 +186,7 @@ def test_lora_module_becomes_plain_weights(pretrained: Folder, pooling: str) -> 
 @pytest.mark.parametrize("architecture", ["t5", "llama", "deberta"])
 def test_heads_of_other_architectures_take_any_number_of_classes(pretrained: Folder, architecture: str) -> None:
     tasks = {classes: TransformerTask(pretrained(architecture), classes).eval() for classes in (2, 5)}
-    head = tasks[2].head_names
-    heads = {str(classes): dict(head_state(task, head)) for classes, task in tasks.items()}
-    merged = MultiTaskModule.assemble(tasks[2], head, {}, heads)
+    merged = MultiTaskModule.assemble({str(classes): module for classes, module in tasks.items()})
     ids = torch.randint(3, 23, (4, 6))
     ids[:, -1] = 1
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(4)}
@@ -243,7 +246,7 @@ def test_module_around_a_peft_model(pretrained: Folder) -> None:
     for name, delta in vector.deltas.items():
         backbone[name] = backbone[name] + delta.dense()
     other = {"model.classifier.weight": torch.randn(8, 16), "model.classifier.bias": torch.randn(8)}
-    merged = MultiTaskModule.assemble(task, task.head_names, backbone, {"only": vector.head, "other": other})
+    merged = MultiTaskModule.assemble({"only": task, "other": task}, backbone, {"only": vector.head, "other": other})
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "modules_to_save" in name]
     ids = torch.randint(3, 23, (4, 6))
     with torch.no_grad():

@@ -23,7 +23,7 @@ def fit_all(merge: DRMMergeCallback, classes: tuple[int, ...] = (2, 3, 2), **tra
     for index, (name, num_classes) in enumerate(zip(merge.tasks, classes, strict=False)):
         seed_everything(index, verbose=False)
         modules[name] = VectorTask(num_classes)
-        quiet_trainer(callbacks=[merge], **trainer).fit(modules[name], Vectors(index, num_classes))
+        quiet_trainer(callbacks=[merge.for_task(name)], **trainer).fit(modules[name], Vectors(index, num_classes))
     return modules
 
 
@@ -105,12 +105,12 @@ def test_order_of_fits_does_not_matter():
 def test_lora_deltas_are_the_adapters_products():
     merge = DRMMergeCallback(["a", "b"], method=TaskArithmetic(1.0))
     expected = {}
-    for index in range(2):
+    for index, task in enumerate(merge.tasks):
         seed_everything(index, verbose=False)
         module = VectorTask()
         adapters = LoraConfig(r=2, lora_alpha=6, target_modules=["0", "3"], use_rslora=True)
         inject_adapter_in_model(adapters, module.backbone)
-        quiet_trainer(callbacks=[merge]).fit(module, Vectors(index))
+        quiet_trainer(callbacks=[merge.for_task(task)]).fit(module, Vectors(index))
         for layer in ("0", "3"):
             delta = module.backbone.get_submodule(layer).get_delta_weight("default").detach().double()
             expected[layer] = expected.get(layer, 0) + delta
@@ -150,7 +150,7 @@ def test_a_resumed_fit_counts_from_the_base(tmp_path: Path):
 
 def test_another_base_is_refused_with_task_and_parameter():
     merge = DRMMergeCallback(["first", "second"])
-    quiet_trainer(callbacks=[merge]).fit(VectorTask(), Vectors(0))
+    quiet_trainer(callbacks=[merge.for_task("first")]).fit(VectorTask(), Vectors(0))
     with pytest.raises(ValueError, match=r"'second' starts from another base than task 'first'.*backbone\.0\.weight"):
         quiet_trainer(callbacks=[merge]).fit(VectorTask(seed=1), Vectors(1))
     assert merge.missing == ["second"]
@@ -163,9 +163,9 @@ def test_a_fit_that_fails_leaves_its_task_to_be_done_again():
 
     merge = DRMMergeCallback(["first", "second"])
     with pytest.raises(RuntimeError, match="power cut"):
-        quiet_trainer(callbacks=[merge, Fails()]).fit(VectorTask(), Vectors(0))
+        quiet_trainer(callbacks=[merge.for_task("first"), Fails()]).fit(VectorTask(), Vectors(0))
     assert merge.missing == ["first", "second"]
-    quiet_trainer(callbacks=[merge]).fit(VectorTask(), Vectors(0))
+    quiet_trainer(callbacks=[merge.for_task("first")]).fit(VectorTask(), Vectors(0))
     assert merge.missing == ["second"]
 
 
@@ -255,17 +255,64 @@ def test_a_module_without_a_head_is_refused_until_told():
     assert set(merge.task_vectors["a"].head) == {"head.weight", "head.bias"}
 
 
-def test_too_many_fits_and_unknown_names_are_refused():
+def test_unknown_names_are_refused():
     merge = DRMMergeCallback(["a"])
     with pytest.raises(RuntimeError, match="tasks a are missing"):
         _ = merge.merged_module
-    quiet_trainer(callbacks=[merge]).fit(VectorTask(), Vectors(0))
-    with pytest.raises(ValueError, match=r"All tasks \(a\) have arrived"):
-        quiet_trainer(callbacks=[merge]).fit(VectorTask(), Vectors(0))
     stranger = VectorTask()
     stranger.task_name = "z"
     with pytest.raises(ValueError, match="'z', which is not one of the tasks a"):
         quiet_trainer(callbacks=[merge]).fit(stranger, Vectors(0))
+    with pytest.raises(ValueError, match="There is no task 'z'; tasks: a"):
+        merge.for_task("z")
+
+
+def test_a_fit_that_names_no_task_is_refused_while_several_are_missing():
+    merge = DRMMergeCallback(["digit", "odd"])
+    with pytest.raises(ValueError, match=r"Which of the tasks digit, odd .*for_task\('NAME'\)"):
+        quiet_trainer(callbacks=[merge]).fit(VectorTask(), Vectors(0))
+    quiet_trainer(callbacks=[merge.for_task("digit")]).fit(VectorTask(), Vectors(0))
+    quiet_trainer(callbacks=[merge]).fit(VectorTask(), Vectors(1))  # only one is left
+    assert merge.is_merged
+    with pytest.raises(ValueError, match="all of them have arrived"):
+        quiet_trainer(callbacks=[merge]).fit(VectorTask(), Vectors(1))
+
+
+def test_a_fit_that_is_done_twice_replaces_its_own_task():
+    """As where a notebook's cell is run again."""
+    merge = DRMMergeCallback(["digit", "odd"], method=TaskArithmetic(1.0))
+    for seed in (3, 4):
+        seed_everything(seed, verbose=False)
+        module = VectorTask()
+        quiet_trainer(callbacks=[merge.for_task("digit")]).fit(module, Vectors(seed))
+    assert merge.missing == ["odd"]
+    step = module.backbone[0].weight - VectorTask().backbone[0].weight
+    assert torch.equal(merge.task_vectors["digit"].deltas["backbone.0.weight"], step.detach())
+    module = VectorTask()
+    module.task_name = "digit"
+    with pytest.raises(ValueError, match="announced as task 'odd', but the module's task_name is 'digit'"):
+        quiet_trainer(callbacks=[merge.for_task("odd")]).fit(module, Vectors(0))
+
+
+def test_a_second_process_knows_what_the_folder_has(tmp_path: Path):
+    """Each of two callbacks stands for a process of its own, as where a user's own command trains one task."""
+    whole = DRMMergeCallback(["digit", "odd"])
+    modules = fit_all(whole, classes=(2, 3))
+    fit_all(DRMMergeCallback(["digit", "odd"], dirpath=tmp_path), classes=(2,))
+    before = (tmp_path / "tasks/digit/head.safetensors").read_bytes()
+    second = DRMMergeCallback(["digit", "odd"], dirpath=tmp_path)
+    seed_everything(1, verbose=False)
+    with pytest.warns(UserWarning, match=r"modules of digit were not seen here.*copies of odd's stand in"):
+        quiet_trainer(callbacks=[second]).fit(VectorTask(3), Vectors(1, 3))
+    assert (tmp_path / "tasks/digit/head.safetensors").read_bytes() == before
+    for name, module in modules.items():
+        assert torch.equal(second.task_vectors[name].head["head.weight"], module.head.weight)
+        ours, theirs = second.merged_module.task_module(name), whole.merged_module.task_module(name)
+        assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in ours.state_dict().items())
+    with pytest.raises(ValueError, match=rf"task 'digit' \(stored in {tmp_path}\)"):
+        quiet_trainer(callbacks=[DRMMergeCallback(["digit", "odd"], dirpath=tmp_path).for_task("odd")]).fit(
+            VectorTask(seed=1), Vectors(1)
+        )
 
 
 def test_individual_models_are_rebuilt_exactly(tmp_path: Path):

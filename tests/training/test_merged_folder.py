@@ -86,7 +86,7 @@ def merged_transformer(
         for name, parameter in backbone_parameters(task, head).items()
     }
     heads = {"a": head_tensors(task, head, 2), "b": head_tensors(task, head, 5)}
-    return MultiTaskModule.assemble(task, head, backbone, heads), head, heads
+    return MultiTaskModule.assemble(dict.fromkeys(heads, task), backbone, heads), head, heads
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2, target_modules=["query", "value"])], ids=["full", "lora"])
@@ -113,7 +113,7 @@ def test_transformer_folder_loads_everywhere(
     # Into a fresh module, with or without adapters in it, as `test` of a LoRA run does.
     fresh = TransformerTask(pretrained, num_classes=2, pooling=pooling, lora=lora)
     read = read_merged(folder, fresh, head, ["a", "b"])
-    again = MultiTaskModule.assemble(fresh, head, {}, read)
+    again = MultiTaskModule.assemble(dict.fromkeys(read, fresh), heads=read)
     for task in ("a", "b"):
         batch = {**inputs, "labels": torch.zeros(3, dtype=torch.long)}
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """The plan of a merge of files: every parameter matched with the base, and every problem known before any work."""
 
 from lightning_drm.checkpoints.planning.plan import (
+    MismatchPolicy,
     Plan,
-    Rules,
     make_plan,
     memory_bytes,
     plan_costs,
@@ -13,8 +13,8 @@ from lightning_drm.checkpoints.planning.plan import (
 )
 
 __all__ = [
+    "MismatchPolicy",
     "Plan",
-    "Rules",
     "make_plan",
     "memory_bytes",
     "plan_costs",

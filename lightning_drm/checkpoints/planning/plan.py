@@ -9,7 +9,7 @@ import torch
 
 from lightning_drm.checkpoints.architecture import Architecture
 from lightning_drm.checkpoints.architecture.vocabulary import VocabularyPolicy
-from lightning_drm.checkpoints.planning.planned_task import Matcher, MismatchPolicy, PlannedTask
+from lightning_drm.checkpoints.planning.planned_task import Matcher, MissingPolicy, PlannedTask
 from lightning_drm.checkpoints.reading import BaseModel, TensorHeader, open_base, open_input
 from lightning_drm.checkpoints.reading.adapter import AdapterInput
 from lightning_drm.deltas import Kind
@@ -23,7 +23,7 @@ OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class Rules:
+class MismatchPolicy:
     """How a merge from files deals with what does not fit.
 
     Attributes:
@@ -33,10 +33,10 @@ class Rules:
         output_format: A whole model, an adapter (all inputs must be adapters), or whatever is exact and smaller.
         dtype: Precision of the written weights; each parameter's own if ``auto``.
         rank: Largest rank of a merged adapter; as high as is exact if left out.
-        dequantize: Read quantised weights as the floats that they stand for, and write floats.
+        dequantize: Read quantized weights as the floats that they stand for, and write floats.
     """
 
-    policy: MismatchPolicy = "strict"
+    policy: MissingPolicy = "strict"
     vocabulary: VocabularyPolicy = "strict"
     heads: list[str] | None = None
     output_format: OutputFormat = "auto"
@@ -52,7 +52,7 @@ class Plan:
     Attributes:
         base: The base.
         recipe: How to merge.
-        rules: What to do about mismatches.
+        mismatch: What to do about mismatches.
         tasks: The tasks, in the order of their names.
         transposed: Names of weights stored ``(in, out)``.
         kinds: Kind of each merged parameter by name.
@@ -65,7 +65,7 @@ class Plan:
 
     base: BaseModel
     recipe: Recipe
-    rules: Rules
+    mismatch: MismatchPolicy
     tasks: list[PlannedTask] = field(default_factory=list)
     transposed: frozenset[str] = frozenset()
     kinds: dict[str, Kind] = field(default_factory=dict)
@@ -93,14 +93,14 @@ class Plan:
         return [name for name in self.headers if name not in self.kinds]
 
 
-def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, rules: Rules) -> Plan:
+def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, mismatch: MismatchPolicy) -> Plan:
     """Reads all headers and lays the recipe over them.
 
     Args:
         base: Path or hub name of the base.
         models: Path or hub name of each task's finetune.
         recipe: How to merge.
-        rules: What to do about mismatches.
+        mismatch: What to do about mismatches.
 
     Returns:
         The plan, with its problems listed.
@@ -112,7 +112,7 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, rules: Rules
     inputs = {}
     for task, name in sorted(models.items()):
         try:
-            inputs[task] = open_input(name, task, rules.dequantize)
+            inputs[task] = open_input(name, task, mismatch.dequantize)
         except ValueError as error:
             problems.append(f"{task}: {error}")
     is_recipe_sound = True
@@ -122,18 +122,18 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, rules: Rules
         is_recipe_sound = False
         problems.append(str(error))
     try:
-        opened = open_base(base, rules.dequantize)
+        opened = open_base(base, mismatch.dequantize)
     except ValueError as error:
         raise ValueError("\n".join([str(error), *problems])) from error
     architecture = Architecture.of_folder(opened.folder).named_like(set(opened.tensors.headers))
-    matcher = Matcher(opened, architecture, rules.policy, rules.vocabulary, rules.heads)
-    plan = Plan(opened, recipe, rules, [matcher.match(task, found) for task, found in inputs.items()])
+    matcher = Matcher(opened, architecture, mismatch.policy, mismatch.vocabulary, mismatch.heads)
+    plan = Plan(opened, recipe, mismatch, [matcher.match(task, found) for task, found in inputs.items()])
     plan.transposed = architecture.transposed
     plan.problems = problems + [problem for task in plan.tasks for problem in task.problems]
     plan.notes = [note for task in plan.tasks for note in task.notes]
-    if opened.is_dequantised:
+    if opened.is_dequantized:
         plan.notes.append(
-            "The base is quantised; its weights were dequantised, and what quantisation took is not back."
+            "The base is quantized; its weights were dequantized, and what quantization took is not back."
         )
     if not architecture.known:
         plan.notes.append("The base has no config.json that transformers knows: kinds are told from names and shapes.")
@@ -156,15 +156,15 @@ def _name_problems(models: Mapping[str, str]) -> list[str]:
 def _choose_parameters(plan: Plan, architecture: Architecture, matcher: Matcher, is_recipe_sound: bool) -> None:
     headers = plan.base.tensors.headers
     merged = {name for task in plan.tasks for name in task.names}
-    if plan.rules.policy == "intersection":
+    if plan.mismatch.policy == "intersection":
         merged -= {name for task in plan.tasks for name in task.missing}
         for task in plan.tasks:
             task.names = {name: raw for name, raw in task.names.items() if name in merged}
-    if plan.rules.vocabulary == "intersection":
+    if plan.mismatch.vocabulary == "intersection":
         _intersect_rows(plan)
     tasks = [task.name for task in plan.tasks]
     plan.kinds = {name: architecture.kind(name, header.shape) for name, header in headers.items() if name in merged}
-    dtype = None if plan.rules.dtype == "auto" else getattr(torch, plan.rules.dtype)
+    dtype = None if plan.mismatch.dtype == "auto" else getattr(torch, plan.mismatch.dtype)
     plan.headers = {
         name: TensorHeader(header.shape, dtype if dtype and header.dtype.is_floating_point else header.dtype)
         for name, header in headers.items()
@@ -191,15 +191,15 @@ def _intersect_rows(plan: Plan) -> None:
 
 def _choose_output(plan: Plan) -> None:
     reasons = _reasons_against_adapter(plan)
-    wanted = plan.rules.output_format
+    wanted = plan.mismatch.output_format
     if wanted == "adapter" and reasons:
         plan.problems.append(f"The output cannot be an adapter: {'; '.join(reasons)}.")
     plan.output_format = "adapter" if not reasons and wanted != "full" else "full"
-    if plan.output_format == "full" and plan.rules.rank is not None:
+    if plan.output_format == "full" and plan.mismatch.rank is not None:
         plan.problems.append("rank limits a merged adapter, but the output is a whole model.")
-    if plan.rules.rank is not None and plan.rules.rank < 1:
-        plan.problems.append(f"rank must be at least 1, got {plan.rules.rank}.")
-    if plan.output_format == "adapter" and plan.rules.dtype != "auto":
+    if plan.mismatch.rank is not None and plan.mismatch.rank < 1:
+        plan.problems.append(f"rank must be at least 1, got {plan.mismatch.rank}.")
+    if plan.output_format == "adapter" and plan.mismatch.dtype != "auto":
         plan.problems.append("An adapter is written in float32, which is exact; leave out dtype.")
 
 

@@ -15,7 +15,7 @@ from lightning_drm.checkpoints.architecture.vocabulary import VocabularyPolicy, 
 from lightning_drm.checkpoints.reading import BaseModel, Entry, TaskInput, quick_fingerprint
 from lightning_drm.deltas import hash_tensor
 
-MismatchPolicy = Literal["strict", "intersection", "base_fill"]
+MissingPolicy = Literal["strict", "intersection", "base_fill"]
 """Refuse; merge only what all tasks have; a parameter that a task lacks counts as unchanged by it."""
 
 _HASHED_AT_ONCE = 64 << 20  # bytes of the base that are compared with stored hashes before anything is merged
@@ -65,7 +65,7 @@ class Matcher:
         self,
         base: BaseModel,
         architecture: Architecture,
-        policy: MismatchPolicy,
+        policy: MissingPolicy,
         vocabulary: VocabularyPolicy,
         heads: Sequence[str] | None,
     ) -> None:
@@ -169,7 +169,7 @@ class Matcher:
             planned.problems.append(f"{planned.name}: {name} has shape {shape}, the base's has {header.shape}.")
             return False
         if entry.dtype.itemsize < 2:
-            planned.problems.append(f"{planned.name}: {name} is in {entry.dtype}, which is a quantised type.")
+            planned.problems.append(f"{planned.name}: {name} is in {entry.dtype}, which is a quantized type.")
             return False
         return True
 

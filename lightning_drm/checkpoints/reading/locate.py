@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lightning_drm.checkpoints.reading.adapter import CONFIG_FILE, AdapterInput
 from lightning_drm.checkpoints.reading.lora_checkpoint import LoraCheckpoint
-from lightning_drm.checkpoints.reading.quantized import Dequantised, dequantised, quantised_names
+from lightning_drm.checkpoints.reading.quantized import Dequantized, dequantized, quantized_names
 from lightning_drm.checkpoints.reading.source import StoredInput, TaskInput, WeightsInput
 from lightning_drm.checkpoints.reading.tensors import (
     PickleFiles,
@@ -40,9 +40,9 @@ class BaseModel:
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def is_dequantised(self) -> bool:
-        """Whether its files are quantised, and its tensors are not."""
-        return isinstance(self.tensors, Dequantised)
+    def is_dequantized(self) -> bool:
+        """Whether its files are quantized, and its tensors are not."""
+        return isinstance(self.tensors, Dequantized)
 
 
 def open_base(name: str, dequantize: bool = False) -> BaseModel:
@@ -50,7 +50,7 @@ def open_base(name: str, dequantize: bool = False) -> BaseModel:
 
     Args:
         name: A folder, a file, ``package:…`` or a hub name.
-        dequantize: Read quantised weights as floats; they are refused otherwise.
+        dequantize: Read quantized weights as floats; they are refused otherwise.
 
     Raises:
         ValueError: If there is no such thing, or it is not a model's whole weights.
@@ -74,7 +74,7 @@ def open_input(name: str, task: str, dequantize: bool = False) -> TaskInput:
     Args:
         name: A folder, a file or a hub name.
         task: The task's name, which also names it in a run folder of several tasks.
-        dequantize: Read quantised weights as floats; they are refused otherwise.
+        dequantize: Read quantized weights as floats; they are refused otherwise.
 
     Raises:
         ValueError: If there is no such thing, or it has no exact delta.
@@ -146,21 +146,21 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _floats(path: Path, tensors: Tensors, what: str, dequantize: bool) -> Tensors:
-    """The tensors, dequantised if they have to be and may be."""
+    """The tensors, dequantized if they have to be and may be."""
     config = _config(path)
-    names = quantised_names(tensors.headers)
+    names = quantized_names(tensors.headers)
     if not config.get("quantization_config") and not names:
         return tensors
     if not dequantize:
         method = config.get("quantization_config", {}).get("quant_method") or f"found {names[0]}"
         raise ValueError(
-            f"{what} is quantised ({method}), so sums of its weights and deltas are not its weights; "
-            "merge the unquantised weights and quantise the result, or say --dequantize true."
+            f"{what} is quantized ({method}), so sums of its weights and deltas are not its weights; "
+            "merge the unquantized weights and quantize the result, or say --dequantize true."
         )
     try:
-        return dequantised(tensors, path, config)
+        return dequantized(tensors, path, config)
     except ValueError as error:
-        raise ValueError(f"{what} is quantised, and {error}.") from error
+        raise ValueError(f"{what} is quantized, and {error}.") from error
 
 
 def _first(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""Quantised weights, read as the numbers that they stand for, one weight at a time.
+"""Quantized weights, read as the numbers that they stand for, one weight at a time.
 
-A quantised layer stores codes and scales in place of its weight. Sums of codes mean nothing, so a merge refuses such
-files, or, when asked, turns each weight back into floats as it is read. What quantisation took is not given back: a
+A quantized layer stores codes and scales in place of its weight. Sums of codes mean nothing, so a merge refuses such
+files, or, when asked, turns each weight back into floats as it is read. What quantization took is not given back: a
 finetune's delta then holds the difference of two roundings too.
 
 Three formats can be undone exactly as their own libraries do it, on any machine: fp8 with a scale for each block or
@@ -31,7 +31,7 @@ _DEFAULT_DTYPE = torch.bfloat16  # of a model whose configuration does not name 
 
 @dataclass(frozen=True)
 class Packed:
-    """One quantised weight.
+    """One quantized weight.
 
     Attributes:
         shape: Its shape as floats.
@@ -42,8 +42,8 @@ class Packed:
     parts: tuple[str, ...]
 
 
-class Quantisation(ABC):
-    """One format of quantised weights.
+class Quantization(ABC):
+    """One format of quantized weights.
 
     Args:
         stored: The tensors as they are in the files.
@@ -59,19 +59,19 @@ class Quantisation(ABC):
 
     def __init__(self, stored: Tensors, folder: Path, settings: Mapping[str, Any]) -> None:
         if self.library and find_spec(self.library) is None:
-            raise ValueError(f"dequantising it needs {self.library}: pip install 'lightning_drm[quantised]'")
+            raise ValueError(f"dequantizing it needs {self.library}: pip install 'lightning_drm[quantized]'")
         self.stored, self.folder, self.settings = stored, folder, settings
 
     @abstractmethod
     def packed(self) -> dict[str, Packed]:
-        """Every quantised weight by its name."""
+        """Every quantized weight by its name."""
 
     @abstractmethod
     def unpack(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
         """A weight's values in float32, from its stored parts by name."""
 
 
-class Fp8(Quantisation):
+class Fp8(Quantization):
     """``quant_method: fp8``: a weight in float8, times a scale for each block of it or one for all."""
 
     @override
@@ -109,7 +109,7 @@ class Fp8(Quantisation):
         return weight
 
 
-class BitsAndBytes(Quantisation):
+class BitsAndBytes(Quantization):
     """``quant_method: bitsandbytes``: NF4 or FP4 with blockwise scales, or int8 with one scale for each row."""
 
     library = "bitsandbytes"
@@ -152,7 +152,7 @@ class BitsAndBytes(Quantisation):
         return blocks
 
 
-class CompressedTensors(Quantisation):
+class CompressedTensors(Quantization):
     """``quant_method: compressed-tensors``, in every layout that its library decompresses."""
 
     library = "compressed_tensors"
@@ -169,7 +169,7 @@ class CompressedTensors(Quantisation):
         found = {}
         for name, header in headers.items():
             others = self._converter.get_dependencies(name)
-            if others.isdisjoint(headers):  # not quantised; Dequantised refuses codes that are left over
+            if others.isdisjoint(headers):  # not quantized; Dequantized refuses codes that are left over
                 continue
             module = name.rpartition(".")[0]
             missing = sorted(others - headers.keys())
@@ -187,7 +187,7 @@ class CompressedTensors(Quantisation):
         return whole
 
 
-FORMATS: dict[str, type[Quantisation]] = {
+FORMATS: dict[str, type[Quantization]] = {
     "fp8": Fp8,
     "bitsandbytes": BitsAndBytes,
     "compressed-tensors": CompressedTensors,
@@ -195,42 +195,42 @@ FORMATS: dict[str, type[Quantisation]] = {
 """The formats that can be undone, by their ``quant_method``."""
 
 
-class Dequantised(Tensors):
-    """A quantised model's tensors, every weight under its own name and in floats.
+class Dequantized(Tensors):
+    """A quantized model's tensors, every weight under its own name and in floats.
 
     Args:
         stored: The tensors as they are in the files.
-        quantisation: Their format.
+        quantization: Their format.
         dtype: The precision that the weights stand for; they are read in float32.
     """
 
-    def __init__(self, stored: Tensors, quantisation: Quantisation, dtype: torch.dtype) -> None:
+    def __init__(self, stored: Tensors, quantization: Quantization, dtype: torch.dtype) -> None:
         super().__init__(stored.files)
-        self._stored, self._quantisation = stored, quantisation
-        self._packed = quantisation.packed()
+        self._stored, self._quantization = stored, quantization
+        self._packed = quantization.packed()
         hidden = {part for packed in self._packed.values() for part in packed.parts}
         left = [name for name in stored.headers if name not in hidden]
         self.headers = {name: stored.headers[name] for name in left}
         self.headers |= {name: TensorHeader(packed.shape, dtype) for name, packed in self._packed.items()}
         codes = [name for name in left if stored.headers[name].dtype.itemsize == 1 and name.endswith("weight")]
-        if unclear := [*quantised_names(left), *codes]:
-            raise ValueError(f"{', '.join(unclear[:3])} does not belong to any weight that can be dequantised")
+        if unclear := [*quantized_names(left), *codes]:
+            raise ValueError(f"{', '.join(unclear[:3])} does not belong to any weight that can be dequantized")
 
     @override
     def read(self, name: str) -> Tensor:
         packed = self._packed.get(name)
         if packed is None:
             return self._stored.read(name)
-        return self._quantisation.unpack(name, {part: self._stored.read(part) for part in packed.parts})
+        return self._quantization.unpack(name, {part: self._stored.read(part) for part in packed.parts})
 
 
-def quantised_names(names: Iterable[str]) -> list[str]:
-    """Those names that only quantised models have."""
+def quantized_names(names: Iterable[str]) -> list[str]:
+    """Those names that only quantized models have."""
     return [name for name in names if name.endswith(_SUFFIXES)]
 
 
-def dequantised(stored: Tensors, folder: Path, config: Mapping[str, Any]) -> Dequantised:
-    """The tensors of a quantised model's folder as floats.
+def dequantized(stored: Tensors, folder: Path, config: Mapping[str, Any]) -> Dequantized:
+    """The tensors of a quantized model's folder as floats.
 
     Args:
         stored: The tensors as they are in the files.
@@ -242,10 +242,10 @@ def dequantised(stored: Tensors, folder: Path, config: Mapping[str, Any]) -> Deq
     """
     settings = config.get("quantization_config")
     if not settings:
-        raise ValueError("it has no quantization_config in its config.json that would say how to dequantise it")
+        raise ValueError("it has no quantization_config in its config.json that would say how to dequantize it")
     method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown")
     if method not in FORMATS:
-        raise ValueError(f"{method} cannot be dequantised here, only {', '.join(FORMATS)} can")
+        raise ValueError(f"{method} cannot be dequantized here, only {', '.join(FORMATS)} can")
     named = config.get("dtype") or config.get("torch_dtype")
     dtype = getattr(torch, named) if named else _DEFAULT_DTYPE
-    return Dequantised(stored, FORMATS[method](stored, folder, settings), dtype)
+    return Dequantized(stored, FORMATS[method](stored, folder, settings), dtype)

@@ -42,7 +42,7 @@ def write_adapter(folder: Path, plan: Plan, fusion: Fusion, share: Sequence[str]
     """
     own: dict[str, LowRank] = {}
     errors: dict[str, float] = {}
-    for name, factors, error in fusion.merge_low_rank(share, plan.rules.rank):
+    for name, factors, error in fusion.merge_low_rank(share, plan.mismatch.rank):
         own[name] = factors
         if error:
             errors[name] = error

@@ -60,7 +60,7 @@ def write_model(
     if ranks.is_first:
         writer.finish()
         if plan.base.folder is not None:
-            copy_companions(plan.base.folder, folder, plan.rules.dtype, dequantised=plan.base.is_dequantised)
+            copy_companions(plan.base.folder, folder, plan.mismatch.dtype, dequantized=plan.base.is_dequantized)
         _require_headers(plan, folder)
     return kept, rounding
 

@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights: configuration, tokenizer, processor, licence."""
+"""What belongs to a model beside its weights: configuration, tokenizer, processor, license."""
 
 import json
 import shutil
@@ -17,14 +17,14 @@ _LEFT = (
 )
 
 
-def copy_companions(base: Path, output: Path, dtype: str, *, dequantised: bool = False) -> list[str]:
+def copy_companions(base: Path, output: Path, dtype: str, *, dequantized: bool = False) -> list[str]:
     """Copies the base's small files, everything that ``from_pretrained`` may ask for.
 
     Args:
         base: The base's folder.
         output: The new folder.
         dtype: The precision that the weights were written in; ``auto`` if it is the base's.
-        dequantised: Whether the base is quantised, and what was written is not.
+        dequantized: Whether the base is quantized, and what was written is not.
 
     Returns:
         The files' names.
@@ -34,25 +34,25 @@ def copy_companions(base: Path, output: Path, dtype: str, *, dequantised: bool =
     for file in sorted(files):
         shutil.copyfile(file, output / file.name)
     config = output / "config.json"
-    if config.is_file() and (dtype != "auto" or dequantised):
+    if config.is_file() and (dtype != "auto" or dequantized):
         content = json.loads(config.read_text(encoding="utf-8"))
         if dtype != "auto":
             content.pop("torch_dtype", None)
             content["dtype"] = str(getattr(torch, dtype)).removeprefix("torch.")
-        if dequantised:
+        if dequantized:
             content.pop("quantization_config", None)
         config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return sorted(file.name for file in files)
 
 
-def licence_of(base: Path | None) -> str | None:
-    """The licence that the base's model card names."""
+def license_of(base: Path | None) -> str | None:
+    """The license that the base's model card names."""
     if base is None or not (base / "README.md").is_file():
         return None
     from huggingface_hub import ModelCard
 
     try:
-        licence = ModelCard.load(base / "README.md").data.get("license")
+        license = ModelCard.load(base / "README.md").data.get("license")
     except (ValueError, OSError):  # no metadata, or not YAML
         return None
-    return str(licence) if licence else None
+    return str(license) if license else None

@@ -1,0 +1,90 @@
+"""Collecting one task in one Lightning fit: when the base is noted, and when its deltas are taken.
+
+| hook | one device, ddp | FSDP1 | FSDP2 |
+|---|---|---|---|
+| `setup` | note the base | keep the module, note the base | keep the module |
+| `on_fit_start` | | refuse what FSDP1 leaves to each process alone | note the base, now that it is sharded |
+| `on_train_end` | collect | collect, while every rank has all weights | collect |
+
+The base is not noted later than that, as a resumed fit has trained weights from then on. Deltas are not taken later
+than `on_train_end`: Lightning tears its strategy down before `on_fit_end`. The module itself is never changed, since
+checkpoints are written after it.
+"""
+
+from collections.abc import Mapping
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_drm.deltas import backbone_parameters
+from lightning_drm.deltas.wrappers import refuse_apart, refuse_flat
+from lightning_drm.modules import data_parallel, head_names_of
+from lightning_drm.training.session import MergeSession
+from lightning_drm.training.strategies import refuse_rounded_buffers, refuse_strategy, whole_weights
+
+
+def join_processes(session: MergeSession, trainer: Trainer) -> None:
+    """Lets the processes of a Trainer collect and merge together.
+
+    Raises:
+        ValueError: If no deltas can be collected under its strategy.
+    """
+    refuse_strategy(trainer.strategy)
+    session.join(trainer.world_size)
+
+
+class CollectTask(Callback):
+    """Hands one task's base and deltas to a session, at the right moments of a fit.
+
+    Args:
+        session: Where they go.
+        task: The task that the fit belongs to.
+        settings: Hyper-parameters of the finetune, to be stored with its deltas.
+    """
+
+    def __init__(self, session: MergeSession, task: str, settings: Mapping[str, object] | None = None) -> None:
+        self.session = session
+        self.task = task
+        self.settings = settings
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        join_processes(self.session, trainer)
+        refuse_flat(pl_module)
+        if isinstance(strategy, ModelParallelStrategy):
+            data_parallel(strategy.device_mesh)  # refuses tensor parallelism
+        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+            if not any(True for _ in pl_module.parameters()):
+                raise ValueError(
+                    f"{type(pl_module).__name__} has no weights yet: under {type(strategy).__name__}, load them before "
+                    "the fit, and let configure_model shard them."
+                )
+            self.session.keep_module(pl_module, self.task)
+        if isinstance(strategy, FSDPStrategy):
+            head = head_names_of(pl_module, self.session.head)
+            refuse_rounded_buffers(strategy, backbone_parameters(pl_module, head))
+        if not isinstance(strategy, ModelParallelStrategy):
+            self.session.note_base(pl_module, self.task)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self.session.note_base(pl_module, self.task)
+        elif isinstance(trainer.strategy, FSDPStrategy):
+            refuse_apart(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with whole_weights(trainer.strategy):
+            self.collect(pl_module)
+
+    def collect(self, module: LightningModule) -> None:
+        """Collects the task, where the strategy gives every rank the weights that it needs."""
+        self.session.collect(module, self.task, settings=self.settings)
+        num_tasks = len(self.session.tasks)
+        rank_zero_info(f"Collected task {self.task!r} ({num_tasks - len(self.session.missing)} of {num_tasks}).")

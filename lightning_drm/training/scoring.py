@@ -1,0 +1,132 @@
+"""Measuring what a run makes: the base, each task's finetune, and the merged model, on the tasks' test sets.
+
+Every measurement has a Trainer of its own, so that no other Trainer's state is touched.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from safetensors.torch import load_file
+
+from lightning_drm.data import MultiTaskDataModule
+from lightning_drm.deltas import backbone_parameters, head_state
+from lightning_drm.evaluation import linear_probe, measure
+from lightning_drm.modules import MultiTaskModule, data_parallel, head_names_of, without_weights
+from lightning_drm.storage import write_tensors
+from lightning_drm.training.merged_folder import read_merged
+from lightning_drm.training.run_folder import RunFolder
+from lightning_drm.training.session import MergeSession
+from lightning_drm.training.task_modules import TaskModules
+
+
+class Scoring:
+    """Accuracies of the models of one run.
+
+    Args:
+        session: What was collected.
+        folder: Where heads are stored.
+        modules: Makes the tasks' modules.
+        data: The tasks' data.
+        arguments: Arguments of the Trainer that trains; those about hardware hold for measuring too.
+        strategy: Its strategy, as it is now.
+        progress_bar: Makes the callbacks that show progress under a label.
+    """
+
+    def __init__(
+        self,
+        session: MergeSession,
+        folder: RunFolder,
+        modules: TaskModules,
+        data: MultiTaskDataModule,
+        arguments: Mapping[str, Any],
+        strategy: Strategy,
+        progress_bar: Callable[[str], list[Callback]],
+    ) -> None:
+        self._session = session
+        self._folder = folder
+        self._modules = modules
+        self._data = data
+        self._arguments = arguments
+        self._strategy = strategy
+        self._progress_bar = progress_bar
+
+    def finetuned(self, task: str, trained: LightningModule | None = None) -> float:
+        """Accuracy of a task's own finetune.
+
+        Args:
+            task: The task's name.
+            trained: Its module just after training; rebuilt from the stored deltas if left out, and where FSDP1 has
+                taken the module over for good.
+        """
+        if trained is None or isinstance(self._strategy, FSDPStrategy):
+            module = self._session.finetuned(self._modules.fresh(task), task)
+        else:
+            module = MultiTaskModule({task: trained})
+        return self._measure(module, self._data.tasks[task], f"{task} · test")[task]
+
+    def base(self, task: str, max_batches: int) -> float | None:
+        """Accuracy of the untouched backbone with a linear head trained on it, which is stored.
+
+        Args:
+            task: The task's name.
+            max_batches: Training batches that the head may see.
+
+        Returns:
+            The accuracy; ``None`` without batches, or where the head is not one linear layer.
+        """
+        if max_batches <= 0:
+            return None
+        module = self._modules.fresh(task)
+        head = head_names_of(module, self._session.head)
+        base = MultiTaskModule.assemble({task: module}, head=head)
+        if isinstance(self._strategy, ModelParallelStrategy):
+            base.shard(data_parallel(self._strategy.device_mesh))
+        base.to(self._strategy.root_device)
+        data = self._data.tasks[task]
+        state = linear_probe(base.task_module(task), head, data.train_dataloader(), max_batches)
+        if state is None:
+            return None
+        if self._session.ranks.is_first:
+            write_tensors(self._folder.base_head(task), state)
+        for name, tensor in head_state(base.task_module(task), head).items():
+            tensor.data.copy_(state[name])
+        return self._measure(base, data, f"{task} · base")[task]
+
+    def stored_base(self, task: str) -> float | None:
+        """Accuracy of the untouched backbone with the head that `base` stored; ``None`` if there is none."""
+        if not self._folder.base_head(task).is_file():
+            return None
+        heads = {task: load_file(self._folder.base_head(task))}
+        untouched = MultiTaskModule.assemble({task: self._modules.fresh(task)}, heads=heads, head=self._session.head)
+        return self._measure(untouched, self._data.tasks[task], f"{task} · base")[task]
+
+    def merged(self, module: MultiTaskModule) -> dict[str, float]:
+        """Accuracy by task of a merged model.
+
+        Args:
+            module: The model.
+        """
+        return self._measure(module, self._data, "merged · test")
+
+    def stored_merged(self) -> dict[str, float]:
+        """Accuracy by task of the merged model that the run folder has.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        tasks = self._session.tasks
+        module = self._modules.fresh(tasks[0])
+        head = head_names_of(module, self._session.head)
+        heads = read_merged(self._folder.merged, module, head, tasks)
+        backbone = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
+        own = {task: without_weights(self._modules.fresh(task)) for task in tasks}
+        return self.merged(MultiTaskModule.assemble(own, backbone, heads, head=self._session.head))
+
+    def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, float]:
+        # FSDP1 would take the module over for good, and the merged one is the user's.
+        sharded = isinstance(self._strategy, FSDPStrategy)
+        strategy = "ddp" if sharded else copy.deepcopy(self._arguments["strategy"])
+        return measure(module, data, {**self._arguments, "strategy": strategy}, self._progress_bar(label))

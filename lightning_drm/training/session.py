@@ -1,0 +1,421 @@
+"""What a run has collected so far, and how it becomes a merged model.
+
+    note_base → training, by whatever loop → collect → … the next task … → fuse
+
+The session holds the task vectors that have arrived, the base that they share, the ranks that keep them, and of every
+task's module what the merged model needs beside its weights. It needs no Trainer: a loop written by hand, Lightning
+Fabric, `DRMMergeCallback` and `MergeTrainer` all talk to it in the same way.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import is_wrapped
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_drm.deltas import Base, TaskVector, backbone_parameters, fingerprint
+from lightning_drm.deltas.sharded import shard_like
+from lightning_drm.deltas.wrappers import is_flat, refuse_flat
+from lightning_drm.distributed.ranks import ALONE, Ranks
+from lightning_drm.distributed.watch import watched
+from lightning_drm.fusion import Fusion, Override, Recipe, model_card
+from lightning_drm.merging import DRM, LowRank, Method
+from lightning_drm.modules import (
+    MultiTaskModule,
+    head_names_of,
+    is_sharded,
+    with_buffers_of,
+    without_weights,
+)
+from lightning_drm.names import check_task_name
+from lightning_drm.training.delta_cache import DeltaCache, Store
+from lightning_drm.training.exchange import Owners, merge_together
+from lightning_drm.training.merged_folder import write_merged
+from lightning_drm.training.progress import merging_bar
+from lightning_drm.training.run_folder import RunFolder
+
+
+class MergeSession:
+    """Collects what each task's training added to a shared base, and fuses it into one model.
+
+    Where several processes train together (``torch.distributed``), all of them make the same calls in the same order.
+    They also merge together: each keeps and merges its share of the parameters.
+
+    Args:
+        tasks: The tasks' names, in the order of the test dataloaders.
+        method: How deltas are merged.
+        dirpath: Run folder, where deltas, heads and the merged model are written. Nothing is written without it.
+        head: Names of the submodules or parameters that are a task's head; the module's own ``head_names`` if left out.
+        coefficients: Coefficient by task; 1.0 for a task that is not named.
+        convolutions: ``"matrix"`` merges convolution weights as ``(out, in·k·k)`` matrices, ``"average"`` does not.
+        non_matrix: What a matrix method does to all other parameters: the weighted ``"average"`` of all tasks, or of
+            those that ``"elect"`` the same sign.
+        overrides: Exceptions by name; the first that matches a parameter counts.
+        store: Where deltas wait for the other tasks: on the ``device``, in host memory (``cpu``), or on ``disk``.
+            ``auto`` takes the disk if there is a run folder, else the device while it has room, else host memory.
+
+    Raises:
+        ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks, or
+            ``store="disk"`` has no ``dirpath``.
+
+    Example:
+        >>> import copy
+        >>> from lightning_drm import TaskArithmetic
+        >>> base = nn.Linear(2, 2, bias=False)
+        >>> session = MergeSession(["up", "down"], method=TaskArithmetic(scale=0.5), head=[])
+        >>> for task, step in {"up": 1.0, "down": -3.0}.items():
+        ...     model = copy.deepcopy(base)
+        ...     session.note_base(model)
+        ...     _ = model.weight.data.add_(step)  # stands for training
+        ...     session.collect(model, task)
+        >>> merged = session.fuse().task_module("up")
+        >>> torch.allclose(merged.weight, base.weight - 1)
+        True
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        method: Method = DRM(),
+        dirpath: str | os.PathLike[str] | None = None,
+        *,
+        head: Sequence[str] | None = None,
+        coefficients: Mapping[str, float] | None = None,
+        convolutions: Literal["average", "matrix"] = "average",
+        non_matrix: Literal["average", "elect"] = "average",
+        overrides: Sequence[Override] = (),
+        store: Store = "auto",
+    ) -> None:
+        self.tasks = list(tasks)
+        for task in self.tasks:
+            check_task_name(task)
+        self.recipe = Recipe(method, dict(coefficients or {}), convolutions, non_matrix, tuple(overrides))
+        self.run_folder = RunFolder(dirpath) if dirpath is not None else None
+        self.store = store
+        self.head = head
+        problems = []
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            problems.append(f"tasks must be different names, at least one, got {self.tasks}")
+        if store not in ("auto", "device", "cpu", "disk"):
+            problems.append(f"store must be auto, device, cpu or disk, got {store!r}")
+        if store == "disk" and dirpath is None:
+            problems.append("store='disk' needs a dirpath to write to")
+        if problems:
+            raise ValueError(f"{'; '.join(problems)}.")
+        self.recipe.check(self.tasks)
+        self._base = Base()
+        self._vectors: dict[str, TaskVector] = {}
+        self._modules: dict[str, nn.Module] = {}  # every task's own, without its weights
+        self._ranks: Ranks | None = None
+        self._owners = Owners(self.recipe, self.tasks)
+        self._device = torch.device("cpu")  # of the module that was collected last
+        self._merged: MultiTaskModule | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """The tasks that have not arrived yet."""
+        return [task for task in self.tasks if task not in self._vectors]
+
+    @property
+    def task_vectors(self) -> dict[str, TaskVector]:
+        """The task vectors that have arrived, in the order of ``tasks``.
+
+        With several ranks, deltas that another rank keeps are meta tensors here.
+        """
+        return {task: self._vectors[task] for task in self.tasks if task in self._vectors}
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the merged model is there."""
+        return self._merged is not None
+
+    @property
+    def merged(self) -> MultiTaskModule:
+        """What `fuse` returned last.
+
+        Raises:
+            RuntimeError: If nothing was fused yet, naming the tasks that are missing.
+        """
+        if self._merged is None:
+            reason = f"tasks {', '.join(self.missing)} are missing" if self.missing else "call fuse() first"
+            raise RuntimeError(f"Nothing is merged yet: {reason}.")
+        return self._merged
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that collect and merge together; all of the default process group unless `join` said else."""
+        if self._ranks is None:
+            self.join(dist.get_world_size() if dist.is_initialized() else 1)
+        assert self._ranks is not None
+        return self._ranks
+
+    def join(self, world_size: int) -> Ranks:
+        """Lets all ranks of the default process group collect and merge together from now on.
+
+        Args:
+            world_size: How many processes take part; 1 leaves this one alone.
+
+        Returns:
+            The ranks.
+        """
+        if self._ranks is None or self._ranks.size != world_size:
+            self._ranks = Ranks.of_process_group() if world_size > 1 else ALONE
+            self._owners = Owners(self.recipe, self.tasks)
+        return self._ranks
+
+    def keep_module(self, module: nn.Module, task: str) -> None:
+        """Notes of a task's module what the merged model needs beside its weights; `collect` does so by itself.
+
+        Needed before a module is sharded, after which PyTorch refuses to copy it, and for a task that is restored.
+
+        Args:
+            module: The task's own module, not sharded; it stays as it is.
+            task: The task's name.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        self._require_task(task)
+        self._modules[task] = without_weights(module)
+
+    def knows_module(self, task: str) -> bool:
+        """Whether `keep_module` or `collect` has seen a task's own module."""
+        return task in self._modules
+
+    def note_base(self, module: nn.Module, task: str | None = None) -> None:
+        """Notes the weights that every task starts from, and refuses now what could not be merged after training.
+
+        Args:
+            module: A task's module before its first training step, with its adapters in place, on any device. Call it
+                again for each task: the base must be the same.
+            task: The task's name, for messages.
+
+        Raises:
+            ValueError: If the base differs from an earlier task's, if the ranks differ, or if the module or the recipe
+                does not fit; names what.
+        """
+        module = _unwrapped(module)
+        head = head_names_of(module, self.head)
+        self._base.remember(module, head, task or type(module).__name__, self.ranks)
+        trained = self._base.trained(module, head)
+        shapes = {name: tuple(parameter.tensor.shape) for name, parameter in trained.items()}
+        if problems := self.recipe.misfits({name: parameter.kind for name, parameter in trained.items()}, shapes):
+            raise ValueError("\n".join(problems))
+        self._owners.share_out(trained, self.ranks.size)
+
+    def collect(self, module: nn.Module, task: str, *, settings: Mapping[str, object] | None = None) -> None:
+        """Takes what training added to the base; stores it if there is a run folder. The module stays as it is.
+
+        A task that is collected again replaces what was collected before.
+
+        Args:
+            module: The task's module after training, however it was trained.
+            task: The task's name.
+            settings: Hyper-parameters of the finetune, to be stored with it.
+
+        Raises:
+            ValueError: If there is no such task, a delta is not finite, or frozen parameters have changed.
+            RuntimeError: If `note_base` was not called before training.
+        """
+        module = _unwrapped(module)
+        self._require_task(task)
+        if not self._base.hashes:
+            raise RuntimeError(f"Task {task!r} cannot be collected: call note_base(module) before it is trained.")
+        if not (is_sharded(module) or is_flat(module)):
+            self.keep_module(module, task)
+        elif task in self._modules:
+            with_buffers_of(module, self._modules[task])
+        else:
+            raise RuntimeError(
+                f"Task {task!r} is sharded: call keep_module(module, task) before its module is sharded."
+            )
+        head, cache = head_names_of(module, self.head), self._cache
+        vector = self._base.task_vector(module, head, task, settings, ranks=self.ranks, keep=cache.place)
+        self._vectors[task] = cache.take_in(vector)
+        self._merged = None
+        self._device = next(module.parameters()).device
+
+    def restore(self, tasks: Sequence[str] | None = None) -> list[str]:
+        """Takes up task vectors that the run folder already has.
+
+        Args:
+            tasks: Which ones; whatever the folder has of those that are missing if left out.
+
+        Returns:
+            The names of the tasks that were taken up.
+
+        Raises:
+            FileNotFoundError: If one of the named tasks was never finetuned.
+            ValueError: If there is no run folder, or a base differs.
+        """
+        if self.run_folder is None:
+            raise ValueError("There is no dirpath, so there is nothing to restore from.")
+        if tasks is None:
+            found = [task for task in self.missing if self.run_folder.has_task_vector(task)]
+            tasks = self.ranks.gather(found)[0]  # other ranks may see new files late
+        for task in tasks:
+            vector = self.run_folder.load_task_vector(task)
+            self._base.require(vector.base_hashes, task, where=str(self.run_folder.path))
+            self._vectors[task] = vector
+            self._merged = None
+        return list(tasks)
+
+    def fuse(
+        self,
+        method: Method | None = None,
+        *,
+        recipe: Recipe | None = None,
+        module: nn.Module | None = None,
+        device: torch.device | str | None = None,
+    ) -> MultiTaskModule:
+        """Merges all task vectors, and writes the merged model if there is a run folder.
+
+        Nothing is used up: another method can fuse again, without training.
+
+        Args:
+            method: The merging method; the session's if left out.
+            recipe: All that decides the merge, in place of the session's method, coefficients and exceptions.
+            module: Any module of this base, trained or not. It is needed where nothing was collected here, and stands
+                in for the modules of tasks that were only restored; else the one that was collected last does.
+            device: Where to compute; where the last task was collected, or else the given module's, if left out.
+
+        Returns:
+            The merged model, on the device of the given or the last collected module, or sharded as that module is.
+
+        Raises:
+            RuntimeError: If tasks are missing.
+            ValueError: If what is to be merged does not fit together, or another rank was killed, naming it.
+        """
+        if self.missing:
+            raise RuntimeError(f"Cannot merge: tasks {', '.join(self.missing)} have not arrived.")
+        if method is not None and recipe is not None:
+            raise ValueError("fuse takes a method or a recipe, which has a method of its own, got both.")
+        recipe = recipe or (self.recipe if method is None else replace(self.recipe, method=method))
+        recipe.check(self.tasks)
+        if module is not None:
+            refuse_flat(module)
+        modules = self._modules_of_tasks(module)
+        home = next(module.parameters()).device if module is not None else self._device
+        writes = self.run_folder is not None and self.ranks.is_first
+        merged: dict[str, Tensor] = {}
+        written: dict[str, Tensor] = {}
+        with watched(self.ranks, _advice(self.run_folder)), merging_bar(recipe, self.ranks) as progress:
+            base = self._base.tensors(module, head_names_of(module, self.head) if module is not None else ())
+            fusion = self._fusion(recipe, modules[self.tasks[0]], torch.device(device or home))
+            for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
+                # Copied where it is the base's: training may go on, and must not change the merged model by it.
+                own = weight.to(home, copy=name not in fusion.kinds)
+                merged[name] = shard_like(own, base[name])
+                if writes:
+                    written[name] = own.cpu()
+        heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
+        here = {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()}
+        self._merged = MultiTaskModule.assemble(modules, merged, here, head=self.head)
+        if writes:
+            self._write(recipe, modules, written, heads)
+        self.ranks.wait()
+        return self._merged
+
+    def finetuned(self, module: nn.Module, task: str) -> MultiTaskModule:
+        """Rebuilds one task's finetuned model from its task vector. All ranks call it together.
+
+        Args:
+            module: The task's module, untrained and not sharded; it stays as it is.
+            task: The task's name.
+
+        Returns:
+            A module with that task alone, on the given module's device.
+
+        Raises:
+            ValueError: If the module was fitted under FSDP1.
+        """
+        refuse_flat(module)
+        vector, device = self._vectors[task], next(module.parameters()).device
+        backbone = self._base.tensors(module, head_names_of(module, self.head))
+        for name in vector.deltas:
+            base, delta = backbone[name].to(device), self._cache.fetch(vector, name)
+            dense = delta.dense() if isinstance(delta, LowRank) else delta
+            backbone[name] = (base.to(dense.dtype) + dense.to(device)).to(base.dtype)
+        head = {key: tensor.to(device) for key, tensor in vector.head.items()}
+        return MultiTaskModule.assemble({task: module}, backbone, {task: head}, head=self.head)
+
+    def _fusion(self, recipe: Recipe, module: nn.Module, device: torch.device) -> Fusion:
+        """What merges this rank's share of the parameters; finds owners for what only stored task vectors train."""
+        parameters = backbone_parameters(module, head_names_of(module, self.head))
+        trained = {name for vector in self.task_vectors.values() for name in vector.deltas}
+        self._owners.share_out({name: p for name, p in parameters.items() if name in trained}, self.ranks.size)
+        return Fusion(
+            recipe,
+            list(self.task_vectors.values()),
+            device,
+            shapes={name: tuple(parameter.tensor.shape) for name, parameter in parameters.items()},
+            share={name for name, owner in self._owners.items() if owner == self.ranks.rank},
+            reduce=self.ranks.sum,
+        )
+
+    def _write(
+        self,
+        recipe: Recipe,
+        modules: Mapping[str, nn.Module],
+        backbone: Mapping[str, Tensor],
+        heads: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        assert self.run_folder is not None
+        first = self.tasks[0]
+        alone = MultiTaskModule.assemble({first: modules[first]}, backbone, {first: heads[first]}, head=self.head)
+        module = alone.task_module(first)
+        card = model_card(
+            recipe,
+            {task: {"parameters with a delta": len(vector.deltas)} for task, vector in self.task_vectors.items()},
+            base=getattr(module, "backbone_name", None),
+            base_fingerprint=fingerprint(self._base.hashes),
+        )
+        write_merged(self.run_folder.merged, module, head_names_of(module, self.head), heads, card)
+
+    def _modules_of_tasks(self, module: nn.Module | None) -> dict[str, nn.Module]:
+        """Every task's own module; the given or the last known one for tasks that were only restored."""
+        unknown = [task for task in self.tasks if task not in self._modules]
+        if unknown and module is None:
+            if not self._modules:
+                raise ValueError(
+                    "All tasks were restored, so no module is known here: give fuse a module, and call "
+                    "keep_module(module, task) where tasks have modules of their own."
+                )
+            task, module = list(self._modules.items())[-1]
+            if self.ranks.is_first:
+                warnings.warn(
+                    f"The modules of {', '.join(unknown)} were not seen here, as these tasks were restored: in the "
+                    f"merged module, copies of {task}'s stand in for them, with the heads that were stored. Call "
+                    "keep_module(module, task) for modules of their own.",
+                    stacklevel=3,
+                )
+        known = {**dict.fromkeys(unknown, module), **self._modules}
+        return {task: cast(nn.Module, known[task]) for task in self.tasks}
+
+    def _require_task(self, task: str) -> None:
+        if task not in self.tasks:
+            raise ValueError(f"There is no task {task!r}; tasks: {', '.join(self.tasks)}.")
+
+    @property
+    def _cache(self) -> DeltaCache:
+        return DeltaCache(self.store, self.run_folder, self._owners, self.ranks)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The module that Fabric or DDP was given."""
+    if is_wrapped(module):
+        module = cast(nn.Module, module.module)
+    return cast(nn.Module, module.module) if isinstance(module, DistributedDataParallel) else module
+
+
+def _advice(run_folder: RunFolder | None) -> str:
+    """What to do when a rank was killed while all of them merged."""
+    if run_folder is None:
+        return "Nothing was stored, since there is no dirpath: the fits have to be done again."
+    return f"The deltas of all tasks are in {run_folder.path}: fit or merge again, and no task is trained twice."

@@ -1,0 +1,83 @@
+"""Fresh modules of the tasks, made from one template: the same weights each time, and each task's own head."""
+
+import os
+from typing import Any, cast
+
+from lightning import LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch.strategies import Strategy
+
+from lightning_drm.data import MultiTaskDataModule
+from lightning_drm.modules import duplicate
+from lightning_drm.training.session import MergeSession
+
+
+class TaskModules:
+    """Makes a task's module whenever one is needed, so that no more than one has to be kept.
+
+    Args:
+        template: What each is a copy of. Its ``configure_task(num_classes)``, if it has one, is called with the number
+            of classes of the task's data.
+        data: The tasks' data modules.
+        session: The session, whose ranks make their modules together.
+        strategy: Tells which process prepares the data.
+    """
+
+    def __init__(
+        self, template: LightningModule, data: MultiTaskDataModule, session: MergeSession, strategy: Strategy
+    ) -> None:
+        self._template = template
+        self._data = data
+        self._session = session
+        self._strategy = strategy
+
+    @property
+    def seed(self) -> int:
+        """The seed that everything of a run is drawn from."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @property
+    def template(self) -> LightningModule:
+        """What the modules are copies of."""
+        return self._template
+
+    def fresh(self, task: str) -> LightningModule:
+        """A task's untrained module; all ranks make it together.
+
+        Args:
+            task: The task's name.
+
+        Raises:
+            ValueError: If the module asks for a number of classes, and the task's data has none.
+        """
+        seed_everything(self.seed, workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))), verbose=False)
+        module = duplicate(self._template)
+        if hasattr(module, "configure_task"):
+            data = self._data.tasks[task]
+            self._prepare(data)
+            if not hasattr(data, "num_classes"):
+                raise ValueError(f"{type(data).__name__} has no `num_classes`, which {type(module).__name__} asks for.")
+            cast(Any, module).configure_task(data.num_classes)
+        return module
+
+    def make_known(self) -> LightningModule:
+        """Lets the session know the modules of tasks that were not trained in this process.
+
+        Returns:
+            An untrained module, which has the base's weights.
+        """
+        first, *others = self._session.tasks
+        module = self.fresh(first)
+        if not self._session.knows_module(first):
+            self._session.keep_module(module, first)
+        for task in others:
+            if not self._session.knows_module(task):
+                self._session.keep_module(self.fresh(task), task)
+        return module
+
+    def _prepare(self, data: LightningDataModule) -> None:
+        ranks = self._session.ranks
+        local_rank = getattr(self._strategy, "local_rank", 0)
+        if local_rank == 0 if data.prepare_data_per_node else ranks.is_first:
+            data.prepare_data()
+        ranks.wait()
+        data.setup("fit")
