@@ -81,7 +81,8 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
         print_plan(console, plan, ranks, memory_bytes(plan, torch.device(device)))
         refuse([*plan.problems, *output_problems(plan, Path(config.output), config.overwrite)])
         return
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    aside = Console(stderr=True)
+    with Progress(console=aside, transient=True, disable=not aside.is_terminal) as bar:
         row = bar.add_task(f"merging with {type(recipe.method).__name__}", total=None)
         result = merge_files(
             config.base,
