@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import HfApi
 
 from lightning_drm.checkpoints.architecture.vocabulary import VocabularyPolicy
 from lightning_drm.checkpoints.deltas import BaseValues, FileDeltas
@@ -219,6 +218,8 @@ def _notes_on(survived: Mapping[str, float]) -> list[str]:
 
 
 def _upload(folder: Path, name: str) -> None:
+    from huggingface_hub import HfApi
+
     api = HfApi()
     api.create_repo(name, exist_ok=True)
     api.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged with lightning_drm")

@@ -1,4 +1,4 @@
-"""The command line, ``lightning-drm``: which of its two forms is meant, and how mistakes are told.
+"""The command line, ``lightning-drm``: which form of it is meant, and how mistakes are reported.
 
 A merge of files needs neither Lightning nor data, so what the other commands need is imported for them only: that takes
 as long as merging a small model. Imports are in functions here so that they run without the garbage collector.
@@ -6,49 +6,31 @@ as long as merging a small model. Imports are in functions here so that they run
 
 import atexit
 import gc
-import inspect
-import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+
+from lightning_drm.cli.overview import MERGE_FORMS, OVERVIEW, SUBCOMMANDS
+
+_OF_FILES = ("base", "models", "output")
+_NOT_FOR_USERS = (
+    ".*does not have many workers",
+    ".*`tensorboardX` has been removed",
+    ".*is smaller than the logging interval",
+    ".*loftq_config",
+    ".*isinstance.treespec, LeafSpec",
+)
+_LOUDEST = {
+    "bitsandbytes": logging.ERROR,  # it warns of kernels that it could not load, which nobody asked it for
+    "lightning.fabric.utilities.rank_zero": logging.WARNING,
+    "lightning.fabric.utilities.seed": logging.WARNING,
+    "lightning.pytorch.utilities.rank_zero": logging.WARNING,
+}
 
 atexit.register(gc.freeze)  # or an interpreter that ends would look through a million objects once more
-
-
-def with_own_defaults(words: list[str]) -> list[str]:
-    """Gives a method named on the command line its own defaults.
-
-    Left alone, jsonargparse hands it the parameters of the same name of the method that it replaces, so that
-    ``--drm.method TaskArithmetic`` would get DRM's ``scale``.
-
-    Args:
-        words: The command line.
-    """
-    from lightning_drm import merging
-
-    methods = {method.__name__: method for method in vars(merging).values() if isinstance(method, type)}
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--drm.method=") else [word])]
-    for index, (option, name) in enumerate(pairwise(words)):
-        method = methods.get(name.removeprefix("lightning_drm."))
-        if option == "--drm.method" and method is not None:
-            parameters = inspect.signature(method).parameters.values()
-            defaults = {parameter.name: parameter.default for parameter in parameters}
-            words[index + 1] = json.dumps({"class_path": f"lightning_drm.{method.__name__}", "init_args": defaults})
-    return words
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """For imports: they make a million objects, none of which is garbage."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def main(args: list[str] | None = None) -> None:
@@ -59,32 +41,83 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Command-line arguments; those of the process if left out.
     """
-    with _collector_paused():
-        from transformers.utils.logging import disable_progress_bar
-
-        from lightning_drm.cli import checkpoints
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn when data loaders fork
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*loftq_config.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # transformers' own bars take longer to read than the small steps they show.
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types here
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    if args is None:
-        sys.argv[1:] = with_own_defaults(sys.argv[1:])
-    else:
-        args = with_own_defaults(args)
     words = sys.argv[1:] if args is None else args
+    if not words or words[0] in ("-h", "--help"):
+        print(OVERVIEW, end="")
+        return
+    if words[0] == "--version":
+        from lightning_drm import __version__
+
+        print(f"lightning-drm {__version__}")
+        return
     try:
-        if checkpoints.is_file_merge(words):
-            checkpoints.run(words[1:])
-        else:
-            with _collector_paused():
-                from lightning_drm.cli import trainer
-            trainer.run(args)
+        _run(words, args)
     except (ValueError, FileNotFoundError, ImportError) as error:
         if os.environ.get("LIGHTNING_DRM_TRACEBACK"):
             raise
         print(f"lightning-drm: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def is_file_merge(args: Sequence[str]) -> bool:
+    """Whether a command line is a merge of files: it names a base or models, itself or in a configuration file.
+
+    Args:
+        args: Arguments after ``lightning-drm``.
+    """
+    from lightning_drm.cli.arguments import config_contents
+
+    if not args or args[0] != "merge":
+        return False
+    names = [arg.removeprefix("--").partition("=")[0].split(".")[0] for arg in args if arg.startswith("--")]
+    if any(name in _OF_FILES for name in names):
+        return True
+    return any(name in _OF_FILES for content in config_contents(args) for name in content)
+
+
+def _run(words: Sequence[str], args: list[str] | None) -> None:
+    if not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
+        raise ValueError(f"There is no subcommand {words[0]!r}; the subcommands are {', '.join(SUBCOMMANDS)}.")
+    _keep_others_quiet()
+    with _collector_paused():
+        from lightning_drm.cli.arguments import file_merge_parser, refuse_lost_options
+    refuse_lost_options(words[1:])
+    if is_file_merge(words):
+        with _collector_paused():
+            from lightning_drm.cli import checkpoints
+        checkpoints.run(words[1:])
+        return
+    if words[0] == "merge" and not {"-h", "--help"}.isdisjoint(words):
+        print(MERGE_FORMS)
+        file_merge_parser().print_help()
+        print()
+    with _collector_paused():
+        from lightning_drm.cli import trainer
+    trainer.run(args)
+
+
+def _keep_others_quiet() -> None:
+    """Keeps what other libraries say of their own affairs off the terminal."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warn when data loaders fork
+    if not sys.stderr.isatty():  # a file would get every state of a bar
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for message in _NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message=message)
+    for logger, level in _LOUDEST.items():
+        logging.getLogger(logger).setLevel(level)
+    with _collector_paused():
+        from transformers.utils.logging import disable_progress_bar
+    # transformers' own bars take longer to read than the small steps they show.
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types here
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """For imports: they make a million objects, none of which is garbage."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

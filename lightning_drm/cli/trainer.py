@@ -5,6 +5,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_drm.cli.arguments import own_defaults
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.storage import write_text
 from lightning_drm.training.callback import DRMMergeCallback
@@ -52,6 +53,11 @@ class MergeCLI(LightningCLI):
             "merge": {"model", "datamodule"},
             "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
         }
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        with own_defaults():
+            super().parse_arguments(parser, args)
 
     def before_fit(self) -> None:
         """Keeps the configuration with the run."""

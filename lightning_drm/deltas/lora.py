@@ -6,19 +6,24 @@ The scaling is read from the layer, where peft keeps the number it really multip
 
 Variants whose effective weight is not ``W + s · B A`` (DoRA, …), or whose initialization moves the base weight
 (PiSSA, OLoRA, …), would be silently wrong here, so they are refused by name.
+
+Importing peft takes seconds, and a module has adapters only where peft was imported to make them, so nothing here
+imports it before it is needed.
 """
 
-from typing import cast
+from __future__ import annotations
 
-from peft import PeftConfig, PeftModel, PeftType
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora import layer as lora_layers
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+import sys
+from typing import TYPE_CHECKING, cast
+
 from torch import Tensor, nn
 
 from lightning_drm.deltas.sharded import whole
 from lightning_drm.merging import Delta, LowRank
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.lora import LoraLayer
 
 # Initializations that leave the base weight as it was; every other one subtracts something from it.
 INITS_KEEPING_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -38,6 +43,8 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
     Raises:
         ValueError: If the layer's variant has no exact delta.
     """
+    from peft.tuners.lora import layer as lora_layers
+
     adapter = _single_adapter(layer, name)
     _refuse_inexact(layer, adapter, name)
     if isinstance(layer, lora_layers.Linear):
@@ -54,12 +61,23 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
     return LowRank(down.T.contiguous(), up.T.contiguous()) if transposed else LowRank(up, down)
 
 
+def lora_layer(module: nn.Module) -> LoraLayer | None:
+    """The module, where it is a LoRA layer of peft's."""
+    if not _peft_is_imported():
+        return None
+    from peft.tuners.lora import LoraLayer
+
+    return module if isinstance(module, LoraLayer) else None
+
+
 def adapter_rank(layer: LoraLayer) -> int | None:
     """The rank of what `adapted_weight_delta` gives; ``None`` where that is dense.
 
     Args:
         layer: A peft LoRA layer with one active adapter.
     """
+    from peft.tuners.lora import layer as lora_layers
+
     return None if isinstance(layer, lora_layers._ConvNd) else int(layer.r[layer.active_adapters[0]])
 
 
@@ -79,6 +97,8 @@ def _single_adapter(layer: LoraLayer, name: str) -> str:
 
 
 def _refuse_inexact(layer: LoraLayer, adapter: str, name: str) -> None:
+    from peft.tuners.lora import layer as lora_layers
+
     if not isinstance(layer, lora_layers.Linear | lora_layers.Embedding | lora_layers._ConvNd):
         raise ValueError(
             f"{name}: LoRA around a {type(layer.get_base_layer()).__name__} ({type(layer).__name__}) is not supported, "
@@ -104,6 +124,13 @@ def refuse_unsupported_adapters(module: nn.Module) -> None:
     Raises:
         ValueError: Naming every layer and the reason.
     """
+    if not _peft_is_imported():
+        return
+    from peft import PeftType
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
     problems = []
     for name, child in module.named_modules():
         if isinstance(child, BaseTunerLayer) and not isinstance(child, LoraLayer):
@@ -154,6 +181,12 @@ def remove_adapters(module: nn.Module) -> None:
 
 def strip_adapter(module: nn.Module) -> nn.Module:
     """The module below peft's wrappers: a layer's base layer, a saved module's active copy, a `PeftModel`'s model."""
+    if not _peft_is_imported():
+        return module
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
     while True:
         if isinstance(module, PeftModel):
             module = module.get_base_model()
@@ -163,3 +196,7 @@ def strip_adapter(module: nn.Module) -> nn.Module:
             module = module.modules_to_save[module.active_adapters[0]]
         else:
             return module
+
+
+def _peft_is_imported() -> bool:
+    return "peft" in sys.modules

@@ -6,16 +6,20 @@ finetune and a LoRA finetune of one base speak of the same parameters, however t
 parameter and has one name, its first.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_drm.deltas.lora import adapter_rank, strip_adapter
+from lightning_drm.deltas.lora import adapter_rank, lora_layer, strip_adapter
 from lightning_drm.deltas.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 Kind = Literal["matrix", "convolution", "embedding", "other"]
 """The role of a parameter in its layer, which decides the rule that merges it."""
@@ -95,7 +99,7 @@ def head_state(module: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
     module = unwrapped(module)
-    adapter = module if isinstance(module, LoraLayer) else None
+    adapter = lora_layer(module)
     module = unwrapped(strip_adapter(module))
     for name, tensor in module.named_parameters(recurse=False):
         yield prefix + name, Parameter(tensor, _kind(module, name, tensor), adapter if name == "weight" else None)

@@ -59,7 +59,9 @@ def markdown(comparison: Comparison) -> str:
     parameters = ", ".join(f"`{name}={value}`" for name, value in _parameters(comparison).items())
     return (
         f"# {len(comparison.tasks)} tasks merged with {_method_name(comparison)}\n\n"
-        f"Test accuracy. {parameters}\n\n" + "\n".join(lines) + "\n\n"
+        f"Test accuracy. `{comparison.method['class_path']}`: {parameters or 'no parameters'}\n\n"
+        + "\n".join(lines)
+        + "\n\n"
         "*base*: the untouched backbone with a linear head trained on it; *individual*: each task's own finetune; "
         "*merged*: one backbone for all tasks; *normalized*: merged / individual.\n\n![Test accuracy](report.png)\n"
     )

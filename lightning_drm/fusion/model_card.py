@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import yaml
 
-from lightning_drm.fusion.recipe import Recipe
+from lightning_drm.fusion.recipe import Recipe, class_path
 
 
 def model_card(
@@ -55,7 +55,7 @@ def model_card(
             "",
             f"One backbone for the tasks {', '.join(tasks)}; `heads/<task>.safetensors` holds the head of a task.",
             "",
-            f"- method: `{recipe.method!r}`",
+            f"- method: `{recipe.method!r}`, whose class is `{class_path(recipe.method)}`",
             f"- convolutions: {recipe.convolutions}",
             f"- embeddings, biases, norms: {recipe.non_matrix}",
             *overrides,

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
+from lightning_drm import merging
 from lightning_drm.deltas import Kind
 from lightning_drm.merging import DRM, TIES, Method, TaskArithmetic
 
@@ -124,7 +125,7 @@ class Recipe:
             tasks: The tasks, in their order.
         """
         return {
-            "class_path": f"lightning_drm.{type(self.method).__name__}",
+            "class_path": class_path(self.method),
             "init_args": self.method.hyperparameters(),
             "coefficients": dict(zip(tasks, self.coefficients_of(tasks), strict=True)),
             "convolutions": self.convolutions,
@@ -191,6 +192,22 @@ class Recipe:
             if override.split is not None and (problem := _split_problem(override.split, shape)):
                 found.append(f"{name} of shape {shape} cannot be split: {problem}.")
         return found
+
+
+def class_path(method: Method) -> str:
+    """The path that imports a method's class: ``lightning_drm.<Name>`` for those of this package.
+
+    Args:
+        method: The method, of this package or a user's own.
+
+    Example:
+        >>> class_path(DRM())
+        'lightning_drm.DRM'
+    """
+    own = type(method)
+    if getattr(merging, own.__name__, None) is own:  # lightning_drm exports what its room `merging` does
+        return f"lightning_drm.{own.__name__}"
+    return f"{own.__module__}.{own.__qualname__}"
 
 
 def with_density(method: Method, density: float) -> Method:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -139,6 +139,8 @@ def _meta_model(folder: Path) -> PreTrainedModel:
     with torch.device("meta"):
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             return model_class(config)
+        from transformers import AutoModel
+
         built: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
             config, trust_remote_code=False
         )

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 VocabularyPolicy = Literal["strict", "base", "intersection"]
 """Refuse; keep the base's tokens, of which a task leaves those unchanged that it lacks; merge only what all have."""
@@ -28,6 +27,8 @@ def token_rows(base: Path | None, task: Path | None) -> dict[int, int] | None:
         return None
     if ours.name == theirs.name and filecmp.cmp(ours, theirs, shallow=False):
         return None
+    from transformers import AutoTokenizer
+
     base_ids = AutoTokenizer.from_pretrained(base, trust_remote_code=False).get_vocab()
     task_ids = AutoTokenizer.from_pretrained(task, trust_remote_code=False).get_vocab()
     if base_ids == task_ids:

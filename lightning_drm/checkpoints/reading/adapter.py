@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.task_input import Entry, TaskInput
@@ -86,6 +84,8 @@ class LoraInput(TaskInput):
             name: The weight's name.
             rank: The layer's rank.
         """
+        from peft.utils.other import get_pattern_key
+
         module = name.removesuffix(".weight")
         patterns: Mapping[str, float] = self.config.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(list(patterns), module), self.config.get("lora_alpha", 8))
@@ -162,6 +162,8 @@ def inexact_settings(config: Mapping[str, Any]) -> list[str]:
     Returns:
         One clause for each reason, with the name of the variant or the field.
     """
+    from peft import LoraConfig
+
     kind = config.get("peft_type")
     if kind != "LORA":
         return [f"{kind} adapters are not supported; only LoRA is"]

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from peft import LoraConfig
 from torch import Tensor
 from typing_extensions import override
 
@@ -107,6 +106,8 @@ def _config(path: Path, hyperparameters: object) -> dict[str, Any]:
 
 def _configs(value: object) -> Iterable[dict[str, Any]]:
     """Every LoraConfig in some hyper-parameters: the object itself, or its fields from a configuration file."""
+    from peft import LoraConfig
+
     if isinstance(value, Placeholder):
         if value.kind == "LoraConfig":
             yield {**value.state, "peft_type": "LORA"}

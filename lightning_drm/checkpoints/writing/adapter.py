@@ -1,11 +1,13 @@
 """A merged PEFT adapter: exactly the merged deltas, as factors that peft loads."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig, TaskType
 from torch import Tensor
 
 from lightning_drm.checkpoints.planning import Plan
@@ -17,6 +19,9 @@ from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.fuse import Fusion
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.storage import write_json, write_tensors
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _SHARES = ".shares"  # the factors that each process merged
@@ -135,6 +140,8 @@ def _is_transposed(plan: Plan, name: str) -> bool:
 
 def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:
     """The adapter's configuration. Alpha is equal to the rank everywhere, so that peft's scaling is 1."""
+    from peft import LoraConfig, TaskType
+
     rank = max(ranks.values())
     others = {f"^{module.replace('.', chr(92) + '.')}": value for module, value in ranks.items() if value != rank}
     inputs = [task.input for task in plan.tasks]

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard
 from torch import Tensor
 
 from lightning_drm.checkpoints.planning import Plan
@@ -54,6 +53,8 @@ def license_of(base: Path | None) -> str | None:
     """The license that the base's model card names."""
     if base is None or not (base / "README.md").is_file():
         return None
+    from huggingface_hub import ModelCard
+
     try:
         license = ModelCard.load(base / "README.md").data.get("license")
     except (ValueError, OSError):  # no metadata, or not YAML

@@ -1,0 +1,151 @@
+"""What the command line takes, beyond what jsonargparse does by itself.
+
+A class has its own defaults: where another class replaces it, in a later file or option, its arguments go with it. Left
+alone, jsonargparse hands those of the same name on, so that ``TaskArithmetic`` over a configuration with ``DRM`` would
+get DRM's ``scale``, and ``SGD`` over ``AdamW`` its ``weight_decay``.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, _typehints
+from jsonargparse._util import import_object
+from jsonargparse.typing import PositiveInt
+
+from lightning_drm.checkpoints.planning import MismatchPolicy
+from lightning_drm.fusion import Recipe
+
+_hand_on_arguments = _typehints.discard_init_args_on_class_path_change
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """While it lasts, every parser drops the arguments of a class that another one replaces.
+
+    jsonargparse asks one function what to do with them, whether classes come from files, from overlays or from options;
+    there is no setting for it. Arguments that are given along with the new class are not touched, nor are those of the
+    same class under another of its names.
+
+    Example:
+        >>> files = ["--base", "BASE", "--models.a", "PATH", "--output", "DIR"]
+        >>> with own_defaults():
+        ...     merge = file_merge_parser().parse_args([*files, "--drm.method", "TaskArithmetic"])
+        >>> merge.drm.method.init_args.scale
+        0.4
+    """
+    _typehints.discard_init_args_on_class_path_change = _drop_arguments
+    try:
+        yield
+    finally:
+        _typehints.discard_init_args_on_class_path_change = _hand_on_arguments
+
+
+def _drop_arguments(parser_or_action: Any, previous: Namespace | None, value: Namespace) -> None:
+    """Takes the place of jsonargparse's function of the same arguments."""
+    if not previous or previous["class_path"] == value["class_path"]:
+        return
+    if previous["class_path"] is None:  # arguments alone, which are those of the annotated class
+        _hand_on_arguments(parser_or_action, previous, value)  # type: ignore[no-untyped-call]
+    elif import_object(previous["class_path"]) is not import_object(value["class_path"]):
+        previous.pop("init_args", None)
+        previous.pop("dict_kwargs", None)
+
+
+def refuse_lost_options(args: Sequence[str]) -> None:
+    """Refuses an option that a later one on the same command line would replace as a whole.
+
+    Args:
+        args: Arguments after the subcommand.
+
+    Raises:
+        ValueError: Naming both options.
+
+    Example:
+        >>> refuse_lost_options(["--drm.method.density", "0.3", "--drm.method", "TIES"])
+        Traceback (most recent call last):
+            ...
+        ValueError: --drm.method.density comes before --drm.method, which replaces it; give --drm.method first.
+    """
+    options = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    for index, option in enumerate(options):
+        for later in options[index + 1 :]:
+            if option != later and option.startswith(f"{later.removesuffix('.class_path')}."):
+                raise ValueError(f"{option} comes before {later}, which replaces it; give {later} first.")
+
+
+def refuse_dotted_tasks(args: Sequence[str]) -> None:
+    """Refuses tasks with a dot in their name where an option's dots are steps into the configuration.
+
+    Args:
+        args: Arguments of a merge of files.
+
+    Raises:
+        ValueError: Naming the option, and what to write instead.
+    """
+    for arg in args:
+        option, _, task = arg.removeprefix("--").partition("=")[0].partition(".")
+        if arg.startswith("--") and option in ("models", "coefficients") and "." in task:
+            raise ValueError(
+                f"--{option}.{task}: on the command line a task's name cannot have a dot; write it in YAML, as in "
+                f"--{option} '{{{task}: {'PATH' if option == 'models' else '1.0'}}}', or in a --config file."
+            )
+
+
+def config_contents(args: Sequence[str]) -> list[dict[str, Any]]:
+    """What the configuration files on a command line hold, as far as they can be read.
+
+    Args:
+        args: Arguments after ``lightning-drm``.
+    """
+    files = [value for name, value in pairwise(args) if name in ("--config", "-c")]
+    files += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    contents = []
+    for file in files:
+        try:
+            with open(file) as stream:  # noqa: PTH123 - the path is as the user wrote it
+                content = yaml.safe_load(stream)
+        except (OSError, yaml.YAMLError):  # the parser reports it
+            continue
+        if isinstance(content, dict):
+            contents.append(content)
+    return contents
+
+
+def file_merge_parser() -> ArgumentParser:
+    """The parser of a merge of files."""
+    parser = ArgumentParser(
+        prog="lightning-drm merge", description="Merge finetuned models that are on disk or on the hub."
+    )
+    parser.add_argument("--config", action="config", help="The same options in a YAML file; later files win.")
+    parser.add_argument("--base", type=str, required=True, help="The model that all were finetuned from.")
+    parser.add_argument(
+        "--models",
+        type=dict[str, str],
+        required=True,
+        help="For each task, a model folder, a PEFT adapter, a checkpoint, a run folder, or a hub name, as in "
+        "--models.sst2 PATH.",
+    )
+    parser.add_argument("--output", type=str, required=True, help="The folder to write.")
+    parser.add_argument(
+        "--coefficients", type=dict[str, float], default={}, help="One for each task; 1.0 where none is given."
+    )
+    parser.add_class_arguments(Recipe, "drm", skip={"coefficients"}, sub_configs=True)
+    parser.set_defaults({"drm.method": {"class_path": "lightning_drm.DRM"}})
+    parser.add_class_arguments(MismatchPolicy, None)
+    parser.add_argument("--overwrite", type=bool, default=False, help="Replace the output if it exists.")
+    parser.add_argument("--max_shard_size", type=str, default="5GB", help="Largest size of a written file.")
+    parser.add_argument(
+        "--device",
+        type=str,
+        default="cpu",
+        help="Where to compute, such as cpu or cuda. With several GPUs, each process uses its own.",
+    )
+    parser.add_argument("--devices", type=PositiveInt | None, default=None, help="Processes that share the work.")
+    parser.add_argument("--push_to_hub", type=str | None, default=None, help="A repository to upload the result to.")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Print the plan and every problem found, and write nothing."
+    )
+    return parser
