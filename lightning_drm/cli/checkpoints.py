@@ -36,7 +36,7 @@ from lightning_drm.checkpoints.planning import (
     table,
     written_bytes,
 )
-from lightning_drm.distributed.launch import are_several, start_processes, started_together
+from lightning_drm.distributed.launch import are_several, run_processes, started_together
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Recipe
 from lightning_drm.fusion.share_out import balance
@@ -100,7 +100,9 @@ def parser() -> ArgumentParser:
 
 
 def run(args: Sequence[str]) -> None:
-    """Merges from files as the command line says, together with the processes that were started with this one.
+    """Merges files as the command line says, together with the processes that were started with this one.
+
+    With ``--devices N``, a process that was started alone starts N others, which merge, and waits for them.
 
     Args:
         args: Arguments after ``lightning-drm merge``.
@@ -112,7 +114,8 @@ def run(args: Sequence[str]) -> None:
     if not are_several():
         devices = _parsed(parser(), args).devices
         if devices is not None and devices > 1:
-            start_processes(devices)
+            run_processes(["-m", "lightning_drm", "merge", *args], devices)
+            return
     with started_together() as ranks:
         if ranks.is_first:
             _run(args, ranks)
