@@ -1,18 +1,13 @@
-"""Run by each of several processes: does the merges that a JSON file lists, all together."""
+"""What ranks do for test_several_processes: merges, one after the other, all together."""
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from lightning_drm import fusion, merging
 from lightning_drm.checkpoints.merge import merge_files
-from lightning_drm.checkpoints.planning import Rules
 from lightning_drm.distributed.launch import started_together
 
-if __name__ == "__main__":
-    names = {**vars(merging), **vars(fusion), "Rules": Rules}
-    with Path(sys.argv[1]).open() as file, started_together() as ranks:
-        for case in json.load(file):
-            paths = {key: case[key] for key in ("base", "models", "output", "max_shard_size", "device")}
-            recipe, rules = eval(case["recipe"], names), eval(case["rules"], names)
-            merge_files(**paths, recipe=recipe, rules=rules, ranks=ranks)
+
+def merge_all(merges: Sequence[dict[str, Any]]) -> None:
+    with started_together() as ranks:
+        for arguments in merges:
+            merge_files(**arguments, ranks=ranks)

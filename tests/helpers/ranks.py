@@ -13,6 +13,7 @@ from functools import cache
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+SRUN = Path(__file__).parents[2] / "examples" / "slurm" / "local" / "srun"  # a stand-in, which sets what SLURM sets
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pytest", "helpers.models", "lightning_drm.checkpoints.merge", "lightning_drm.merging"])
 
@@ -58,3 +59,11 @@ def end_codes(ranks: list[ForkServerProcess], patience: float) -> list[int | Non
         rank.kill()
         rank.join()
     return codes
+
+
+def slurm_job(size: int) -> dict[str, str]:
+    """The variables of a SLURM job on this machine."""
+    job = {"JOB_ID": str(os.getpid()), "JOB_NAME": "merge", "NODELIST": "localhost", "NODEID": "0"}
+    return {
+        f"SLURM_{name}": value for name, value in {**job, "NTASKS": str(size), "NTASKS_PER_NODE": str(size)}.items()
+    }
