@@ -1,10 +1,9 @@
 """Starting processes that merge together, and joining them.
 
-``lightning-drm merge … --devices N`` starts them itself, with the elastic launcher that torchrun is made of. It is the
-parent of all processes: when one of them dies, it ends the others and says which one it was. Processes can as well be
-started by torchrun, by srun, or by hand with the variables that PyTorch reads. Whoever started them, they watch each
-other (`lightning_drm.distributed.watch`): an error in one of them ends all and is printed once, and where no launcher
-of ours reports a death, a surviving process does.
+Who starts them: ``lightning-drm merge … --devices N`` does, with the elastic launcher that torchrun is made of; or else
+torchrun, srun, or a person who sets the variables that PyTorch reads. Who notices a death: the launcher, and the
+processes themselves, whoever started them (`lightning_drm.distributed.watch`). Who says it: with ``--devices N`` the
+launcher, otherwise a process that survived. An error in one or more processes ends all and is printed once.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ moment, and may be killed like any other process.
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pathlib import Path
 
 SRUN = Path(__file__).parents[2] / "examples" / "slurm" / "local" / "srun"  # a stand-in, which sets what SLURM sets
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "helpers.models", "lightning_drm.checkpoints.merge", "lightning_drm.merging"])
+CONTEXT.set_forkserver_preload(["pytest", "helpers.models", "lightning_drm.merging", "lightning_drm.cli.checkpoints"])
 
 
 def start_ranks(work: Callable[..., object], size: int, folder: Path, *arguments: object) -> list[ForkServerProcess]:
@@ -44,6 +45,7 @@ def _run(variables: dict[str, str], prints: Path, work: Callable[..., object], *
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
     os.environ.update(variables)
     for stream, suffix in ((sys.stdout, ".out"), (sys.stderr, ".err")):
         os.dup2(os.open(prints.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), stream.fileno())
