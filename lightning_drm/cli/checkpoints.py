@@ -24,13 +24,15 @@ from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, memory
 from lightning_drm.checkpoints.writing.output_folder import OutputFolder
 from lightning_drm.cli.arguments import file_merge_parser, own_defaults, refuse_dotted_tasks
 from lightning_drm.cli.tables import print_plan, print_result
-from lightning_drm.distributed.launch import are_several, start_processes, started_together
+from lightning_drm.distributed.launch import are_several, run_processes, started_together
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Recipe
 
 
 def run(args: Sequence[str]) -> None:
     """Merges files as the command line says, together with the processes that were started with this one.
+
+    With ``--devices N``, a process that was started alone starts N others, which merge, and waits for them.
 
     Args:
         args: Arguments after ``lightning-drm merge``.
@@ -42,7 +44,8 @@ def run(args: Sequence[str]) -> None:
     if not are_several():
         devices = _parsed(file_merge_parser(), args).devices
         if devices is not None and devices > 1:
-            start_processes(devices)
+            run_processes(["-m", "lightning_drm", "merge", *args], devices)
+            return
     with started_together() as ranks:
         if ranks.is_first:
             _run(args, ranks)

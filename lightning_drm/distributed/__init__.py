@@ -1,1 +1,1 @@
-"""The processes that work on one run: starting them, meeting, and noticing that one is gone."""
+"""The processes that work on one run: how they start, how they meet, and how they notice that one of them died."""

@@ -1,9 +1,9 @@
 """The processes that work on one run: which of them this is, and meetings that survive long work.
 
-Merging shares work out, so ranks arrive minutes apart where one had more to do, or wrote a file. A collective of the
-training's process group would then run into its time-out, which is there to find a training that hangs. Hence a group
-of its own for meetings: gloo, over the CPU, with a time-out of a week. That a rank has died is noticed at once all the
-same, as its connections close.
+When ranks share the work of a merge, they arrive at a meeting minutes apart if one had more to do or wrote a file. A
+collective of the training's process group would then time out, because that time-out is there to find a training that
+hangs. So meetings have a process group of their own: gloo, over the CPU, with a time-out of a week. A rank that waits
+in a meeting still notices at once when another one dies, because the connection between them closes.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_PATIENCE = timedelta(weeks=1)
+_ASSEMBLY = timedelta(minutes=10)  # for all ranks to connect: one that dies before it has connected closes nothing
+_PATIENCE = timedelta(weeks=1)  # between two ranks' arrivals at a meeting
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run; by default one that is alone, for which every method returns at once.
+    """The processes of a run; by default a single one, for which every method returns at once.
 
-    All ranks call the methods, in the same order.
+    All ranks call the same methods in the same order.
 
     Attributes:
-        rank: Which one this process is.
-        size: How many there are.
-        meeting: The process group of meetings.
+        rank: The number of this process.
+        size: The number of processes.
+        meeting: The process group of the meetings.
 
     Example:
         >>> alone = Ranks()
@@ -47,11 +48,13 @@ class Ranks:
         """All ranks of the default process group, or this process alone if there is none."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return ALONE
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_PATIENCE))
+        meeting = dist.new_group(backend="gloo", timeout=_ASSEMBLY)
+        dist.distributed_c10d._set_pg_timeout(_PATIENCE, meeting)
+        return cls(dist.get_rank(), dist.get_world_size(), meeting)
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
+        """Whether this is rank 0, which writes and prints what is written and printed once."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -73,9 +76,9 @@ class Ranks:
         return values
 
     def copy_from(self, tensor: Tensor, source: int) -> Tensor:
-        """Fills a tensor with what rank `source` has in its place, in place.
+        """Fills a tensor, in place, with the values that it has on rank `source`.
 
-        A tensor on an accelerator goes over the training's process group, so the ranks must have met before.
+        A tensor on an accelerator is sent through the training's process group, so the ranks must have met just before.
         """
         if self.meeting is not None:
             dist.broadcast(tensor, source, group=self.meeting if tensor.device.type == "cpu" else None)

@@ -1,189 +1,238 @@
-"""Processes that work together watch each other, so that none waits for one that is gone.
+"""Ranks that work together notice when one of them dies or fails; then all of them end, and one of them says why.
 
-Each has a pulse in a key-value store, and listens for the next one's: a process that was killed can tell nobody, and
-one that computes for minutes would not ask. When one ends before the others, all end, and say why.
+A killed process can tell nobody, and a process that computes for minutes does not ask. So rank 0 holds a connection to
+every rank, on which nothing is sent while all is well. When a process dies, its kernel closes the connection, and a
+thread that waits for exactly that wakes up: on rank 0 for every other rank, on the other ranks for rank 0. A busy rank
+never counts as dead, however long it computes or holds the interpreter's lock, because nobody waits for it to say
+something. A node without power or network closes nothing, but the kernel's own probes find it.
+
+The first end that rank 0 hears of counts. It tells all ranks, and so each of them knows whether it has to speak. If
+rank 0 itself dies, the others know without being told.
 """
 
 from __future__ import annotations
 
-import _thread
-import atexit
-import json
 import os
+import selectors
+import signal
 import socket
+import struct
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from itertools import count
-
-import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
+from contextlib import contextmanager, suppress
+from typing import Literal, NamedTuple, NoReturn
 
 from lightning_drm.distributed.ranks import Ranks
 
-PULSE = 2.0  # seconds between two beats
-SILENCE = 20.0  # seconds without a beat after which a process counts as dead
-GRACE = 10.0  # seconds that a process gets to end by itself, which a long computation does not let it
+GRACE = 10.0  # seconds that a process gets to end by itself; a long computation does not let it
 
-_CONNECTING = timedelta(minutes=2)
-_NUMBERS = count()
+_CONNECTING = 60.0  # seconds for all ranks to connect to rank 0
+_NEWS = 1.0  # seconds that the news of a death may take: a meeting breaks at the same moment
+_PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6}  # a node is lost after 45 s without an answer
+_WORD = struct.Struct("!i?")
+
+Speaker = Literal["each", "one", "launcher"]
 
 
 @contextmanager
-def watched(ranks: Ranks, advice: str, *, one_speaks: bool = False) -> Iterator[Ranks]:
-    """Lets some processes watch each other while they work; all enter it together, and all leave it together.
+def watched(ranks: Ranks, advice: str, *, speaker: Speaker = "each") -> Iterator[Ranks]:
+    """Ends the work of all ranks when one of them dies or leaves with an error.
 
-    Leaving it with an error ends the work of the others too.
+    All ranks enter and leave it together. When one ends early, the main threads of the others are interrupted. A
+    process that does not react within `GRACE` seconds, in the middle of a long computation or because it entered in
+    another thread than the main one, is ended with exit code 2.
 
     Args:
-        ranks: The processes. Where there is no store at ``MASTER_ADDR`` and ``MASTER_PORT``, through which processes
-            find each other as a rule, one that is gone is noticed at the next meeting only.
-        advice: What to do after a process was killed; ends the message.
-        one_speaks: Whether one process raises an error for all, and the rest exit quietly: for a command line, which
-            would print it as often as there are processes.
+        ranks: The ranks that work together. A single one needs no watch.
+        advice: What to do after a rank died; the last sentence of the error.
+        speaker: Who says why all ranks end. ``"each"``: every rank raises an error. ``"one"``: one rank raises an
+            error and the others exit quietly with code 2, for a command line, which would otherwise print it once per
+            rank. ``"launcher"``: like ``"one"``, except that the process that started the ranks reports a death.
 
     Yields:
-        The same processes.
+        The same ranks.
 
     Raises:
-        ValueError: If another process was killed or failed, naming it.
+        ValueError: If another rank died or failed, naming it; or if the ranks cannot connect to rank 0.
     """
     if ranks.size == 1:
         yield ranks
         return
-    ranks.wait()
-    watch = _watch(ranks, advice)
-    if not all(ranks.gather(watch is not None)) or watch is None:
-        yield ranks
-        return
+    watch = _Watch(ranks, advice, speaker)
     watch.start()
     try:
         yield ranks
-        ranks.wait()
+        watch.leave()
     except BaseException as error:
-        watch.end_with(error, one_speaks)
-    watch.stop()
+        watch.end_with(error)
 
 
-def _watch(ranks: Ranks, advice: str) -> _Watch | None:
-    """A watch that has not started; ``None`` where there is no store."""
-    try:
-        return _Watch(ranks.rank, ranks.size, advice)
-    except (RuntimeError, KeyError):
-        return None
+class _End(NamedTuple):
+    """Why all ranks end: the rank that ended first, and whether it died or left with an error of its own."""
+
+    rank: int
+    died: bool
+
+
+_DONE = _End(-1, died=False)  # what a rank says that is done, and rank 0 once all are
 
 
 class _Watch(threading.Thread):
-    """Keeps this process' pulse and listens for the next one's; ends this process when another one has ended.
+    """Listens for the end of another rank, and then ends the work of this process; arguments as of `watched`."""
 
-    Args:
-        rank: This process.
-        size: How many there are.
-        advice: What to do after a process was killed.
-    """
-
-    def __init__(self, rank: int, size: int, advice: str) -> None:
+    def __init__(self, ranks: Ranks, advice: str, speaker: Speaker) -> None:
         super().__init__(daemon=True, name="lightning_drm-watch")
-        self._rank, self._next, self._advice = rank, (rank + 1) % size, advice
-        # A connection of its own: those who wait on another one hold it.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        connection = TCPStore(address, port, is_master=False, timeout=_CONNECTING, wait_for_workers=False)
-        # Keys of its own: an earlier watch has left its, also one before torchrun started the processes again.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = PrefixStore(f"watch {attempt} {next(_NUMBERS)}", connection)
-        self._store.set(f"who {rank}", f"process {os.getpid()} on {socket.gethostname()}")
-        self._who = {other: self._store.get(f"who {other}").decode() for other in {0, self._next}}
-        self._keeps_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        self._stopped = threading.Event()
-        self._known = threading.Event()
-        self._ending = False
-        self._verdict = ""  # what this process is to say; empty where another one does
+        self._rank, self._advice, self._speaker = ranks.rank, advice, speaker
+        self._names = ranks.gather(f"process {os.getpid()} on {socket.gethostname()}")
+        self._to_first, self._peers = _connect(ranks)
+        self._can_interrupt = threading.current_thread() is threading.main_thread()
+        self._end: _End | None = None
+        self._settled = threading.Event()  # whether all ranks end, and why
+        self._noticed = threading.Event()  # by the thread that is watched
 
-    def stop(self) -> None:
-        """Ends the watch: all processes are done."""
-        self._stopped.set()
+    def leave(self) -> None:
+        """Waits for all ranks to be done, and ends the watch."""
+        _tell(self._to_first, _DONE)
         self.join()
+        self._close()
 
-    def end_with(self, error: BaseException, one_speaks: bool) -> None:
-        """Ends the work of this process, and with it that of all others.
+    def end_with(self, error: BaseException) -> NoReturn:
+        """Ends the work of this process, and with it that of all other ranks.
 
         Args:
-            error: What happened here: an error, an interruption by `run`, or a connection that another one's end broke.
-            one_speaks: Whether only one process says why.
+            error: An error of its own, an interruption by the watch, or a meeting that broke when another rank died.
         """
-        self._ending = True
-        if self._keeps_store:
-            atexit.register(time.sleep, 2 * PULSE)  # until all others have heard that it is over
-        is_own = not (_is_broken_connection(error) or isinstance(error, KeyboardInterrupt))
-        if isinstance(error, RuntimeError | KeyboardInterrupt):
-            self._known.wait(SILENCE + 2 * PULSE if _is_broken_connection(error) else 0)
-        speaks = not self._known.is_set() and self._claim(f"rank {self._rank}")
-        self._stopped.set()
-        if speaks or (is_own and not one_speaks):
+        self._can_interrupt = False
+        own = _End(self._rank, died=False)
+        with suppress(KeyboardInterrupt):  # from the watch, which was just about to, or from an impatient person
+            if isinstance(error, RuntimeError):  # perhaps a meeting that broke
+                self._settled.wait(_NEWS)
+            _tell(self._to_first, own)
+            self._settled.wait()  # rank 0 answers or dies, though perhaps not before its interpreter's lock is free
+        self._noticed.set()
+        end = self._end or own
+        if self._speaker == "each":
+            self._close()
+            if end != own and isinstance(error, RuntimeError | KeyboardInterrupt):
+                raise ValueError(self._sentence(end)) from error
             raise error
-        if self._verdict or not one_speaks:
-            raise ValueError(self._verdict or self._hearsay()) from None
-        time.sleep(1)  # torchrun stops all when the first one exits: let it be the one that says why
-        sys.exit(2)
+        if self._rank != self._speaking_rank(end):
+            self._let_speak(end)
+            sys.exit(2)
+        if end != own:
+            raise ValueError(self._sentence(end)) from None
+        raise error
 
     def run(self) -> None:
-        """Beats and listens until the watch is stopped or another process has ended."""
-        last, heard = -1, time.monotonic()
-        while not self._stopped.wait(PULSE):
-            try:
-                self._store.add(f"pulse {self._rank}", 1)
-                pulse = self._store.add(f"pulse {self._next}", 0)
-                if pulse != last:
-                    last, heard = pulse, time.monotonic()
-                is_over = self._store.check(["end"])
-                if not is_over and time.monotonic() - heard > SILENCE and self._claim(self._next):
-                    self._verdict = self._sentence(self._next)
-                    is_over = True
-            except RuntimeError:  # the store is gone, which rank 0 has, or torchrun
-                if self._stopped.wait(1):
-                    return
-                self._verdict = self._sentence(0)
-                is_over = True
-            if is_over:
-                self._end_this()
-                return
+        """Listens until all ranks are done, or until one of them has ended."""
+        done: set[int] = set()
+        with selectors.DefaultSelector() as selector:
+            for rank, peer in self._peers.items():
+                selector.register(peer, selectors.EVENT_READ, rank)
+            while self._end is None and len(done) < len(self._peers):
+                for key, _ in selector.select():
+                    word = _hear(self._peers[key.data])
+                    if word == _DONE:
+                        done.add(key.data)
+                    elif self._end is None:
+                        self._end = word or _End(key.data, died=True)
+        if self._rank == 0:
+            for peer in self._peers.values():
+                _tell(peer, self._end or _DONE)
+        if self._end is not None and self._can_interrupt:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it from waiting too
+        self._settled.set()
+        if self._end is not None and not self._noticed.wait(GRACE):
+            if self._speaker == "each" or self._rank == self._speaking_rank(self._end):
+                print(f"lightning-drm: {self._sentence(self._end)}", file=sys.stderr, flush=True)
+            os._exit(2)  # what is written is safe: a journal tells what is whole
 
-    def _end_this(self) -> None:
-        self._known.set()
-        if not self._ending:
-            _thread.interrupt_main()
-        if not self._stopped.wait(GRACE):
-            # In the middle of a long computation. What is written is safe: a journal tells what is whole.
-            if self._verdict:
-                print(f"lightning-drm: {self._verdict}", file=sys.stderr, flush=True)
-            os._exit(2)
+    def _speaking_rank(self, end: _End) -> int | None:
+        """The rank that says why all end; ``None`` if the launcher does."""
+        if not end.died:
+            return end.rank
+        if self._speaker == "launcher":
+            return None
+        return 1 if end.rank == 0 else 0
 
-    def _claim(self, why: object) -> bool:
-        """Whether it falls to this process to say why all end: the first one that wants to."""
-        mine = json.dumps([self._rank, str(why)])
-        try:
-            return bool(self._store.compare_set("end", "", mine).decode() == mine)
-        except RuntimeError:
-            return True
+    def _let_speak(self, end: _End) -> None:
+        """Waits until another rank has spoken: when one process exits, torchrun and srun end the others."""
+        if self._speaking_rank(end) is None:
+            time.sleep(GRACE)  # the launcher ends this process long before
+            return
+        peer = self._peers[0 if self._rank else end.rank]  # all wait for rank 0, and rank 0 for the one that failed
+        peer.settimeout(GRACE)
+        while _hear(peer):
+            pass
 
-    def _hearsay(self) -> str:
-        """Why all end, where it falls to another process to say so."""
-        try:
-            _, why = json.loads(self._store.get("end"))
-        except RuntimeError:
-            return "The processes that merge together have lost each other."
-        return self._sentence(int(why)) if why.isdigit() else f"All ranks ended because {why} failed."
+    def _close(self) -> None:
+        for peer in (self._to_first, *self._peers.values()):
+            peer.close()
 
-    def _sentence(self, rank: int) -> str:
-        who = self._who.get(rank) or self._store.get(f"who {rank}").decode()
-        return f"Rank {rank} ({who}) ended without a word, so the others ended too. {self._advice}"
+    def _sentence(self, end: _End) -> str:
+        who = f"Rank {end.rank} ({self._names[end.rank]})"
+        if end.died:
+            return f"{who} died without an error message, so the other ranks ended too. {self._advice}"
+        return f"{who} failed, so the other ranks ended too."
 
 
-def _is_broken_connection(error: BaseException) -> bool:
-    """Whether a collective failed, and not what this process does by itself."""
-    return isinstance(error, dist.DistError) or any(
-        word in str(error).lower() for word in ("connection", "gloo", "socket", "peer")
-    )
+def _connect(ranks: Ranks) -> tuple[socket.socket, dict[int, socket.socket]]:
+    """Connects every rank with rank 0, also rank 0 with itself.
+
+    Returns:
+        This rank's connection to rank 0; and the connections that its watch listens to, by the rank at the other end.
+    """
+    where = "its own port"
+    try:
+        if ranks.is_first:
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            with socket.create_server(("", 0), family=family, dualstack_ipv6=both, backlog=ranks.size) as server:
+                ranks.gather((socket.gethostname(), server.getsockname()[1]))
+                peers = _accept(server, ranks.size)
+            to_first, peers[0] = socket.socketpair()
+        else:
+            host, port = ranks.gather(None)[0]
+            host = os.environ.get("MASTER_ADDR", host)  # where all ranks have found rank 0 before
+            where = f"{host}:{port}"
+            to_first = socket.create_connection((host, port), _CONNECTING)
+            to_first.sendall(_WORD.pack(ranks.rank, False))
+            peers = {0: to_first}
+    except OSError as error:
+        raise ValueError(f"Rank {ranks.rank} did not get a connection at {where}: {error}.") from error
+    for peer in peers.values():
+        peer.settimeout(None)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _PROBES.items():
+            if peer.family != socket.AF_UNIX and hasattr(socket, name):  # macOS has no TCP_KEEPIDLE
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return to_first, peers
+
+
+def _accept(server: socket.socket, size: int) -> dict[int, socket.socket]:
+    """Rank 0's connections with the others, by rank."""
+    peers: dict[int, socket.socket] = {}
+    server.settimeout(_CONNECTING)
+    while len(peers) < size - 1:
+        peer, _ = server.accept()
+        peer.settimeout(_CONNECTING)
+        word = _hear(peer)
+        if word is not None and 0 < word.rank < size:  # or it is a stranger
+            peers[word.rank] = peer
+    return peers
+
+
+def _tell(peer: socket.socket, word: _End) -> None:
+    with suppress(OSError):  # a rank that died, which those who listen to it notice
+        peer.sendall(_WORD.pack(*word))
+
+
+def _hear(peer: socket.socket) -> _End | None:
+    """The next word of another rank; ``None`` if there will not be one, since it died."""
+    data = b""
+    with suppress(OSError):
+        while len(data) < _WORD.size and (more := peer.recv(_WORD.size - len(data))):
+            data += more
+    return _End(*_WORD.unpack(data)) if len(data) == _WORD.size else None

@@ -1,17 +1,13 @@
-"""Run by each of several processes: does the merges that a JSON file lists, all together."""
+"""What ranks do for test_several_processes: merges, one after the other, all together."""
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from lightning_drm import fusion, merge_checkpoints, merging
-from lightning_drm.checkpoints.planning import MismatchPolicy
+from lightning_drm import merge_checkpoints
 from lightning_drm.distributed.launch import started_together
 
-if __name__ == "__main__":
-    names = {**vars(merging), **vars(fusion), "MismatchPolicy": MismatchPolicy}
-    with Path(sys.argv[1]).open() as file, started_together() as ranks:
-        for case in json.load(file):
-            paths = {key: case[key] for key in ("base", "models", "output", "max_shard_size", "device")}
-            recipe, mismatch = eval(case["recipe"], names), eval(case["mismatch"], names)
-            merge_checkpoints(**paths, **vars(recipe), **vars(mismatch), ranks=ranks)
+
+def merge_all(merges: Sequence[dict[str, Any]]) -> None:
+    with started_together() as ranks:
+        for arguments in merges:
+            merge_checkpoints(**arguments, ranks=ranks)

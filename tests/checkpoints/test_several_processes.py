@@ -1,29 +1,27 @@
 """Merges from files on several real processes: the same bytes as one process writes, and what a kill leaves."""
 
-import json
-import multiprocessing.connection
+import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoints.merge_on_ranks import merge_all
 from helpers import models
+from helpers.ranks import SRUN, end_codes, slurm_job, start_ranks
 from safetensors.torch import load_file, save_file
 
 from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.cli import checkpoints
+from lightning_drm.cli.main import main
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Override, Recipe
 
-SCRIPT = Path(__file__).with_name("merge_on_ranks.py")
-SRUN = Path(__file__).parents[2] / "examples" / "slurm" / "local" / "srun"  # a stand-in, which sets what SLURM sets
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PATIENCE = 300  # seconds for processes to import everything, on a machine that does more than this
 SIZES = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
 DEVICES = [
@@ -54,10 +52,6 @@ def contents(output):
     return {str(file.relative_to(output)): file.read_bytes() for file in sorted(output.rglob("*")) if file.is_file()}
 
 
-def environment(**variables):
-    return {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-
-
 def files_of(folder, prefix=""):
     return {"base": str(folder / "base"), "models": {task: str(folder / f"{prefix}{task}") for task in "ab"}}
 
@@ -69,13 +63,20 @@ def options(folder, output, direction="vertical"):
     return ["merge", "--base", files["base"], *named, "--output", str(output), *method, "--max_shard_size", "8MB"]
 
 
-OVERRIDES = [
-    Override("*.0.*q_proj*", rule="base"),
-    Override("*up_proj*", split=2),
-    Override("*norm*", rule="elect"),
-]
-MERGES = {  # a recipe, the options, and the beginning of the finetunes' names
-    "drm": (Recipe(DRM(density=0.3), {"a": 0.7}, overrides=OVERRIDES), MismatchPolicy(dtype="bfloat16"), ""),
+RECIPES = {
+    "drm": (
+        Recipe(
+            DRM(density=0.3),
+            {"a": 0.7},
+            overrides=[
+                Override("*.0.*q_proj*", rule="base"),
+                Override("*up_proj*", split=2),
+                Override("*norm*", rule="elect"),
+            ],
+        ),
+        MismatchPolicy(dtype="bfloat16"),
+        "",
+    ),
     "ties": (Recipe(TIES(0.3)), MismatchPolicy(), ""),
     "dare": (Recipe(DARETIES(0.4)), MismatchPolicy(), ""),
     "adapter": (Recipe(DRM(density=0.5)), MismatchPolicy(rank=4), "adapter_"),
@@ -83,45 +84,40 @@ MERGES = {  # a recipe, the options, and the beginning of the finetunes' names
 }
 
 
-@pytest.fixture(scope="module")
-def alone(folder):
-    """By device, the files that one process writes for each of `MERGES`; each is made once."""
-
-    @cache
-    def files(device):
-        found = {}
-        for name, (recipe, mismatch, prefix) in MERGES.items():
-            case = {**files_of(folder, prefix), "max_shard_size": "4MB", "device": device}
-            output = folder / f"{name} alone on {device}"
-            merge_checkpoints(**case, output=output, **vars(recipe), **vars(mismatch))
-            found[name] = contents(output)
-        return found
-
-    return files
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_the_number_of_processes_changes_no_bit(num_processes, device, folder, alone, tmp_path):
-    cases = [
+def merges(folder, output, device):
+    """The arguments of one merge per recipe."""
+    return [
         {
             **files_of(folder, prefix),
+            "output": str(output / name),
+            **vars(recipe),
+            **vars(mismatch),
             "max_shard_size": "4MB",
             "device": device,
-            "output": str(tmp_path / name),
-            "recipe": repr(recipe),
-            "mismatch": repr(mismatch),
         }
-        for name, (recipe, mismatch, prefix) in MERGES.items()
+        for name, (recipe, mismatch, prefix) in RECIPES.items()
     ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = [*TORCHRUN, "--nproc_per_node", str(num_processes), SCRIPT, tmp_path / "cases.json"]
-    subprocess.run(command, check=True, env=environment(), timeout=PATIENCE)
-    for name, expected in alone(device).items():
-        assert contents(tmp_path / name) == expected, name
-    assert len(list((tmp_path / "ties").glob("*.safetensors"))) > 2
-    assert {entry.name for entry in tmp_path.iterdir()} == {*MERGES, "cases.json"}
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def alone(request, folder):
+    """What one process writes, and where it computes."""
+    output = folder / f"alone on {request.param}"
+    output.mkdir()
+    for merge in merges(folder, output, request.param):
+        merge_checkpoints(**merge)
+    return output, request.param
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_number_of_processes_changes_no_bit(size, alone, folder, tmp_path):
+    written, device = alone
+    (output := tmp_path / "out").mkdir()
+    assert end_codes(start_ranks(merge_all, size, tmp_path, merges(folder, output, device)), PATIENCE) == [0] * size
+    for name in RECIPES:
+        assert contents(output / name) == contents(written / name), name
+    assert len(list((output / "ties").glob("*.safetensors"))) > 2
+    assert {entry.name for entry in output.iterdir()} == set(RECIPES)
 
 
 @pytest.fixture(scope="module")
@@ -130,33 +126,14 @@ def expected(folder):
     return contents(folder / "expected")
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("launcher", ["lightning", "srun"])
-def test_other_launchers(launcher, folder, expected, tmp_path):
-    command = [sys.executable, "-m", "lightning_drm", *options(folder, tmp_path / "out")]
-    variables = {}
-    if launcher == "lightning":
-        command += ["--devices", "2"]
-    else:
-        command = [SRUN, *command]
-        job = {"JOB_ID": str(os.getpid()), "JOB_NAME": "merge", "NODELIST": "localhost", "NODEID": "0"}
-        variables = {f"SLURM_{name}": value for name, value in {**job, "NTASKS": "2", "NTASKS_PER_NODE": "2"}.items()}
-    own = environment(**variables)
-    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=PATIENCE, check=True)
-    assert contents(tmp_path / "out") == expected
-    assert done.stdout.count("Wrote") == 1, "only the first process prints"
-
-
-@pytest.mark.processes
-def test_an_error_of_one_process_is_said_once_and_ends_all(folder, start_by_hand, tmp_path):
+def test_an_error_of_one_process_is_said_once_and_ends_all(folder, tmp_path):
     """The NaN is in one parameter, so one process alone finds it."""
     broken = load_file(folder / "a" / "model.safetensors")
     broken["model.layers.3.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(broken, tmp_path / "a.safetensors", {"format": "pt"})
     words = options(folder, tmp_path / "out")
     words[words.index(str(folder / "a"))] = str(tmp_path / "a.safetensors")
-    processes = start_by_hand(words, 2)
-    assert [process.wait(PATIENCE) for process in processes] == [2, 2]
+    assert end_codes(start_ranks(main, 2, tmp_path, words), PATIENCE) == [2, 2]
     lines = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(2)).splitlines()
     said = [line for line in lines if line.startswith("lightning-drm: ")]
     assert len(said) == 1
@@ -175,34 +152,6 @@ def test_another_number_of_devices_than_processes_is_refused(folder, tmp_path):
         checkpoints._run([*options(folder, tmp_path / "out")[1:], "--devices", "3"], Ranks(0, 2))
 
 
-@pytest.fixture
-def start_by_hand(tmp_path):
-    """Starts with nothing but the variables that PyTorch asks for: nobody ends the others when one is killed."""
-    processes = []
-
-    def start(words, size):
-        processes.extend(_start(words, size, tmp_path))
-        return processes
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
-
-
-def _start(words, size, tmp_path):
-    with multiprocessing.connection.Listener(("127.0.0.1", 0)) as free:
-        port = free.address[1]
-    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = []
-    for rank in range(size):
-        with (tmp_path / f"{rank}.err").open("w") as errors:
-            command = [sys.executable, "-m", "lightning_drm", *words]
-            own = environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared)
-            processes.append(subprocess.Popen(command, env=own, stdout=subprocess.DEVNULL, stderr=errors))
-    return processes
-
-
 def in_the_middle(output, rank):
     """Waits until a process has written some of its parameters."""
     journal = output.with_name(f".{output.name}.partial") / f".journal.jsonl.{rank}"
@@ -212,18 +161,14 @@ def in_the_middle(output, rank):
         time.sleep(0.01)
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize(("victim", "size"), [(0, 2), (1, 3)])
-def test_a_killed_process_is_named_by_the_others(victim, size, folder, expected, start_by_hand, tmp_path):
-    processes = start_by_hand(options(folder, tmp_path / "out"), size)
+@pytest.mark.parametrize(("victim", "size"), [(0, 2), (2, 3)])
+def test_a_killed_process_is_named_by_the_others(victim, size, folder, expected, tmp_path):
+    ranks = start_ranks(main, size, tmp_path, options(folder, tmp_path / "out"))
     in_the_middle(tmp_path / "out", victim)
-    processes[victim].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
-    others = [process for process in processes if process is not processes[victim]]
-    assert [process.wait(60) for process in others] == [2] * (size - 1)
-    assert time.monotonic() - killed < 60
+    ranks[victim].kill()
+    assert end_codes(ranks, 60) == [-9 if rank == victim else 2 for rank in range(size)]
     said = "".join((tmp_path / f"{rank}.err").read_text() for rank in range(size))
-    assert f"lightning-drm: Rank {victim} (process {processes[victim].pid} on " in said
+    assert said.count(f"lightning-drm: Rank {victim} (process {ranks[victim].pid} on ") == 1
     assert "Traceback" not in said
     result = merge_checkpoints(
         **files_of(folder), output=tmp_path / "out", method=DRM("vertical"), max_shard_size="8MB"
@@ -233,18 +178,29 @@ def test_a_killed_process_is_named_by_the_others(victim, size, folder, expected,
     assert not list(tmp_path.glob(".*")), "locks and partial folders are gone"
 
 
-@pytest.mark.processes
-def test_torchrun_ends_all_when_one_is_killed(folder, expected, tmp_path):
-    command = [*TORCHRUN, "--nproc_per_node", "2", "-m", "lightning_drm", *options(folder, tmp_path / "out")]
-    started = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    in_the_middle(tmp_path / "out", 1)
-    children = subprocess.run(["pgrep", "-P", str(started.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    _, errors = started.communicate(timeout=60)
-    assert started.returncode
-    assert "Signal 9 (SIGKILL)" in errors
-    again = subprocess.run(command, env=environment(), timeout=PATIENCE, capture_output=True, text=True, check=True)
-    assert again.stdout.count("Took up an interrupted merge") == 1
+@pytest.mark.parametrize(("launcher", "victim"), [("devices", 1), ("srun", 0)])
+def test_what_is_left_under_one_launcher_is_finished_under_the_other(launcher, victim, folder, expected, tmp_path):
+    """Both of them start the whole command line, and give what one process gives."""
+    merge = [sys.executable, "-m", "lightning_drm", *options(folder, tmp_path / "out")]
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    commands = {
+        "devices": {"args": [*merge, "--devices", "2"], "env": own},
+        "srun": {"args": [SRUN, *merge], "env": {**own, **slurm_job(2)}},
+    }
+    with contextlib.ExitStack() as cleanup:
+        first = cleanup.enter_context(subprocess.Popen(**commands.pop(launcher), stderr=subprocess.PIPE, text=True))
+        cleanup.callback(first.terminate)
+        in_the_middle(tmp_path / "out", victim)
+        children = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True, check=True)
+        pid = int(children.stdout.split()[victim])
+        os.kill(pid, signal.SIGKILL)
+        _, said = first.communicate(timeout=60)
+    assert first.returncode
+    assert said.count(f"lightning-drm: Rank {victim} (process {pid}") == 1
+    (other,) = commands.values()
+    done = subprocess.run(**other, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert done.stdout.count("Took up an interrupted merge") == 1
+    assert done.stdout.count("Wrote") == 1, "only the first process prints"
     assert contents(tmp_path / "out") == expected
     assert not list(tmp_path.glob(".*"))
 

@@ -1,6 +1,6 @@
 """Run by test_ranks: after training one rank is killed while it merges, and the other one is busy merging.
 
-killed_rank.py FOLDER VICTIM, where rank -1 is nobody
+killed_rank.py FOLDER VICTIM
 """
 
 import os
@@ -20,15 +20,17 @@ from lightning_drm import Average, DRMMergeCallback
 
 
 class Killed(Average):
-    """One rank gets no further than its second parameter, and the other one takes minutes for its own."""
+    """One rank gets no further than its second parameter, and the other one takes minutes over its own."""
 
     victim: int
+    folder: Path
     num_merged = 0
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         type(self).num_merged += 1
-        if self.num_merged == 2 and self.victim >= 0:
+        if self.num_merged == 2:
             if dist.get_rank() == self.victim:
+                (self.folder / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(300)
         return super()._merge(deltas, coefficients)
@@ -36,7 +38,7 @@ class Killed(Average):
 
 def main(folder: Path, victim: int) -> None:
     torch.set_num_threads(1)
-    Killed.victim = victim
+    Killed.victim, Killed.folder = victim, folder
     merge = DRMMergeCallback(["task"], method=Killed(), dirpath=folder)
     seed_everything(0, verbose=False)
     quiet_trainer(strategy=DDPStrategy(), devices=2, max_epochs=1, callbacks=[merge]).fit(VectorTask(), Vectors(0))

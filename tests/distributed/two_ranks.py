@@ -1,4 +1,6 @@
-"""Run by test_ranks on two processes: what is refused, and what becomes of buffers, in a file of each rank.
+"""Run by test_ranks on two processes: what is refused, what becomes of buffers, and ranks that are late.
+
+What each rank found is in a file of its own.
 
 torchrun --nproc_per_node 2 two_ranks.py FOLDER
 """
@@ -6,18 +8,25 @@ torchrun --nproc_per_node 2 two_ranks.py FOLDER
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from helpers.tiny import Vectors, VectorTask, quiet_trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_drm import Average, DRMMergeCallback, MultiTaskModule
+from lightning_drm.deltas import TaskVector
+from lightning_drm.training.run_folder import RunFolder
+
+TIMEOUT, LATE = 3, 4  # seconds
 
 
 class Sharded(VectorTask):
@@ -49,6 +58,45 @@ class Normed(VectorTask):
         self.backbone.append(nn.BatchNorm1d(5))
 
 
+class SlowAverage(Average):
+    """Rank 1 takes its time for its first parameter."""
+
+    def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
+        if dist.get_rank() == 1 and not hasattr(type(self), "has_slept"):
+            type(self).has_slept = True
+            time.sleep(LATE)
+        return super()._merge(deltas, coefficients)
+
+
+class SlowFolder(RunFolder):
+    """Writing a task vector takes rank 0 a while."""
+
+    def save_task_vector(self, vector: TaskVector) -> None:
+        time.sleep(LATE)
+        super().save_task_vector(vector)
+
+
+def come_late(folder: Path) -> str:
+    """Ranks come to every meeting of a merge later than the training's time-out allows.
+
+    Returns:
+        What the training's process group says when a rank comes as late to it, without which the case shows nothing.
+    """
+    dist.destroy_process_group()  # the next fit makes one that has the time-out
+    merge = DRMMergeCallback(["task"], method=SlowAverage(), dirpath=folder)
+    merge.run_folder = SlowFolder(folder)
+    L.seed_everything(0, verbose=False)
+    strategy = DDPStrategy(timeout=timedelta(seconds=TIMEOUT))
+    quiet_trainer(strategy=strategy, devices=2, max_epochs=1, callbacks=[merge]).fit(VectorTask(), Vectors(0))
+    try:
+        if dist.get_rank() == 1:
+            time.sleep(LATE)
+        dist.barrier()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def fit(module: L.LightningModule, strategy: object = "ddp") -> DRMMergeCallback:
     merge = DRMMergeCallback(["a"], method=Average())
     quiet_trainer(strategy=strategy, devices=2, max_epochs=1, callbacks=[merge]).fit(module, Vectors(0))
@@ -76,4 +124,7 @@ if __name__ == "__main__":
     merged = fit(normed).merged_module.task_module("a")
     means = {"live": normed.backbone[-1].running_mean, "merged": merged.backbone[-1].running_mean}
     found["buffers"] = {name: tensor.tolist() for name, tensor in means.items()}
-    (Path(sys.argv[1]) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+    folder = Path(sys.argv[1])
+    found["folder"] = str(folder)
+    found["too late"] = come_late(folder / "late")  # the last case, as it breaks the process group
+    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))

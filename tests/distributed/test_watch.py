@@ -1,0 +1,91 @@
+"""Ranks that watch each other: which end ends the others, what is said of it and by whom, and what is no end at all."""
+
+import re
+from pathlib import Path
+
+import pytest
+from distributed.watch_cases import assemble, work_again, work_together
+from helpers.ranks import end_codes, start_ranks
+
+PATIENCE = 60  # seconds: all ranks have ended within a minute
+
+
+def said(folder: Path, size: int) -> list[str]:
+    """What the ranks said; rank 1 said the second entry."""
+    texts = [(folder / f"{rank}.err").read_text() for rank in range(size)]
+    assert not any("Traceback" in text for text in texts), texts
+    return [text.removeprefix("lightning-drm: ").strip() for text in texts]
+
+
+DEATHS = [
+    (["dies", "meets"], 1),
+    (["meets", "dies"], 0),
+    (["dies", "sleeps", "computes"], 1),
+    (["sleeps", "computes", "dies"], 0),
+    (["computes", "dies", "meets"], 0),
+    (["dies", "computes"], 1),
+    (["sleeps", "is done", "dies"], 0),
+    (["holds the lock", "meets", "dies"], 0),
+]
+
+
+@pytest.mark.parametrize(("deeds", "speaker"), DEATHS)
+def test_a_rank_that_dies_ends_the_others_and_one_of_them_names_it(deeds: list[str], speaker: int, tmp_path: Path):
+    ranks = start_ranks(work_together, len(deeds), tmp_path, deeds, "one")
+    assert end_codes(ranks, PATIENCE) == [-9 if deed == "dies" else 2 for deed in deeds]
+    victim = deeds.index("dies")
+    sentence = (
+        rf"Rank {victim} \(process {ranks[victim].pid} on .+\) died without an error message, so the other ranks ended "
+        r"too\. Try again\."
+    )
+    words = said(tmp_path, len(deeds))
+    assert re.fullmatch(sentence, words.pop(speaker))
+    assert not any(words)
+
+
+@pytest.mark.parametrize("deeds", [["fails", "computes", "meets"], ["meets", "sleeps", "fails"], ["fails"] * 3])
+def test_an_error_ends_all_and_is_said_once(deeds: list[str], tmp_path: Path):
+    ranks = start_ranks(work_together, 3, tmp_path, deeds, "one")
+    assert end_codes(ranks, PATIENCE) == [2, 2, 2]
+    (sentence,) = filter(None, said(tmp_path, 3))
+    assert re.fullmatch(r"NaN on rank \d\.", sentence)
+
+
+def test_each_rank_says_why_where_nobody_speaks_for_all(tmp_path: Path):
+    ranks = start_ranks(work_together, 3, tmp_path, ["meets", "computes", "fails"], "each")
+    assert end_codes(ranks, PATIENCE) == [2, 2, 2]
+    first, second, failed = said(tmp_path, 3)
+    assert re.fullmatch(rf"Rank 2 \(process {ranks[2].pid} on .+\) failed, so the other ranks ended too\.", first)
+    assert second == first
+    assert failed == "NaN on rank 2."
+
+
+def test_a_launcher_that_reports_a_death_speaks_alone(tmp_path: Path):
+    ranks = start_ranks(work_together, 3, tmp_path, ["meets", "dies", "computes"], "launcher")
+    assert end_codes(ranks, PATIENCE) == [2, -9, 2]
+    assert said(tmp_path, 3) == ["", "", ""]
+
+
+@pytest.mark.parametrize("deeds", [["holds the lock", "meets", "meets"], ["meets", "meets", "holds the lock"]])
+def test_a_rank_that_holds_the_lock_of_its_interpreter_is_not_dead(deeds: list[str], tmp_path: Path):
+    ranks = start_ranks(work_together, 3, tmp_path, deeds, "one")
+    assert end_codes(ranks, PATIENCE) == [0, 0, 0]
+    assert said(tmp_path, 3) == ["", "", ""]
+
+
+def test_ranks_that_caught_their_errors_can_work_together_again(tmp_path: Path):
+    ranks = start_ranks(work_again, 2, tmp_path)
+    assert end_codes(ranks, PATIENCE) == [0, 0]
+    first, second = ((tmp_path / f"{rank}.out").read_text() for rank in range(2))
+    assert re.fullmatch(r"ValueError: Rank 1 \(process .+\) failed, so the other ranks ended too\.\ndone\n", first)
+    assert second == "KeyError: 'mine'\ndone\n"
+
+
+def test_nobody_waits_a_week_for_a_rank_that_dies_before_it_can_meet(tmp_path: Path):
+    ranks = start_ranks(assemble, 2, tmp_path, False)
+    assert end_codes(ranks, PATIENCE) == [1, -9]
+
+
+def test_meetings_wait_longer_than_the_assembly(tmp_path: Path):
+    ranks = start_ranks(assemble, 2, tmp_path, True)
+    assert end_codes(ranks, PATIENCE) == [0, 0]
