@@ -23,6 +23,7 @@ def test_cnn_two_tasks_merges_a_plain_network(monkeypatch: pytest.MonkeyPatch, t
     assert accuracy["merged"]["odd"] > 0.6
 
 
+@pytest.mark.processes
 def test_slurm_array_and_merge(tmp_path: Path):
     """The scripts that SLURM would run, run by the stand-ins; what they find of SLURM is its variables."""
     config = save_run_config(tmp_path)
@@ -40,6 +41,7 @@ def test_slurm_array_and_merge(tmp_path: Path):
     assert not list((tmp_path / "run").rglob(".*"))
 
 
+@pytest.mark.processes
 def test_slurm_stand_in_refuses_what_depends_on_a_failure(tmp_path: Path):
     (tmp_path / "fails.sbatch").write_text("#!/bin/bash\n#SBATCH --array=0-1\nexit $SLURM_ARRAY_TASK_ID\n")
     sbatch = [EXAMPLES / "slurm" / "local" / "sbatch", "--parsable"]

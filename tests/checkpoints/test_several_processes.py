@@ -22,6 +22,8 @@ from lightning_drm.cli.main import main
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Override, Recipe
 
+pytestmark = pytest.mark.processes
+
 PATIENCE = 300  # seconds for processes to import everything, on a machine that does more than this
 SIZES = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
 DEVICES = [
@@ -205,7 +207,6 @@ def test_what_is_left_under_one_launcher_is_finished_under_the_other(launcher, v
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.processes
 def test_two_merges_into_one_folder(folder, expected, tmp_path):
     merge = {**files_of(folder), "output": tmp_path / "out", "method": DRM("vertical"), "max_shard_size": "8MB"}
     first = multiprocessing.get_context("fork").Process(target=merge_checkpoints, kwargs=merge)

@@ -77,6 +77,7 @@ def test_one_process_pads_nothing():
     assert len(PaddedDataset(datasets.Dataset.from_dict({"labels": [0] * 7}), 1)) == 7
 
 
+@pytest.mark.processes
 def test_accuracy_under_ddp_is_that_of_one_process(tmp_path, reviews):
     alone = count_test_samples.main(reviews, num_processes=1)
     out = tmp_path / "out.json"

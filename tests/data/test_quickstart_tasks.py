@@ -207,6 +207,7 @@ def test_a_held_out_diagnosis_differs_from_all_training_diagnoses_in_its_words_a
         assert max(len(words & others) / len(words | others) for others in training_words) <= 0.75, text
 
 
+@pytest.mark.processes
 def test_splits_are_the_same_in_a_process_with_other_hashes(tmp_path):
     hash_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     run = subprocess.run(

@@ -122,6 +122,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.processes
 def test_killed_writer_leaves_no_half_file(tmp_path: Path) -> None:
     path = tmp_path / "deltas.safetensors"
     tensors = {"first": torch.ones(60_000_000), "last": torch.ones(1)}

@@ -21,6 +21,8 @@ from lightning_drm import Average
 from lightning_drm.deltas import load_task_vector
 from lightning_drm.fusion import Fusion, Recipe
 
+pytestmark = pytest.mark.processes
+
 HERE = Path(__file__).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TASKS = ("texts", "tokens")

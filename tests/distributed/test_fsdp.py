@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 FITS = (
     "whole", "layers", "recomputed", "gradients only", "tied", "adapted", "adapted layers", "normed", "wrapping",
     "sharded files",

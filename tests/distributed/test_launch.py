@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.ranks import SRUN, slurm_job
 
+pytestmark = pytest.mark.processes
+
 SCRIPT = Path(__file__).with_name("launched.py")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 COMMANDS = {

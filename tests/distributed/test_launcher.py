@@ -13,6 +13,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.processes
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 STRATEGIES = Path(__file__).parents[2] / "configs/strategy"
 

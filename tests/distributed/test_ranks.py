@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from lightning_drm import Average, DRMMergeCallback
 
+pytestmark = pytest.mark.processes
+
 HERE = Path(__file__).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 

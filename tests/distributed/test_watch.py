@@ -7,6 +7,8 @@ import pytest
 from distributed.watch_cases import assemble, work_again, work_together
 from helpers.ranks import end_codes, start_ranks
 
+pytestmark = pytest.mark.processes
+
 PATIENCE = 60  # seconds: all ranks have ended within a minute
 
 

@@ -18,6 +18,7 @@ def hold(path: Path, held: "multiprocessing.synchronize.Event", end: "multiproce
         end.wait(60)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("killed", [False, True])
 def test_another_process_is_refused_until_the_holder_ends(tmp_path: Path, killed: bool) -> None:
     path, held, end = tmp_path / "new" / "out", FORK.Event(), FORK.Event()

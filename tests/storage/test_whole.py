@@ -41,6 +41,7 @@ def killed_half_way(path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.processes
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
     path = tmp_path / "deltas.safetensors"
     writer = FORK.Process(target=killed_half_way, args=(path,))

@@ -209,6 +209,7 @@ def test_arguments_out_of_range_are_refused(arguments: dict, message: str):
         DRMMergeCallback(**arguments)
 
 
+@pytest.mark.processes
 def test_spawned_processes_are_refused_by_name():
     merge = DRMMergeCallback(["a"])
     with pytest.raises(ProcessRaisedException, match=r"DDPStrategy starts its processes by spawn.*use strategy 'ddp'"):

@@ -14,6 +14,8 @@ from helpers.tiny import save_run_config
 
 from lightning_drm.cli.main import main
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
