@@ -11,11 +11,12 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from lightning_drm.cli.main import main
 
-for words in json.load(sys.stdin):
-    output, code = io.StringIO(), 0
-    with redirect_stdout(output), redirect_stderr(output):
-        try:
-            main(words)
-        except SystemExit as end:
-            code = end.code
-    print(json.dumps({"code": code, "said": output.getvalue()}), flush=True)
+if __name__ == "__main__":
+    for words in json.load(sys.stdin):
+        output, code = io.StringIO(), 0
+        with redirect_stdout(output), redirect_stderr(output):
+            try:
+                main(words)
+            except SystemExit as end:
+                code = end.code
+        print(json.dumps({"code": code, "said": output.getvalue()}), flush=True)
