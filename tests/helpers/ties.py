@@ -33,6 +33,7 @@ def settled(
         noise: Error of the deltas that were merged, as a fraction of the largest singular value (DRM) or of a
             task's largest entry (TIES), where they were not quite these.
     """
+    assert merged.isfinite().all()
     open_ = undecided(method, deltas, merged.dtype, noise)
     left_out = float(open_.double().mean()) if open_.numel() else 0.0
     assert left_out <= FEW, (

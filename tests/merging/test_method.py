@@ -195,7 +195,7 @@ class TestDARETIES:
         torch.manual_seed(1)
         assert torch.equal(first, DARETIES().merge(deltas(9, 9)))
 
-    def test_shares_and_rescaling(self):
+    def test_what_is_kept_and_rescaling(self):
         merged = DARETIES(density=0.25).merge([torch.ones(400, 500)])
         assert set(merged.unique().tolist()) == {0.0, 4.0}
         # Standard deviation of the mean of 200,000 draws at 1/4: 0.001 · 4.
