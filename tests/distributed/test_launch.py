@@ -50,4 +50,4 @@ def test_a_killed_process_ends_the_others_and_is_named(launcher: str, victim: st
 def test_an_error_of_all_processes_is_said_once(launcher: str, tmp_path: Path):
     code, said = end_of(launcher, tmp_path, "fails", "all")
     assert re.fullmatch(r"lightning-drm: NaN on rank \d\.\n", said), said
-    assert code == {"devices": 2, "srun that kills": 15}[launcher]
+    assert code in {"devices": {2}, "srun that kills": {2, 15}}[launcher]  # the quiet process exits, or is ended first
