@@ -1,6 +1,5 @@
 """Merges from files on several real processes: the same bytes as one process writes, and what a kill leaves."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -180,27 +179,19 @@ def test_a_killed_process_is_named_by_the_others(victim, size, folder, expected,
     assert not list(tmp_path.glob(".*")), "locks and partial folders are gone"
 
 
-@pytest.mark.parametrize(("launcher", "victim"), [("devices", 1), ("srun", 0)])
-def test_what_is_left_under_one_launcher_is_finished_under_the_other(launcher, victim, folder, expected, tmp_path):
-    """Both of them start the whole command line, and give what one process gives."""
+def test_what_srun_left_is_finished_by_devices(folder, expected, tmp_path):
+    """Both of them start the whole command line."""
     merge = [sys.executable, "-m", "lightning_drm", *options(folder, tmp_path / "out")]
     own = {**os.environ, "OMP_NUM_THREADS": "1"}
-    commands = {
-        "devices": {"args": [*merge, "--devices", "2"], "env": own},
-        "srun": {"args": [SRUN, *merge], "env": {**own, **slurm_job(2)}},
-    }
-    with contextlib.ExitStack() as cleanup:
-        first = cleanup.enter_context(subprocess.Popen(**commands.pop(launcher), stderr=subprocess.PIPE, text=True))
-        cleanup.callback(first.terminate)
-        in_the_middle(tmp_path / "out", victim)
-        children = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True, check=True)
-        pid = int(children.stdout.split()[victim])
-        os.kill(pid, signal.SIGKILL)
-        _, said = first.communicate(timeout=60)
-    assert first.returncode
-    assert said.count(f"lightning-drm: Rank {victim} (process {pid}") == 1
-    (other,) = commands.values()
-    done = subprocess.run(**other, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    with subprocess.Popen([SRUN, *merge], env={**own, **slurm_job(2)}, stderr=subprocess.PIPE, text=True) as srun:
+        in_the_middle(tmp_path / "out", 0)
+        children = subprocess.run(["pgrep", "-P", str(srun.pid)], capture_output=True, text=True, check=True)
+        first = children.stdout.split()[0]
+        os.kill(int(first), signal.SIGKILL)
+        _, said = srun.communicate(timeout=60)
+    assert said.count(f"lightning-drm: Rank 0 (process {first} on ") == 1
+    devices = [*merge, "--devices", "2"]
+    done = subprocess.run(devices, env=own, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.count("Took up an interrupted merge") == 1
     assert done.stdout.count("Wrote") == 1, "only the first process prints"
     assert contents(tmp_path / "out") == expected

@@ -17,7 +17,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from helpers.tiny import Vectors, VectorTask, quiet_trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
@@ -76,18 +76,24 @@ class SlowFolder(RunFolder):
         super().save_task_vector(vector)
 
 
+class Impatient(L.Callback):
+    """From the end of training on, the training's process group waits for nobody."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT))
+
+
 def come_late(folder: Path) -> str:
     """Ranks come to every meeting of a merge later than the training's time-out allows.
 
     Returns:
         What the training's process group says when a rank comes as late to it, without which the case shows nothing.
     """
-    dist.destroy_process_group()  # the next fit makes one that has the time-out
     merge = DRMMergeCallback(["task"], method=SlowAverage(), dirpath=folder)
     merge.run_folder = SlowFolder(folder)
     L.seed_everything(0, verbose=False)
-    strategy = DDPStrategy(timeout=timedelta(seconds=TIMEOUT))
-    quiet_trainer(strategy=strategy, devices=2, max_epochs=1, callbacks=[merge]).fit(VectorTask(), Vectors(0))
+    trainer = quiet_trainer(strategy="ddp", devices=2, max_epochs=1, callbacks=[Impatient(), merge])
+    trainer.fit(VectorTask(), Vectors(0))
     try:
         if dist.get_rank() == 1:
             time.sleep(LATE)
