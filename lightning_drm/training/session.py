@@ -8,7 +8,6 @@ Fabric, `DRMMergeCallback` and `MergeTrainer` all talk to it in the same way.
 """
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, cast
@@ -21,21 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_drm.deltas import Base, TaskVector, backbone_parameters, fingerprint
 from lightning_drm.deltas.sharded import shard_like
-from lightning_drm.deltas.wrappers import is_flat, refuse_flat
+from lightning_drm.deltas.wrappers import refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.distributed.watch import watched
 from lightning_drm.fusion import Fusion, Override, Recipe, model_card
 from lightning_drm.merging import DRM, LowRank, Method
-from lightning_drm.modules import (
-    MultiTaskModule,
-    head_names_of,
-    is_sharded,
-    with_buffers_of,
-    without_weights,
-)
+from lightning_drm.modules import MultiTaskModule, head_names_of
 from lightning_drm.names import check_task_name
 from lightning_drm.training.delta_cache import DeltaCache, Store
 from lightning_drm.training.exchange import Owners, merge_together
+from lightning_drm.training.kept_modules import KeptModules
 from lightning_drm.training.merged_folder import write_merged
 from lightning_drm.training.progress import merging_bar
 from lightning_drm.training.run_folder import RunFolder
@@ -111,7 +105,7 @@ class MergeSession:
         self.recipe.check(self.tasks)
         self._base = Base()
         self._vectors: dict[str, TaskVector] = {}
-        self._modules: dict[str, nn.Module] = {}  # every task's own, without its weights
+        self._modules = KeptModules(self.tasks)
         self._ranks: Ranks | None = None
         self._owners = Owners(self.recipe, self.tasks)
         self._device = torch.device("cpu")  # of the module that was collected last
@@ -182,7 +176,7 @@ class MergeSession:
             ValueError: If there is no such task.
         """
         self._require_task(task)
-        self._modules[task] = without_weights(module)
+        self._modules.keep(module, task)
 
     def knows_module(self, task: str) -> bool:
         """Whether `keep_module` or `collect` has seen a task's own module."""
@@ -221,20 +215,13 @@ class MergeSession:
 
         Raises:
             ValueError: If there is no such task, a delta is not finite, or frozen parameters have changed.
-            RuntimeError: If `note_base` was not called before training.
+            RuntimeError: If `note_base` was not called before training, or the module is sharded and was not kept.
         """
         module = _unwrapped(module)
         self._require_task(task)
         if not self._base.hashes:
             raise RuntimeError(f"Task {task!r} cannot be collected: call note_base(module) before it is trained.")
-        if not (is_sharded(module) or is_flat(module)):
-            self.keep_module(module, task)
-        elif task in self._modules:
-            with_buffers_of(module, self._modules[task])
-        else:
-            raise RuntimeError(
-                f"Task {task!r} is sharded: call keep_module(module, task) before its module is sharded."
-            )
+        self._modules.keep_trained(module, task)
         head, cache = head_names_of(module, self.head), self._cache
         vector = self._base.task_vector(module, head, task, settings, ranks=self.ranks, keep=cache.place)
         self._vectors[task] = cache.take_in(vector)
@@ -300,7 +287,7 @@ class MergeSession:
         recipe.check(self.tasks)
         if module is not None:
             refuse_flat(module)
-        modules = self._modules_of_tasks(module)
+        modules = self._modules.of_all_tasks(module, warn=self.ranks.is_first)
         home = next(module.parameters()).device if module is not None else self._device
         writes = self.run_folder is not None and self.ranks.is_first
         merged: dict[str, Tensor] = {}
@@ -377,26 +364,6 @@ class MergeSession:
             base_fingerprint=fingerprint(self._base.hashes),
         )
         write_merged(self.run_folder.merged, module, head_names_of(module, self.head), heads, card)
-
-    def _modules_of_tasks(self, module: nn.Module | None) -> dict[str, nn.Module]:
-        """Every task's own module; the given or the last known one for tasks that were only restored."""
-        unknown = [task for task in self.tasks if task not in self._modules]
-        if unknown and module is None:
-            if not self._modules:
-                raise ValueError(
-                    "All tasks were restored, so no module is known here: give fuse a module, and call "
-                    "keep_module(module, task) where tasks have modules of their own."
-                )
-            task, module = list(self._modules.items())[-1]
-            if self.ranks.is_first:
-                warnings.warn(
-                    f"The modules of {', '.join(unknown)} were not seen here, as these tasks were restored: in the "
-                    f"merged module, copies of {task}'s stand in for them, with the heads that were stored. Call "
-                    "keep_module(module, task) for modules of their own.",
-                    stacklevel=3,
-                )
-        known = {**dict.fromkeys(unknown, module), **self._modules}
-        return {task: cast(nn.Module, known[task]) for task in self.tasks}
 
     def _require_task(self, task: str) -> None:
         if task not in self.tasks:
