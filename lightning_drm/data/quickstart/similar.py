@@ -1,6 +1,7 @@
-"""Texts that are copies of each other, or nearly."""
+"""Texts that are copies of each other, or nearly, and words that belong together."""
 
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
 
 
-def similar_groups(texts: Sequence[str], similarity: Fraction, families: Sequence[Hashable] = ()) -> list[int]:
+def similar_groups(texts: Sequence[str], similarity: Fraction = Fraction(1, 3)) -> list[int]:
     """Number the texts so that two share a number if they are alike, or both like a third.
 
     How similar two texts are is what the words that they share weigh, divided by what all words of either weigh. A word
@@ -19,7 +20,6 @@ def similar_groups(texts: Sequence[str], similarity: Fraction, families: Sequenc
     Args:
         texts: the texts.
         similarity: two texts are alike from this similarity on.
-        families: one per text, if given; texts of one family are alike whatever their words.
 
     Returns:
         One number per text. They only tell which texts are in one group.
@@ -31,8 +31,11 @@ def similar_groups(texts: Sequence[str], similarity: Fraction, families: Sequenc
     shared = ((has_word * weights) @ has_word.T).tocoo()
     either = weight[shared.row] + weight[shared.col] - shared.data
     alike = similarity.denominator * shared.data >= similarity.numerator * either
-    first_of: dict[Hashable, int] = {}
-    firsts = [first_of.setdefault(family, text) for text, family in enumerate(families)]
-    ends = np.append(shared.row[alike], np.arange(len(firsts))), np.append(shared.col[alike], firsts).astype(np.int64)
-    _, groups = connected_components(csr_array((np.ones(len(ends[0])), ends), shape=shared.shape), directed=False)
+    pairs = csr_array((np.ones(alike.sum()), (shared.row[alike], shared.col[alike])), shape=shared.shape)
+    _, groups = connected_components(pairs, directed=False)
     return [int(group) for group in groups]
+
+
+def word_family(word: str) -> str:
+    """The start that `love`, `loved`, `loving` and `lovable` share: four letters, without a vowel at their end."""
+    return re.sub(r"[aeiouy]$", "", word[:4])

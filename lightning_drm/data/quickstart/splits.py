@@ -27,7 +27,7 @@ def split_by_content(table: Dataset, seed: int) -> DatasetDict:
 
     """
     texts, labels = table["text"][:], table[LABELS][:]
-    members: dict[int, list[int]] = defaultdict(list)
+    members: dict[int | str, list[int]] = defaultdict(list)
     for row, group in enumerate(table["group"]):
         members[group].append(row)
     quota = {label: count // HELD_OUT for label, count in Counter(labels).items()}

@@ -14,7 +14,7 @@ from lightning_drm.data.quickstart.splits import split_by_content
 from lightning_drm.data.text import TextTask
 from lightning_drm.pretrained import QUICKSTART_PACKAGES, package_folder
 
-Source = Literal["news_topic", "word_valence", "emoji_language", "diagnosis_chapter"]
+Source = Literal["news_topic", "word_valence", "emoji_language", "part_of_speech"]
 
 
 class QuickstartTask(TextTask):
@@ -24,8 +24,8 @@ class QuickstartTask(TextTask):
 
     Args:
         source: `news_topic` (the topic of a BBC article), `word_valence` (whether people find a word positive or
-            negative), `emoji_language` (the language of an emoji's name) or `diagnosis_chapter` (the part of medicine
-            that a diagnosis belongs to).
+            negative), `emoji_language` (the language of an emoji's name) or `part_of_speech` (whether a word is a
+            noun, an adjective, a verb or an adverb).
         pretrained: whose tokenizer to use, in the notation of `resolve_pretrained`.
         max_length: cut texts to so many tokens.
         max_train_samples: use at most so many training samples, classes in proportion.

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from lightning_drm.data.quickstart.similar import word_family
 from lightning_drm.pretrained import package_folder
 
 PACKAGE = "vaderSentiment"
@@ -16,8 +17,3 @@ def read() -> Iterator[dict[str, str | int]]:
         if re.fullmatch(r"[a-z]{3,}([ -][a-z]+)*", word):
             label = "positive" if float(mean_rating) > 0 else "negative"
             yield {"text": word, "label": label, "group": word_family(word)}
-
-
-def word_family(word: str) -> str:
-    """The start that `love`, `loved`, `loving` and `lovable` share: four letters, without a vowel at their end."""
-    return re.sub(r"[aeiouy]$", "", word[:4])
