@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 
 from lightning_drm.cli.overview import MERGE_FORMS, OVERVIEW, SUBCOMMANDS
 
@@ -46,9 +47,7 @@ def main(args: list[str] | None = None) -> None:
         print(OVERVIEW, end="")
         return
     if words[0] == "--version":
-        from lightning_drm import __version__
-
-        print(f"lightning-drm {__version__}")
+        print(f"lightning-drm {version('lightning_drm')}")
         return
     try:
         _run(words, args)

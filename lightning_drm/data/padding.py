@@ -26,7 +26,7 @@ Sample = dict[str, Any]
 
 
 class PaddedDataset(Dataset[Sample]):
-    """A table, filled up to a multiple of `multiple` with copies of its first sample labelled `IGNORE_INDEX`."""
+    """A table, filled up to a multiple of `multiple` with copies of its first sample labeled `IGNORE_INDEX`."""
 
     def __init__(self, table: Table, multiple: int) -> None:
         self.table = table

@@ -40,7 +40,7 @@ def report_content(comparison: Comparison) -> dict[str, Any]:
 
 
 def terminal_table(comparison: Comparison) -> Table:
-    """The comparison as a table: tasks down; base, individual, merged and normalised accuracy across."""
+    """The comparison as a table: tasks down; base, individual, merged and normalized accuracy across."""
     table = Table(title=f"Test accuracy, merged with {_method_name(comparison)}")
     table.add_column("task")
     for column in _COLUMNS:
