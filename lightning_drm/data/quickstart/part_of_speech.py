@@ -18,7 +18,7 @@ NUM_PER_CLASS = 1800
 
 def read() -> Iterator[dict[str, str]]:
     """Yield as many words of each class, each with the class it most often has; words of one family share a group."""
-    words = defaultdict(list)
+    words: dict[str, list[str]] = defaultdict(list)
     lexicon = package_folder(PACKAGE) / "en" / "en-lexicon.txt"
     for line in lexicon.read_text(encoding="utf-8").splitlines():
         word, _, tag = line.partition(" ")
