@@ -30,10 +30,10 @@ def test_slurm_array_and_merge(tmp_path: Path):
     slurm = EXAMPLES / "slurm"
     scripts = Path(sys.executable).parent  # where lightning-drm is
     path = os.pathsep.join([str(slurm / "local"), str(scripts), os.environ["PATH"]])
-    command = [slurm / "submit.sh", config, "colour", "pet"]
+    command = [slurm / "submit.sh", config, "color", "pet"]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PATH": path}, check=True, timeout=200)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert report["tasks"] == ["colour", "pet"]
+    assert report["tasks"] == ["color", "pet"]
     assert report["accuracy"]["individual"]["average"] > 0.9
     outputs = {file.name: file.read_text() for file in tmp_path.glob("*.out")}
     assert len(outputs) == 3, "two jobs of the array, and the merge"

@@ -23,14 +23,14 @@ def test_fit_leaves_the_run_folder_of_the_contract(finished: Run):
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert {
         "config.yaml",
-        "tasks/colour/deltas.safetensors",
-        "tasks/colour/head.safetensors",
-        "tasks/colour/metrics.json",
+        "tasks/color/deltas.safetensors",
+        "tasks/color/head.safetensors",
+        "tasks/color/metrics.json",
         "tasks/pet/deltas.safetensors",
         "merged/model.safetensors",
         "merged/config.json",
         "merged/tokenizer.json",
-        "merged/heads/colour.safetensors",
+        "merged/heads/color.safetensors",
         "merged/heads/pet.safetensors",
         "merged/README.md",
         "report.json",
@@ -49,7 +49,7 @@ def test_report_compares_base_individual_and_merged(finished: Run):
     assert content["method"]["init_args"]["density"] == 0.2
     for row in ("base", "individual", "merged"):
         values = content["accuracy"][row]
-        assert values["average"] == pytest.approx((values["colour"] + values["pet"]) / 2)
+        assert values["average"] == pytest.approx((values["color"] + values["pet"]) / 2)
         assert all(0 <= value <= 1 for value in values.values())
     assert content["accuracy"]["individual"]["average"] > 0.9, "a telling word in each text is easily learned"
     ratio = content["accuracy"]["merged"]["pet"] / content["accuracy"]["individual"]["pet"]
@@ -82,7 +82,7 @@ def test_merge_tries_another_method_without_training(copied: Run):
     assert report(run)["method"] == {
         "class_path": "lightning_drm.TIES",
         "init_args": {"density": 0.3, "scope": "global", "scale": 1.0},
-        "coefficients": {"colour": 1.0, "pet": 1.0},
+        "coefficients": {"color": 1.0, "pet": 1.0},
         "convolutions": "average",
         "non_matrix": "average",
         "overrides": [],
@@ -109,19 +109,19 @@ def test_test_measures_the_same_again(copied: Run):
 
 def test_loggers_get_the_comparison(finished: Run):
     logged = "".join(path.read_text() for path in finished.config.parent.rglob("metrics.csv"))
-    assert "merge/merged/colour" in logged
+    assert "merge/merged/color" in logged
     assert "merge/normalized/average" in logged
 
 
 def test_only_trains_one_task_and_then_merge_completes(unfinished: Run, finished: Run, capsys: pytest.CaptureFixture):
     command = unfinished.words
     main(["fit", *command, "--only", "pet"])
-    assert "colour still to be finetuned" in capsys.readouterr().out
+    assert "color still to be finetuned" in capsys.readouterr().out
     assert not (unfinished.folder / "merged").exists()
     with pytest.raises(SystemExit):
         main(["merge", *command])
-    assert "has no finetune of colour: run `fit` first" in capsys.readouterr().err
-    main(["fit", *command, "--only", "[colour]"])
+    assert "has no finetune of color: run `fit` first" in capsys.readouterr().err
+    main(["fit", *command, "--only", "[color]"])
     assert "`merge` comes next" in capsys.readouterr().out
     main(["merge", *command])
     assert report(unfinished.folder) == report(finished.folder), "each task is seeded on its own"
@@ -148,7 +148,7 @@ def test_lora_goes_the_same_way(unfinished: Run, tmp_path: Path):
         (["--model.optimizer.init_args.lr", "0.1"], r"model.optimizer.init_args.lr: 0.005 → 0.1"),
         (["--seed_everything", "1"], r"seed: 0 → 1"),
         (["--trainer.max_steps", "5"], r"trainer.max_steps: 40 → 5"),
-        (["--only", "[bird]"], r"No task 'bird' to finetune; tasks: colour, pet"),
+        (["--only", "[bird]"], r"No task 'bird' to finetune; tasks: color, pet"),
         (["--drm.coefficients", "{bird: 1.0}"], r"unknown tasks bird"),
         (["--drm.method.density", "2"], r"density"),
         (["--drm.method.densty", "0.3"], r"densty"),

@@ -9,7 +9,7 @@ from transformers import ViTImageProcessor
 
 from lightning_drm.data import ImageTask
 
-COLOURS = ("blue", "green", "red")
+COLORS = ("blue", "green", "red")
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,13 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def save_images(folder: Path, num_each: int, backwards: bool = False) -> str:
     """Noisy blue, green and red images, in modes and sizes that differ."""
-    for position, colour in list(enumerate(COLOURS))[:: -1 if backwards else 1]:
-        (folder / colour).mkdir(parents=True)
+    for position, color in list(enumerate(COLORS))[:: -1 if backwards else 1]:
+        (folder / color).mkdir(parents=True)
         for number in range(num_each)[:: -1 if backwards else 1]:
             pixels = np.random.default_rng(number).integers(0, 60, (20 + number, 24, 3), dtype=np.uint8)
             pixels[..., 2 - position] += 150
             image = Image.fromarray(pixels).convert(("RGB", "RGBA", "P")[number % 3])
-            image.save(folder / colour / f"{number}.png")
+            image.save(folder / color / f"{number}.png")
     return str(folder)
 
 
@@ -41,7 +41,7 @@ def test_a_folder_of_images_becomes_batches_without_torchvision(photos, processo
     task = ImageTask(photos, processor, batch_size=8)
     task.prepare_data()
     task.setup("fit")
-    assert task.class_names == list(COLOURS)
+    assert task.class_names == list(COLORS)
     assert {name: len(split) for name, split in task.splits.items()} == {"train": 48, "validation": 6, "test": 6}
     assert "torchvision" not in sys.modules
     for batch in task.test_dataloader():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import COLOURS, save_texts, save_tiny_bert
+from helpers.tiny import COLORS, save_texts, save_tiny_bert
 
 HERE = Path(__file__).parent
 
@@ -76,7 +76,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pretrained model without dropout, which would differ from rank to rank, and a csv of texts."""
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny_bert(folder / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    save_texts(folder / "texts.csv", COLOURS, seed=1)
+    save_texts(folder / "texts.csv", COLORS, seed=1)
     return folder
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from helpers.on_cpu import FSDPOnCPU
-from helpers.tiny import COLOURS, Tokens
+from helpers.tiny import COLORS, Tokens
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -103,14 +103,14 @@ def run_in_memory(folder: Path, out: Path, strategy: str, size: int) -> None:
     L.seed_everything(0, verbose=False)
     for task, task_data in data.tasks.items():
         L.seed_everything(0, verbose=False)
-        module = make_module(folder, False, num_classes=len(COLOURS))
+        module = make_module(folder, False, num_classes=len(COLORS))
         module.task_name = task
         L.Trainer(callbacks=[merge], **arguments(strategy, size)).fit(module, datamodule=task_data)
     counted = Counting(merge.merged_module)
     trainer = L.Trainer(**arguments(strategy, size))
     results = trainer.test(counted, datamodule=data, verbose=False)
     metrics = {name: torch.tensor(value) for part in results for name, value in part.items()}
-    finetuned = merge.finetuned_module(make_module(folder, False, num_classes=len(COLOURS)), "tokens")
+    finetuned = merge.finetuned_module(make_module(folder, False, num_classes=len(COLORS)), "tokens")
     tensors = {
         f"finetuned.{n}": t.detach().cpu() for n, t in finetuned.task_module("tokens").backbone.named_parameters()
     }

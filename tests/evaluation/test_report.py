@@ -96,20 +96,20 @@ def test_picture(tmp_path: Path, count: int) -> None:
         assert 500 <= height <= 1000
         shades = picture.convert("RGB").getcolors(maxcolors=width * height)
     assert shades is not None
-    # The picture's ground and two rows of bars: each a colour over a visible share of the picture.
+    # The picture's ground and two rows of bars: each a color over a visible share of the picture.
     assert sum(number > 0.005 * width * height for number, _ in shades) >= 3
 
 
 def test_bars_are_as_high_as_the_accuracies(tmp_path: Path) -> None:
-    """Counts the pixels of the merged row's colour: three times the accuracy, three times the area."""
+    """Counts the pixels of the merged row's color: three times the accuracy, three times the area."""
 
     def darkest(accuracy: float) -> int:
         row = {"a": accuracy}
         write_report(Comparison(["a"], {}, {}, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path)
         with Image.open(tmp_path / "report.png") as picture:
             counted = picture.convert("RGB").getcolors(maxcolors=10**7)
-        coloured = [(number, colour) for number, colour in counted or [] if max(colour) - min(colour) > 40]
-        return max(coloured)[0]
+        colored = [(number, color) for number, color in counted or [] if max(color) - min(color) > 40]
+        return max(colored)[0]
 
     assert darkest(0.9) / darkest(0.3) == pytest.approx(3, rel=0.1)
 

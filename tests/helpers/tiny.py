@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-KINDS = {"colour": ["red", "green", "blue"], "pet": ["cat", "dog"]}  # by task, its classes: the telling words
+KINDS = {"color": ["red", "green", "blue"], "pet": ["cat", "dog"]}  # by task, its classes: the telling words
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird"]
 
 
@@ -91,19 +91,19 @@ def save_texts(path: Path, kinds: list[str], seed: int, count: int = 120) -> str
     return str(path)
 
 
-COLOURS = ["red", "green", "blue"]
+COLORS = ["red", "green", "blue"]
 
 
 class Tokens(L.LightningDataModule):
     """A user's own data: token numbers, of which one tells the class; processes share it as Lightning does."""
 
-    num_classes = len(COLOURS)
+    num_classes = len(COLORS)
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
         self.batch_size = batch_size
         generator = torch.Generator().manual_seed(5)
-        labels = torch.randint(len(COLOURS), (75,), generator=generator)
+        labels = torch.randint(len(COLORS), (75,), generator=generator)
         ids = torch.randint(8, 14, (75, 5), generator=generator)
         ids[:, 2] = labels + 5
         rows = [

@@ -35,7 +35,7 @@ def test_a_fit_keeps_others_from_its_task_and_a_kill_leaves_it_undone(config: Pa
             time.sleep(0.05)
         assert refusal([*fit, "--only", "pet"], capsys) == busy(run)
         assert refusal(fit, capsys) == busy(run), "one task is at work"
-        main([*fit, "--only", "colour"])
+        main([*fit, "--only", "color"])
         assert "pet still to be finetuned" in capsys.readouterr().out
         assert other.poll() is None, "the fit of another task does not disturb it"
     finally:
