@@ -144,7 +144,7 @@ def test_an_error_of_one_process_is_said_once_and_ends_all(folder, tmp_path):
 
 def test_a_dry_run_tells_the_shares(folder, tmp_path, capsys):
     checkpoints._run([*options(folder, tmp_path / "out")[1:], "--dry_run"], Ranks(0, 2))
-    assert "Of 2 shares of the work the largest is 1.0" in capsys.readouterr().out
+    assert "The largest of 2 shares of the work is 1.0" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
 
 
@@ -192,7 +192,7 @@ def test_what_srun_left_is_finished_by_devices(folder, expected, tmp_path):
     assert said.count(f"lightning-drm: Rank 0 (process {first} on ") == 1
     devices = [*merge, "--devices", "2"]
     done = subprocess.run(devices, env=own, capture_output=True, text=True, timeout=PATIENCE, check=True)
-    assert done.stdout.count("Took up an interrupted merge") == 1
+    assert done.stdout.count("Resumed an interrupted merge") == 1
     assert done.stdout.count("Wrote") == 1, "only the first process prints"
     assert contents(tmp_path / "out") == expected
     assert not list(tmp_path.glob(".*"))

@@ -24,7 +24,7 @@ def overlay(strategy: str, backend: str, folder: Path) -> Path:
     content = yaml.safe_load((STRATEGIES / f"{strategy}.yaml").read_text())
     content["trainer"] |= {"accelerator": {"gloo": "cpu", "nccl": "gpu"}[backend], "devices": 2}
     if strategy == "fsdp" and backend == "gloo":
-        content["trainer"]["strategy"] = {"class_path": "on_cpu.FSDPOnCPU"}
+        content["trainer"]["strategy"] = {"class_path": "helpers.on_cpu.FSDPOnCPU"}
     if strategy == "fsdp2":
         content["trainer"]["strategy"]["init_args"]["data_parallel_size"] = 2
     path = folder / f"{strategy}.yaml"
@@ -47,7 +47,7 @@ def config(inputs: Path) -> Path:
         "data": {
             "tasks": {
                 "texts": {"class_path": "lightning_drm.data.TextTask", "init_args": texts},
-                "tokens": {"class_path": "tiny.Tokens", "init_args": {"batch_size": 4}},
+                "tokens": {"class_path": "helpers.tiny.Tokens", "init_args": {"batch_size": 4}},
             }
         },
         "drm": {"method": {"class_path": "lightning_drm.Average"}},

@@ -90,7 +90,7 @@ def come_late(folder: Path) -> str:
         What the training's process group says when a rank comes as late to it, without which the case shows nothing.
     """
     merge = DRMMergeCallback(["task"], method=SlowAverage(), dirpath=folder)
-    merge.run_folder = SlowFolder(folder)
+    merge.session.run_folder = SlowFolder(folder)
     L.seed_everything(0, verbose=False)
     trainer = quiet_trainer(strategy="ddp", devices=2, max_epochs=1, callbacks=[Impatient(), merge])
     trainer.fit(VectorTask(), Vectors(0))
