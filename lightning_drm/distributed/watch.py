@@ -61,8 +61,8 @@ def watched(ranks: Ranks, advice: str, *, speaker: Speaker = "each") -> Iterator
         yield ranks
         return
     watch = _Watch(ranks, advice, speaker)
-    watch.start()
     try:
+        watch.start()  # in here, since another rank may fail at once, and interrupt this one
         yield ranks
         watch.leave()
     except BaseException as error:
