@@ -5,9 +5,10 @@ alone, jsonargparse hands those of the same name on, so that ``TaskArithmetic`` 
 get DRM's ``scale``, and ``SGD`` over ``AdamW`` its ``weight_decay``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,7 +19,7 @@ from jsonargparse.typing import PositiveInt
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.fusion import Recipe
 
-_hand_on_arguments = _typehints.discard_init_args_on_class_path_change
+_hand_on_arguments: Callable[..., None] = _typehints.discard_init_args_on_class_path_change
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def _drop_arguments(parser_or_action: Any, previous: Namespace | None, value: Na
     if not previous or previous["class_path"] == value["class_path"]:
         return
     if previous["class_path"] is None:  # arguments alone, which are those of the annotated class
-        _hand_on_arguments(parser_or_action, previous, value)  # type: ignore[no-untyped-call]
+        _hand_on_arguments(parser_or_action, previous, value)
     elif import_object(previous["class_path"]) is not import_object(value["class_path"]):
         previous.pop("init_args", None)
         previous.pop("dict_kwargs", None)
@@ -105,8 +106,7 @@ def config_contents(args: Sequence[str]) -> list[dict[str, Any]]:
     contents = []
     for file in files:
         try:
-            with open(file) as stream:  # noqa: PTH123 - the path is as the user wrote it
-                content = yaml.safe_load(stream)
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):  # the parser reports it
             continue
         if isinstance(content, dict):

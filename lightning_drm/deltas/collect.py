@@ -41,13 +41,13 @@ class Base:
         self._live: dict[str, Tensor] = {}  # those of the module seen last: the rest of the base, and how it is sharded
         self._set_by: str | None = None
 
-    def remember(self, module: nn.Module, head: Sequence[str], task: str, ranks: Ranks = ALONE) -> None:
+    def remember(self, module: nn.Module, head: Sequence[str], task: str | None, ranks: Ranks = ALONE) -> None:
         """Notes the base before a task's first training step, or checks that it is the one already noted.
 
         Args:
             module: The task's module, untrained, with its adapters in place.
             head: Names of its head.
-            task: The task's name, for messages.
+            task: The task's name, for messages, where it is known.
             ranks: The processes that train it together.
 
         Raises:
@@ -66,23 +66,23 @@ class Base:
                 self._held[name] = local(parameter.tensor.detach()).to("cpu", copy=True)
         self._look_at(parameters)
 
-    def require(self, hashes: Mapping[str, str], task: str, *, where: str = "") -> None:
+    def require(self, hashes: Mapping[str, str], task: str | None, *, where: str = "") -> None:
         """Checks that a task started from this base; the first one asked defines it.
 
         Args:
             hashes: Hash by name of the task's backbone before training.
-            task: The task's name.
+            task: The task's name, where it is known.
             where: Where they come from, if they were stored, for messages.
 
         Raises:
             ValueError: If they differ, naming both tasks and the parameters.
         """
-        named = f"task {task!r}{where and f' (stored in {where})'}"
+        named = _named(task) + (f" (stored in {where})" if where else "")
         if self._set_by is None:
             self.hashes, self._set_by = dict(hashes), named
         elif difference := describe_difference(self.hashes, hashes):
             raise ValueError(
-                f"T{named[1:]} starts from another base than {self._set_by}: {difference}. "
+                f"{_capitalized(named)} starts from another base than {self._set_by}: {difference}. "
                 "Every task must load the same pretrained weights, in the same dtype."
             )
 
@@ -199,12 +199,20 @@ class Base:
         return live.detach()
 
 
-def _require_agreement(fingerprints: Sequence[str], task: str) -> None:
+def _named(task: str | None) -> str:
+    return "this module" if task is None else f"task {task!r}"
+
+
+def _capitalized(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def _require_agreement(fingerprints: Sequence[str], task: str | None) -> None:
     others = [str(rank) for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
     if others:
         raise ValueError(
-            f"Task {task!r} starts from another base on rank {', '.join(others)} than on rank 0: every process must "
-            "load the same pretrained weights; call seed_everything if they are drawn at random."
+            f"{_capitalized(_named(task))} starts from another base on rank {', '.join(others)} than on rank 0: every "
+            "process must load the same pretrained weights; call seed_everything if they are drawn at random."
         )
 
 

@@ -7,8 +7,8 @@ Three steps, so that no rank sits in a collective while another computes:
 3. exchange: once all ranks have met, each weight goes from its owner to all, who take what they need of it.
 
 A rank holds N deltas and one base of its own share, and one foreign parameter at a time. What a parameter becomes
-depends on its deltas and base alone, so the number of ranks changes no bit. Methods that must see the whole model first
-(TIES' threshold) count each on its share, and sum integer counts.
+depends on its deltas and base alone, so the number of ranks changes no bit where each has as many threads. For methods
+that must see the whole model first (TIES' threshold), each rank counts on its share, and integer counts are summed.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -196,7 +196,7 @@ class MergeSession:
         """
         module = _unwrapped(module)
         head = head_names_of(module, self.head)
-        self._base.remember(module, head, task or type(module).__name__, self.ranks)
+        self._base.remember(module, head, task, self.ranks)
         trained = self._base.trained(module, head)
         shapes = {name: tuple(parameter.tensor.shape) for name, parameter in trained.items()}
         if problems := self.recipe.misfits({name: parameter.kind for name, parameter in trained.items()}, shapes):
@@ -292,22 +292,23 @@ class MergeSession:
         writes = self.run_folder is not None and self.ranks.is_first
         merged: dict[str, Tensor] = {}
         written: dict[str, Tensor] = {}
-        with watched(self.ranks, _advice(self.run_folder)), merging_bar(recipe, self.ranks) as progress:
+        heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
+        with watched(self.ranks, _advice(self.run_folder)):  # which all ranks leave together
             base = self._base.tensors(module, head_names_of(module, self.head) if module is not None else ())
             fusion = self._fusion(recipe, modules[self.tasks[0]], torch.device(device or home))
-            for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
-                # Copied where it is the base's: training may go on, and must not change the merged model by it.
-                own = weight.to(home, copy=name not in fusion.kinds)
-                merged[name] = shard_like(own, base[name])
-                if writes:
-                    written[name] = own.cpu()
-        heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
-        here = {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()}
-        self._merged = MultiTaskModule.assemble(modules, merged, here, head=self.head)
-        if writes:
-            self._write(recipe, modules, written, heads)
-        self.ranks.wait()
-        return self._merged
+            with merging_bar(recipe, self.ranks) as progress:
+                for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
+                    # Copied where it is the base's: training may go on, and must not change the merged model by it.
+                    own = weight.to(home, copy=name not in fusion.kinds)
+                    merged[name] = shard_like(own, base[name])
+                    if writes:
+                        written[name] = own.cpu()
+            here = {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()}
+            assembled = MultiTaskModule.assemble(modules, merged, here, head=self.head)
+            if writes:
+                self._write(recipe, modules, written, heads)
+        self._merged = assembled
+        return assembled
 
     def finetuned(self, module: nn.Module, task: str) -> MultiTaskModule:
         """Rebuilds one task's finetuned model from its task vector. All ranks call it together.

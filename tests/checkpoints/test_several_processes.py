@@ -21,7 +21,7 @@ from lightning_drm.cli.main import main
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Override, Recipe
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 PATIENCE = 300  # seconds for processes to import everything, on a machine that does more than this
 SIZES = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -29,15 +29,6 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Rounding depends on the number of threads; the processes that are started have one each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from lightning_drm.checkpoints.reading import TensorHeader
 from lightning_drm.checkpoints.writing.shards import ShardWriter
 from lightning_drm.fusion.read_ahead import read_ahead
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -45,15 +47,6 @@ def in_child(folder):
     child = multiprocessing.get_context("fork").Process(target=merge, args=(folder, folder / "out"))
     child.start()
     return child
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A forked process has none of its parent's threads; and rounding depends on their number, so all use one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
