@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_drm.deltas import TaskVector
+from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.merging import DRM, Method
 from lightning_drm.modules import MultiTaskModule
@@ -115,6 +116,16 @@ class DRMMergeCallback(Callback):
         return self.session.run_folder
 
     @property
+    def store(self) -> Store:
+        """Where deltas wait for the other tasks."""
+        return self.session.store
+
+    @property
+    def head(self) -> Sequence[str] | None:
+        """Names of a task's head, where they were given."""
+        return self.session.head
+
+    @property
     def missing(self) -> list[str]:
         """The tasks that have not arrived yet."""
         return self.session.missing
@@ -137,6 +148,10 @@ class DRMMergeCallback(Callback):
             RuntimeError: If tasks are still missing.
         """
         return self.session.merged
+
+    def join(self, world_size: int) -> Ranks:
+        """Lets all ranks of the default process group collect and merge together; see `MergeSession.join`."""
+        return self.session.join(world_size)
 
     def restore(self, tasks: Sequence[str] | None = None) -> list[str]:
         """Takes up task vectors that the run folder already has; see `MergeSession.restore`."""

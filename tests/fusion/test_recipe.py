@@ -36,5 +36,5 @@ def test_a_users_own_method_is_called_by_its_module():
 
 
 def test_a_model_card_names_a_users_own_method_by_its_module():
-    card = model_card(Recipe(Largest(0.5)), {"a": {"kept": "100 %"}}, base="x", base_fingerprint="0")
+    card = model_card(Recipe(Largest(0.5)), {"a": {"survived": "100 %"}}, base="x", base_fingerprint="0")
     assert "`Largest(density=0.5, scale=0.25)`, whose class is `helpers.own_method.Largest`" in card

@@ -193,6 +193,14 @@ def test_restore_takes_up_where_another_process_stopped(tmp_path: Path):
         assert torch.equal(ours, theirs)
 
 
+def test_its_attributes_are_those_that_it_was_given(tmp_path: Path):
+    merge = DRMMergeCallback(["a"], TIES(0.3), tmp_path, coefficients={"a": 0.5}, store="cpu", head=["head"])
+    assert (merge.tasks, merge.store, merge.head) == (["a"], "cpu", ["head"])
+    assert (merge.recipe.method, merge.recipe.coefficients) == (TIES(0.3), {"a": 0.5})
+    assert merge.run_folder.path == tmp_path
+    assert merge.join(1).size == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

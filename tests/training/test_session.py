@@ -105,10 +105,10 @@ def test_adapters_are_collected_and_the_frozen_base_is_still_there_for_another_f
         session.collect(module, task)
         products.append(module.backbone[0].get_delta_weight("default").detach().double())
     del module
-    for method, share in ((TaskArithmetic(1.0), 1.0), (Average(), 0.5)):
+    for method, factor in ((TaskArithmetic(1.0), 1.0), (Average(), 0.5)):
         merged = session.fuse(method).task_module("b").backbone
         assert merged.state_dict().keys() == Plain().backbone.state_dict().keys()
-        expected = Plain().backbone[0].weight.double() + share * sum(products)
+        expected = Plain().backbone[0].weight.double() + factor * sum(products)
         torch.testing.assert_close(merged[0].weight.double(), expected, rtol=0, atol=1e-6)
 
 

@@ -58,7 +58,7 @@ def card_of(plan: Plan, result: MergeResult, fingerprints: Mapping[str, str]) ->
             "parameters with a delta": len(task.names),
             "source": task.input.path.name,
             "fingerprint": f"`{fingerprints[task.name]}`",
-            "kept": _percent(result.survived.get(task.name)),
+            "survived": _percent(result.survived.get(task.name)),
         }
         for task in plan.tasks
     }
