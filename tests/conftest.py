@@ -3,6 +3,11 @@
 import os
 from pathlib import Path
 
+# Workers of pytest-xdist share the cores: a library that takes them all in each worker makes both slow.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +20,14 @@ from lightning_drm.merging import Delta, LowRank
 TESTS = Path(__file__).parent
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start processes run one after the other: several times two ranks would starve each other."""
+    for item in items:
+        if item.get_closest_marker("processes"):
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture

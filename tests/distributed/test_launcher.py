@@ -52,7 +52,7 @@ def config(inputs: Path) -> Path:
         },
         "drm": {"method": {"class_path": "lightning_drm.Average"}},
         "trainer": {
-            "max_epochs": 3, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False,
+            "max_epochs": 2, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False,
             "enable_model_summary": False, "enable_progress_bar": False,
         },
     }  # fmt: skip

@@ -76,7 +76,7 @@ def arguments(strategy: str, size: int) -> dict:
         "strategy": strategies[strategy],
         "accelerator": {"gloo": "cpu", "nccl": "gpu"}[os.environ["BACKEND"]],
         "devices": size,
-        "max_epochs": 3,
+        "max_epochs": 2,
         "limit_val_batches": 0,
         "inference_mode": False,
         "logger": False,
