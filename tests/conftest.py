@@ -3,11 +3,6 @@
 import os
 from pathlib import Path
 
-# Workers of pytest-xdist share the cores: a library that takes them all in each worker makes both slow.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if WORKERS > 1:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +13,10 @@ from lightning_drm.fusion import pieces
 from lightning_drm.merging import Delta, LowRank
 
 TESTS = Path(__file__).parent
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+if WORKERS > 1:  # they share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 
