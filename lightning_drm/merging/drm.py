@@ -57,12 +57,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.merging.election import elect_and_average, slice_size
-from lightning_drm.merging.inputs import check_coefficients, check_deltas, choice, finite, fraction, refuse
+from lightning_drm.merging.inputs import check_coefficients, choice, finite, fraction, refuse
 from lightning_drm.merging.joint_basis import Direction, JointBasis
 from lightning_drm.merging.linalg.selection import prune_each, thresholds
 from lightning_drm.merging.linalg.spectral import eigen_cost
 from lightning_drm.merging.low_rank import Delta, LowRank
 from lightning_drm.merging.method import COST_PER_VALUE, Method
+from lightning_drm.merging.precision import ieee_arithmetic
+from lightning_drm.merging.scaling import times_power_
 
 PruneScope = Literal["joint", "individual"]
 
@@ -154,8 +156,8 @@ class DRM(Method):
         Raises:
             ValueError: As `merge`.
         """
-        with torch.no_grad():
-            checked = check_deltas("DRM", deltas, matrices=True)
+        checked, _ = self._check(deltas, None)
+        with ieee_arithmetic(checked[0].device):
             return JointBasis.of(checked, self.direction, self.rank_tol, self.rank_drop)
 
     def merge_prepared(self, basis: JointBasis, coefficients: Sequence[float] | None = None) -> LowRank:
@@ -186,8 +188,8 @@ class DRM(Method):
                 if getattr(self, name) != getattr(basis, name)
             ),
         )
-        with torch.no_grad():
-            checked = check_coefficients("DRM", coefficients, len(basis.sigma))
+        checked = check_coefficients("DRM", coefficients, len(basis.sigma))
+        with ieee_arithmetic(basis.U.device):
             return self._fuse(basis, checked, torch.empty_like(basis.rows[0]))
 
     @override
@@ -227,6 +229,7 @@ class DRM(Method):
                 elect_sign=self.elect_sign,
                 disjoint=self.disjoint,
             ).mul_(self.scale)
+        times_power_(merged, basis.exponent)
         factors = LowRank(basis.U, merged).to(basis.dtype)
         return factors.T if self.direction == "vertical" else factors
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_drm.merging.low_rank import Delta, LowRank
+from lightning_drm.merging.scaling import peak
 
 
 def refuse(owner: str, problems: Iterable[str | None]) -> None:
@@ -60,8 +61,8 @@ def check_deltas(owner: str, deltas: Sequence[Delta], *, matrices: bool) -> list
         The deltas in one precision: float32 for half-precision inputs, else the widest among the inputs'.
 
     Raises:
-        ValueError: If there are no deltas, if one is not a real tensor or `LowRank`, is not finite, or if shapes or
-            devices differ; names the task's position.
+        ValueError: If there are no deltas, if one is not a real tensor or `LowRank`, is not finite or too large to be
+            added to the others, or if shapes or devices differ; names the task's position.
     """
     deltas = list(deltas)
     if not deltas:
@@ -71,10 +72,10 @@ def check_deltas(owner: str, deltas: Sequence[Delta], *, matrices: bool) -> list
     refuse(owner, (_match_problem(task, delta, first) for task, delta in enumerate(deltas)))
     if matrices and len(first.shape) != 2:
         raise ValueError(f"{owner} merges matrices only, got deltas of shape {tuple(first.shape)}")
-    refuse(owner, _value_problems(deltas))
     dtype = torch.float32
     for delta in deltas:
         dtype = torch.promote_types(dtype, delta.dtype)
+    refuse(owner, _value_problems(deltas, dtype))
     return [delta.to(dtype) for delta in deltas]
 
 
@@ -107,20 +108,38 @@ def _match_problem(task: int, delta: Delta, first: Delta) -> str | None:
     return None
 
 
-def _value_problems(deltas: Sequence[Delta]) -> list[str | None]:
-    """Which deltas hold NaN or infinity. The largest magnitude shows it, and reads each entry once."""
-    peaks = [peak(delta) for delta in deltas]
-    good = torch.stack(peaks).isfinite().tolist()  # one transfer for all tasks
-    return [
-        None if is_good else f"delta of task {task} holds NaN or infinite values" for task, is_good in enumerate(good)
-    ]
+def _value_problems(deltas: Sequence[Delta], dtype: torch.dtype) -> list[str | None]:
+    """Which deltas hold NaN or infinity, or have no sum. The largest magnitude shows it, and reads each entry once."""
+    peaks = [peak(delta.up) + peak(delta.down) if isinstance(delta, LowRank) else peak(delta) for delta in deltas]
+    limit = torch.finfo(dtype).max / (2 * len(deltas))
+    problems: list[str | None] = []
+    for task, size in enumerate(torch.stack(peaks).tolist()):  # one transfer for all tasks
+        if not math.isfinite(size):
+            problems.append(f"delta of task {task} holds NaN or infinite values")
+        elif size > limit:
+            problems.append(
+                f"delta of task {task} reaches {size:.2g}, too large for a sum of {len(deltas)} in {_said(dtype)}"
+            )
+        else:
+            problems.append(None)
+    return problems
 
 
-def peak(delta: Delta) -> Tensor:
-    """Largest magnitude as a float64 scalar (for factors: the sum of both factors' peaks); NaN where there is one."""
-    if isinstance(delta, LowRank):
-        return peak(delta.up) + peak(delta.down)
-    if not delta.numel():
-        return torch.zeros((), dtype=torch.float64, device=delta.device)
-    low, high = delta.aminmax()
-    return torch.maximum(-low, high).double()
+def check_result(owner: str, merged: Delta, deltas: Sequence[Delta]) -> None:
+    """Refuse a merged delta that left the range of its precision.
+
+    Raises:
+        ValueError: If an entry is NaN or infinite; names the position of the task with the largest entry.
+    """
+    parts = [merged.up, merged.down] if isinstance(merged, LowRank) else [merged]
+    if all(peak(part).isfinite() for part in parts):
+        return
+    peaks = torch.stack([peak(delta) for delta in deltas])
+    raise ValueError(
+        f"{owner}: the merged delta has entries beyond {_said(merged.dtype)}; the largest one that went in is "
+        f"{float(peaks.max()):.2g}, of task {int(peaks.argmax())}, to be multiplied by coefficients and scale"
+    )
+
+
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

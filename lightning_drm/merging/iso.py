@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_drm.merging.inputs import finite, fraction, refuse
-from lightning_drm.merging.linalg.spectral import Triplets, join, orthogonalize, rounding_error, thin_svd
+from lightning_drm.merging.linalg.spectral import Triplets, join, orthogonalize, rounding_error, row_lengths, thin_svd
 from lightning_drm.merging.linear import weighted_sum
 from lightning_drm.merging.rotational import RotationalMethod
 
@@ -104,7 +104,7 @@ class IsoCTS(RotationalMethod):
         own = []
         for delta, coefficient in zip(deltas, coefficients, strict=True):
             rest = torch.addmm(delta, U, U.T @ delta, alpha=-1)
-            floor = abs(coefficient) * rounding_error(delta)
+            floor = abs(coefficient) * rounding_error(row_lengths(delta), delta.dtype)
             own.append(thin_svd(rest.mul_(coefficient), num_own, floor=floor))
         return [*own, (U, S, Vh)]
 

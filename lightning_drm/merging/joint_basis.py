@@ -27,8 +27,17 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.linalg.spectral import LENGTH, eigen, gram, needs_svd, rank_tolerance, rounding_error
+from lightning_drm.merging.linalg.spectral import (
+    LENGTH,
+    eigen,
+    gram,
+    needs_svd,
+    rank_tolerance,
+    rounding_error,
+    row_lengths,
+)
 from lightning_drm.merging.low_rank import Delta, LowRank, densify, row_coordinates
+from lightning_drm.merging.scaling import near_one
 
 Direction = Literal["horizontal", "vertical"]
 
@@ -37,7 +46,7 @@ Direction = Literal["horizontal", "vertical"]
 class JointBasis:
     r"""N deltas in their joint basis, up to the directions that were dropped.
 
-    .. math:: D_t = U\, \mathrm{diag}(\sigma_t)\, \tilde V_t^T
+    .. math:: D_t = 2^e\, U\, \mathrm{diag}(\sigma_t)\, \tilde V_t^T
 
     Made by `DRM.prepare`, used by `DRM.merge_prepared`.
 
@@ -50,6 +59,7 @@ class JointBasis:
         rank_tol: Fraction of the largest singular value up to which directions were dropped.
         rank_drop: Fraction of the remaining directions that was dropped.
         dtype: Precision of a merged delta.
+        exponent: Power of two that deltas of unusual size were divided by, see `scaling.py`; it is not in `sigma`.
 
     Example:
         Two tasks that share no direction. A row of (3, 4) has length 5.
@@ -72,11 +82,13 @@ class JointBasis:
     rank_tol: float
     rank_drop: float
     dtype: torch.dtype
+    exponent: int = 0
 
     @classmethod
     def of(cls, deltas: Sequence[Delta], direction: Direction, rank_tol: float, rank_drop: float) -> Self:
         """Decompose deltas that have been checked; arguments as for `DRM`."""
-        sides = [delta.T for delta in deltas] if direction == "vertical" else list(deltas)
+        scaled, exponent = near_one(deltas)
+        sides = [delta.T for delta in scaled] if direction == "vertical" else scaled
         factors = [side for side in sides if isinstance(side, LowRank)]
         if len(factors) == len(sides):
             Q, coordinates = row_coordinates(factors)
@@ -84,7 +96,7 @@ class JointBasis:
             U = Q @ U
         else:
             U, rows, sigma = _decompose([densify(side) for side in sides], rank_tol, rank_drop)
-        return cls(U, rows, sigma, direction, rank_tol, rank_drop, deltas[0].dtype)
+        return cls(U, rows, sigma, direction, rank_tol, rank_drop, deltas[0].dtype, exponent)
 
 
 Decomposed = tuple[Tensor, tuple[Tensor, ...], Tensor]
@@ -119,8 +131,8 @@ def _project(U: Tensor, deltas: Sequence[Tensor]) -> Decomposed:
     rows, sigma = [], U.new_empty(len(deltas), U.shape[1])
     for task, delta in enumerate(deltas):
         row = U.T @ delta
-        lengths = torch.linalg.vector_norm(row, dim=1)
-        sigma[task] = torch.where(lengths > rounding_error(lengths), lengths, 0)
+        lengths = row_lengths(row)
+        sigma[task] = torch.where(lengths > rounding_error(lengths, row.dtype), lengths, 0)
         rows.append(_scale(row, sigma[task]))
     return U, tuple(rows), sigma
 
@@ -136,9 +148,9 @@ def _expand(S: Tensor, V: Tensor, deltas: Sequence[Tensor]) -> Decomposed:
     rows = []
     for task, block in enumerate(blocks):
         row = (block * S).T.contiguous()
-        lengths = torch.linalg.vector_norm(row, dim=1)
+        lengths = row_lengths(row)
         # The rows come from V, so their error is one of the whole stack, also where a task's delta is small.
-        sigma[task] = torch.where(lengths > rounding_error(S), lengths, 0)
+        sigma[task] = torch.where(lengths > rounding_error(S, S.dtype), lengths, 0)
         rows.append(_scale(row, sigma[task]).to(dtype))
     return U.to(dtype), tuple(rows), sigma.to(dtype)
 

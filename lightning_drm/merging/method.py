@@ -12,9 +12,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.inputs import check_coefficients, check_deltas
+from lightning_drm.merging.inputs import check_coefficients, check_deltas, check_result
 from lightning_drm.merging.linalg.selection import Reduce, identity
 from lightning_drm.merging.low_rank import Delta, LowRank, densify
+from lightning_drm.merging.precision import ieee_arithmetic
 
 COST_PER_VALUE = 500.0
 """What reading, moving and comparing one value of one task costs, in the unit of `Method.cost`: about 10 ns."""
@@ -59,14 +60,18 @@ class Method(ABC):
             The merged delta, dense, in float32 for half-precision inputs, else in the inputs' precision.
 
         Raises:
-            ValueError: If the deltas or coefficients do not fit together or are not finite; says which.
+            ValueError: If the deltas or coefficients do not fit together or are not finite, or the merged delta is
+                beyond the precision; says which.
         """
-        with torch.no_grad():
-            checked, weights = self._check(deltas, coefficients)
+        checked, weights = self._check(deltas, coefficients)
+        with ieee_arithmetic(checked[0].device):
             factors = [delta for delta in checked if isinstance(delta, LowRank)]
             if self.supports_low_rank and len(factors) == len(checked):
-                return self._merge_low_rank(factors, weights).dense()
-            return self._merge([densify(delta) for delta in checked], weights)
+                merged = self._merge_low_rank(factors, weights).dense()
+            else:
+                merged = self._merge([densify(delta) for delta in checked], weights)
+            check_result(type(self).__name__, merged, checked)
+            return merged
 
     def merge_low_rank(
         self, deltas: Sequence[Delta], coefficients: Sequence[float] | None = None, *, rank: int | None = None
@@ -86,13 +91,14 @@ class Method(ABC):
         """
         if not self.supports_low_rank:
             raise ValueError(f"{type(self).__name__} has no low-rank result: {self.not_low_rank}; use merge instead")
-        with torch.no_grad():
-            checked, weights = self._check(deltas, coefficients)
-            factors = [delta for delta in checked if isinstance(delta, LowRank)]
-            if len(factors) != len(checked):
-                dense = [task for task, delta in enumerate(checked) if not isinstance(delta, LowRank)]
-                raise ValueError(f"{type(self).__name__}: merge_low_rank needs LowRank deltas, dense of tasks {dense}")
+        checked, weights = self._check(deltas, coefficients)
+        factors = [delta for delta in checked if isinstance(delta, LowRank)]
+        if len(factors) != len(checked):
+            dense = [task for task, delta in enumerate(checked) if not isinstance(delta, LowRank)]
+            raise ValueError(f"{type(self).__name__}: merge_low_rank needs LowRank deltas, dense of tasks {dense}")
+        with ieee_arithmetic(checked[0].device):
             merged = self._merge_low_rank(factors, weights)
+            check_result(type(self).__name__, merged, checked)
             return merged if rank is None else merged.truncate(rank)[0]
 
     @property
@@ -162,7 +168,8 @@ class Method(ABC):
 
     def _check(self, deltas: Sequence[Delta], coefficients: Sequence[float] | None) -> tuple[list[Delta], list[float]]:
         name = type(self).__name__
-        checked = check_deltas(name, deltas, matrices=not self.elementwise)
+        with torch.no_grad():
+            checked = check_deltas(name, deltas, matrices=not self.elementwise)
         return checked, check_coefficients(name, coefficients, len(checked))
 
     def _with(self, **changes: object) -> Self:

@@ -9,8 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.merging.linalg.spectral import thin_svd_cost
-from lightning_drm.merging.low_rank import LowRank, core_coordinates
+from lightning_drm.merging.low_rank import LowRank, core_coordinates, densify
 from lightning_drm.merging.method import Method
+from lightning_drm.merging.scaling import near_one, numbers_near_one, times_power_
 
 
 class RotationalMethod(Method):
@@ -35,12 +36,21 @@ class RotationalMethod(Method):
         """About how many matrices of the deltas' shape are decomposed."""
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
-        return self._merge_rotated(deltas, coefficients, min(deltas[0].shape))
+        scaled, exponent = near_one(deltas)
+        return self._merge_scaled([densify(delta) for delta in scaled], coefficients, min(deltas[0].shape), exponent)
 
     def _merge_low_rank(self, deltas: list[LowRank], coefficients: list[float]) -> LowRank:
-        Q, W, cores = core_coordinates(deltas)
-        core = self._merge_rotated(cores, coefficients, min(deltas[0].shape))
+        scaled, exponent = near_one(deltas)
+        Q, W, cores = core_coordinates([delta for delta in scaled if isinstance(delta, LowRank)])
+        core = self._merge_scaled(cores, coefficients, min(deltas[0].shape), exponent)
         return LowRank(Q, core @ W.T).to(deltas[0].dtype)
+
+    def _merge_scaled(
+        self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int, exponent: int
+    ) -> Tensor:
+        """The result also scales with the coefficients, whose products with deltas are squared as well."""
+        numbers, own = numbers_near_one(coefficients)
+        return times_power_(self._merge_rotated(deltas, numbers, size), exponent + own)
 
     @abstractmethod
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:

@@ -27,6 +27,7 @@ Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Left singular vectors U (m, r), singular values S (r,), right singular vectors Vᵀ (r, n)."""
 
 TILE = (768, 384)  # of a Gram matrix, computed at once: enough for full BLAS speed, and its buffers stay small
+CACHED = 1 << 16  # entries of float64 that stay in a CPU's cache
 LENGTH = 4096  # columns converted to float64 at once, which bounds the extra memory
 GRAM_RESOLUTION = 1e-4  # fraction of the largest singular value from which a Gram matrix rivals an SVD in float64
 
@@ -146,13 +147,25 @@ def rank_tolerance(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> f
     return torch.finfo(dtype).eps * max(8.0, math.sqrt(max(shape)))
 
 
-def rounding_error(matrix: Tensor) -> float:
-    """Length up to which a projection of `matrix` on a computed basis is nothing but rounding error.
+def row_lengths(matrix: Tensor) -> Tensor:
+    """Euclidean lengths of the rows (m,), in float64, where the square of any float32 is a number of full precision."""
+    # The CPU converts a copy, which small parts keep in the cache.
+    size = max(1, CACHED // max(1, matrix.shape[1])) if matrix.device.type == "cpu" else max(1, len(matrix))
+    parts = torch.split(matrix, size)
+    return torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float64) for part in parts])
+
+
+def rounding_error(lengths: Tensor, dtype: torch.dtype) -> float:
+    """Length up to which a projection on a computed basis is nothing but rounding error.
 
     A singular vector is off by the precision over the relative gap to its neighbors, hence the power: 6e-6 of the norm
     in float32, 2e-12 in float64.
+
+    Args:
+        lengths: Lengths of the rows of what is projected, or its singular values.
+        dtype: The precision in which it is known.
     """
-    return float(torch.finfo(matrix.dtype).eps ** 0.75 * torch.linalg.vector_norm(matrix))
+    return float(torch.finfo(dtype).eps ** 0.75 * torch.linalg.vector_norm(lengths))
 
 
 def needs_svd(dtype: torch.dtype, smallest: float, largest: float) -> bool:
