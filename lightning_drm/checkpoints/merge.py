@@ -11,7 +11,6 @@ Several processes share a merge: each makes the same plan, merges its share of t
 belong, and the first process does whatever is done once. Only counts and journals pass between them.
 """
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -172,20 +171,24 @@ def _merge(
     )
     fingerprints = _fingerprints(plan)
     if plan.output_format == "adapter":
-        survived, rank_errors = write_adapter(folder.partial, plan, fusion, share, ranks)
-        notes = (*plan.notes, *_notes_on(survived))
-        result = MergeResult(
-            folder.path, "adapter", len(plan.kinds), 0, survived=survived, rank_errors=rank_errors, notes=notes
-        )
+        checked, rank_errors = write_adapter(folder.partial, plan, fusion, share, ranks)
+        counts = len(plan.kinds), 0, 0
     else:
         identity = fingerprint({**fingerprints, "recipe": f"{plan.recipe!r} {plan.mismatch!r} {max_shard_size}"})
         writer = ShardWriter(folder.partial, plan.headers, max_shard_size, identity, ranks)
         num_resumed = len(writer.done)
-        survived, rounding = write_model(plan, fusion, values, writer, progress, ranks)
+        checked, rank_errors = write_model(plan, fusion, values, writer, progress, ranks), {}
         num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
-        notes = (*plan.notes, *_notes_on(survived))
         counts = len(plan.headers) - num_kept, num_kept, num_resumed
-        result = MergeResult(folder.path, "full", *counts, survived=survived, rounding=rounding, notes=notes)
+    result = MergeResult(
+        folder.path,
+        plan.output_format,
+        *counts,
+        survived=checked.survived,
+        rounding=checked.rounding,
+        rank_errors=rank_errors,
+        notes=(*plan.notes, *checked.notes),
+    )
     if ranks.is_first:
         _require_unchanged(plan, fingerprints)
         write_heads(plan, folder.partial)
@@ -211,10 +214,6 @@ def _require_unchanged(plan: Plan, fingerprints: Mapping[str, str]) -> None:
     changed = [task or "the base" for task, found in _fingerprints(plan).items() if found != fingerprints[task]]
     if changed:
         raise ValueError(f"The files of {', '.join(changed)} were changed while they were merged: merge again.")
-
-
-def _notes_on(survived: Mapping[str, float]) -> list[str]:
-    return [f"{task}: all its deltas are zero." for task, fraction in survived.items() if math.isnan(fraction)]
 
 
 def _upload(folder: Path, name: str) -> None:

@@ -50,7 +50,11 @@ def print_result(console: Console, result: MergeResult) -> None:
     if result.num_resumed:
         console.print(f"Resumed an interrupted merge, which had written {result.num_resumed} parameters.")
     if result.survived:
-        shares = Table("task", "survived")
+        shares = Table(
+            "task",
+            "survived",
+            caption="Survived: how far the merged change goes along the task's own, 100 % for itself.",
+        )
         shares.columns[1].justify = "right"
         for task, share in result.survived.items():
             shares.add_row(task, f"{100 * share:.0f} %")

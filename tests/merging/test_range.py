@@ -99,7 +99,7 @@ def test_a_task_that_its_precision_cannot_hold_beside_another_is_refused(method:
 @pytest.mark.parametrize("name", PAIRS)
 def test_what_has_no_sum_is_refused(name: str):
     deltas = [torch.zeros(4, 4), torch.full((4, 4), 2e38), torch.zeros(4, 4)]
-    said = r"delta of task 1 reaches 2e\+38, too large for a sum of 3 in float32"):
+    with pytest.raises(ValueError, match=r"delta of task 1 reaches 2e\+38, too large for a sum of 3 in float32"):
         PAIRS[name][0].merge(deltas)
 
 

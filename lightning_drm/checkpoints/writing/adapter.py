@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_drm.checkpoints.planning import Plan
 from lightning_drm.checkpoints.reading.adapter import CONFIG_FILE, AdapterInput
 from lightning_drm.checkpoints.reading.tensors import SafetensorsFiles
-from lightning_drm.checkpoints.writing.check import measure_factors, require_finite, require_present, summary
+from lightning_drm.checkpoints.writing.check import Checked, measure_factors, require_finite, summary
 from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.fuse import Fusion
@@ -30,7 +30,7 @@ _WITH_OWN_HEAD = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 
 def write_adapter(
     folder: Path, plan: Plan, fusion: Fusion, share: Sequence[str], ranks: Ranks
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> tuple[Checked, dict[str, float]]:
     """Merges, writes and checks the adapter.
 
     Each process merges its share. Adapters are small, so the first process writes the one file, and reads it back.
@@ -43,18 +43,20 @@ def write_adapter(
         ranks: All processes.
 
     Returns:
-        By task, the fraction of its delta that survived; and by parameter, the relative error of a limited rank.
+        What the check found; and by parameter, the relative error of a limited rank.
 
     Raises:
-        ValueError: If a factor is not finite, nothing of a task survived, or the file is not what was planned.
+        ValueError: If a factor is not finite, nothing of a task survived or too much of it, or the file is not what
+            was planned.
     """
     if ranks.is_first:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     ranks.wait()
     errors = _merge_and_write(folder, plan, fusion, share, ranks)
-    survived = ranks.gather(_check(folder, plan, fusion) if ranks.is_first else {})[0]
-    return survived, errors
+    checked = ranks.gather(_check(folder, plan, fusion) if ranks.is_first else None)[0]
+    assert checked is not None
+    return checked, errors
 
 
 def _merge_and_write(folder: Path, plan: Plan, fusion: Fusion, share: Sequence[str], ranks: Ranks) -> dict[str, float]:
@@ -101,17 +103,15 @@ def _write(folder: Path, plan: Plan, merged: Mapping[str, Delta]) -> None:
     write_json(folder / CONFIG_FILE, written)
 
 
-def _check(folder: Path, plan: Plan, fusion: Fusion) -> dict[str, float]:
-    """Reads the adapter back; by task, the fraction of its delta that survived."""
+def _check(folder: Path, plan: Plan, fusion: Fusion) -> Checked:
+    """Reads the adapter back, and compares it with the deltas."""
     records = []
     for name, factors in _read(folder, plan):
         require_finite(name, factors.up)
         require_finite(name, factors.down)
         deltas = fusion.deltas.present(name)
         records.append(measure_factors(factors, list(deltas), list(deltas.values())))
-    survived, _ = summary(records, fusion.tasks)
-    require_present(plan, survived)
-    return survived
+    return summary(records, plan)
 
 
 def _read(folder: Path, plan: Plan) -> Iterator[tuple[str, LowRank]]:

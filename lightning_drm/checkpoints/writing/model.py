@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_drm.checkpoints.deltas import BaseValues
 from lightning_drm.checkpoints.planning import Plan, plan_costs
 from lightning_drm.checkpoints.reading.tensors import SafetensorsFiles
-from lightning_drm.checkpoints.writing.check import measure, require_finite, require_present, summary
+from lightning_drm.checkpoints.writing.check import Checked, Measured, require_finite, require_plausible, summary
 from lightning_drm.checkpoints.writing.shards import ShardWriter
 from lightning_drm.checkpoints.writing.sidecars import copy_companions
 from lightning_drm.distributed.ranks import Ranks
@@ -30,7 +30,7 @@ def write_model(
     writer: ShardWriter,
     progress: Callable[[int, int], None] | None,
     ranks: Ranks,
-) -> tuple[dict[str, float], float]:
+) -> Checked:
     """Merges, writes and checks the weights. Each process does its share; the first one adds the configuration.
 
     Args:
@@ -42,10 +42,11 @@ def write_model(
         ranks: All processes.
 
     Returns:
-        By task, the fraction of its delta that survived; and the rounding error, relative to the merged deltas.
+        What the check found.
 
     Raises:
-        ValueError: If a value is not finite, nothing of a task survived, or the files are not what was planned.
+        ValueError: If a value is not finite, nothing of a task survived or too much of it, or the files are not what
+            was planned.
     """
     folder, costs = writer.folder, plan_costs(plan)
     shares = share_out({name: costs[name] for name in writer.order if name not in writer.done}, ranks.size)
@@ -54,14 +55,13 @@ def write_model(
     for num_done, _ in enumerate(done, start=1):
         if progress is not None:
             progress(num_done, len(left))
-    survived, rounding = summary(writer.collect(), fusion.tasks)
-    require_present(plan, survived)
+    checked = summary(writer.collect(), plan)
     if ranks.is_first:
         writer.finish()
         if plan.base.folder is not None:
             copy_companions(plan.base.folder, folder, plan.mismatch.dtype, dequantized=plan.base.is_dequantized)
         _require_headers(plan, folder)
-    return survived, rounding
+    return checked
 
 
 def _written(
@@ -92,16 +92,18 @@ def _written(
 def _finished(
     name: str, pieces: Iterable[Merged], plan: Plan, fusion: Fusion, values: BaseValues, record: dict[str, Any]
 ) -> Iterator[Tensor]:
-    """The values of one parameter to write; what is measured on its first piece goes into ``record``."""
+    """The values of one parameter to write; what is measured on them goes into ``record``."""
+    measured = Measured(fusion.tasks, plan.headers[name].shape)
     for merged in pieces:
         base = values.read(name, merged.rows).to(merged.delta.device, merged.delta.dtype)
         exact = base + merged.delta if plan.treatments[name].method is not None else base
         written = exact.to(plan.headers[name].dtype)
-        require_finite(name, written, exact)
-        if not record:
-            record.update(measure(exact, written, base, fusion.tasks, merged.deltas))
+        largest = require_finite(name, written, exact)
+        require_plausible(name, largest, base, fusion.tasks, merged.deltas)
+        measured.add(exact, written, base, merged.deltas, merged.rows.start if merged.rows is not None else 0)
         yield written
         del merged, base, exact, written  # before the next piece comes
+    record.update(measured.record())
 
 
 def _require_headers(plan: Plan, folder: Path) -> None:
