@@ -28,6 +28,8 @@ from lightning_drm.merging import Delta, LowRank
 
 Keep = Callable[[str, Delta], Delta]
 
+_PLAIN = {Tensor, nn.Parameter, nn.Buffer, DTensor}
+
 
 class Base:
     """The weights every task starts from, as far as deltas need them.
@@ -52,12 +54,13 @@ class Base:
 
         Raises:
             ValueError: If the base differs from the one of an earlier task, naming parameters, or between ranks, or the
-                module could not be collected after training: its head is not there or has adapters, or an adapter is
-                not supported.
+                module could not be collected after training: its head is not there or has adapters, an adapter is not
+                supported, or weights are quantized.
         """
         refuse_unsupported_adapters(module)
         head_state(module, head)
         parameters = backbone_parameters(module, head)
+        _require_plain({name: parameter.tensor for name, parameter in parameters.items()})
         hashes = {name: hash_tensor(whole(p.tensor)) for name, p in parameters.items()}
         _require_agreement(ranks.gather(fingerprint(hashes)), task)
         self.require(hashes, task)
@@ -197,6 +200,21 @@ class Base:
         if live is None or hash_tensor(whole(live)) != self.hashes[name]:
             return None
         return live.detach()
+
+
+def _require_plain(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses weights that stand for others, such as torchao's: their bytes are not their values."""
+    found = {
+        name: next(kind for kind in (type(tensor), type(local(tensor))) if kind not in _PLAIN)
+        for name, tensor in tensors.items()
+        if not {type(tensor), type(local(tensor))} <= _PLAIN
+    }
+    if found:
+        listed = ", ".join(f"{name} ({kind.__name__})" for name, kind in list(found.items())[:3])
+        raise ValueError(
+            f"{len(found)} weights are quantized or otherwise no plain tensors, so they have no deltas: {listed}"
+            f"{', …' if len(found) > 3 else ''}. Load the base in a floating-point precision."
+        )
 
 
 def _named(task: str | None) -> str:

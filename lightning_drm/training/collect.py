@@ -6,7 +6,8 @@
 | `on_fit_start` | | refuse what FSDP1 leaves to each process alone | note the base, now that it is sharded |
 | `on_train_end` | collect | collect, while every rank has all weights | collect |
 
-The base is not noted later than that, as a resumed fit has trained weights from then on. Deltas are not taken later
+The base is not noted later than that, as a resumed fit has trained weights from then on. It is noted in the precision
+in which it trains: what `precision="bf16-true"` rounds is the base's, not a delta. Deltas are not taken later
 than `on_train_end`: Lightning tears its strategy down before `on_fit_end`. The module itself is never changed, since
 checkpoints are written after it.
 """
@@ -22,7 +23,12 @@ from lightning_drm.deltas import backbone_parameters
 from lightning_drm.deltas.wrappers import refuse_apart, refuse_flat
 from lightning_drm.modules import data_parallel, head_names_of
 from lightning_drm.training.session import MergeSession
-from lightning_drm.training.strategies import refuse_rounded_buffers, refuse_strategy, whole_weights
+from lightning_drm.training.strategies import (
+    convert_precision,
+    refuse_rounded_buffers,
+    refuse_strategy,
+    whole_weights,
+)
 
 
 def join_processes(session: MergeSession, trainer: Trainer) -> None:
@@ -56,6 +62,7 @@ class CollectTask(Callback):
         strategy = trainer.strategy
         join_processes(self.session, trainer)
         refuse_flat(pl_module)
+        convert_precision(strategy, pl_module)
         if isinstance(strategy, ModelParallelStrategy):
             data_parallel(strategy.device_mesh)  # refuses tensor parallelism
         if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):

@@ -86,7 +86,8 @@ class Scoring:
             base.shard(data_parallel(self._strategy.device_mesh))
         base.to(self._strategy.root_device)
         data = self._data.tasks[task]
-        state = linear_probe(base.task_module(task), head, data.train_dataloader(), max_batches)
+        batches = map(self._strategy.precision_plugin.convert_input, data.train_dataloader())
+        state = linear_probe(base.task_module(task), head, batches, max_batches)
         if state is None:
             return None
         if self._session.ranks.is_first:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -20,7 +21,7 @@ from lightning_drm.deltas import Parameter
 
 
 def refuse_strategy(strategy: Strategy) -> None:
-    """Refuses strategies, and settings of theirs, under which deltas cannot be taken or would be lost.
+    """Refuses strategies, precisions, and settings of theirs, under which deltas cannot be taken or would be lost.
 
     Args:
         strategy: The Trainer's strategy.
@@ -40,6 +41,11 @@ def refuse_strategy(strategy: Strategy) -> None:
         raise ValueError(
             f"{name} is not supported by DRMMergeCallback; use a single device, 'ddp', FSDPStrategy or "
             "ModelParallelStrategy."
+        )
+    if isinstance(strategy.precision_plugin, BitsandbytesPrecision | TransformerEnginePrecision):
+        raise ValueError(
+            f"{type(strategy.precision_plugin).__name__} replaces layers by quantized ones, which have no deltas: use "
+            "a floating-point precision such as 'bf16-true' or '32-true'."
         )
     if isinstance(strategy, FSDPStrategy) and (problem := _problem_of_fsdp(strategy)):
         raise ValueError(f"{name} {problem}.")
@@ -76,6 +82,17 @@ def refuse_rounded_buffers(strategy: FSDPStrategy, parameters: Mapping[str, Para
             f"{type(strategy).__name__} would keep the buffers {', '.join(rounded)} in {precision}; give it a "
             "mixed_precision whose buffer_dtype is None."
         )
+
+
+def convert_precision(strategy: Strategy, module: nn.Module) -> None:
+    """Gives a module the precision in which the strategy trains it, as Lightning does when it sets the strategy up.
+
+    Args:
+        strategy: The Trainer's strategy, with its precision plugin.
+        module: A module before its training; it is changed.
+    """
+    converted = strategy.precision_plugin.convert_module(module)
+    assert converted is module, "plugins that replace modules are refused"
 
 
 def whole_weights(strategy: Strategy) -> AbstractContextManager[None]:

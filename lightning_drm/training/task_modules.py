@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.modules import duplicate
 from lightning_drm.training.session import MergeSession
+from lightning_drm.training.strategies import convert_precision
 
 
 class TaskModules:
@@ -19,7 +20,7 @@ class TaskModules:
             of classes of the task's data.
         data: The tasks' data modules.
         session: The session, whose ranks make their modules together.
-        strategy: Tells which process prepares the data.
+        strategy: Tells which process prepares the data, and the precision of the weights.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class TaskModules:
         return self._template
 
     def fresh(self, task: str) -> LightningModule:
-        """A task's untrained module; all ranks make it together.
+        """A task's untrained module, in the precision of its training; all ranks make it together.
 
         Args:
             task: The task's name.
@@ -57,6 +58,7 @@ class TaskModules:
             if not hasattr(data, "num_classes"):
                 raise ValueError(f"{type(data).__name__} has no `num_classes`, which {type(module).__name__} asks for.")
             cast(Any, module).configure_task(data.num_classes)
+        convert_precision(self._strategy, module)
         return module
 
     def make_known(self) -> LightningModule:
