@@ -4,7 +4,14 @@ from lightning_drm.deltas.collect import Base
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
 from lightning_drm.deltas.lora import remove_adapters
 from lightning_drm.deltas.parameters import Kind, Parameter, backbone_parameters, head_state
-from lightning_drm.deltas.store import DELTAS_FILE, HEAD_FILE, StoredDeltas, load_task_vector, save_task_vector
+from lightning_drm.deltas.store import (
+    DELTAS_FILE,
+    HEAD_FILE,
+    StoredDeltas,
+    load_head,
+    load_task_vector,
+    save_task_vector,
+)
 from lightning_drm.deltas.task_vector import TaskVector
 
 __all__ = [
@@ -20,6 +27,7 @@ __all__ = [
     "fingerprint",
     "hash_tensor",
     "head_state",
+    "load_head",
     "load_task_vector",
     "remove_adapters",
     "save_task_vector",

@@ -4,9 +4,10 @@ The hashes cover names, shapes, dtypes and bytes. They are not cryptographic: th
 forgeries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ctypes import c_char
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -21,11 +22,28 @@ def hash_tensor(tensor: Tensor) -> str:
         >>> hash_tensor(torch.zeros(2)) == hash_tensor(torch.zeros(1, 2))
         False
     """
-    digest = xxhash.xxh3_128(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-    if tensor.numel():
-        values = tensor.detach().cpu().contiguous()
-        # Not by `numpy()`, after which a storage keeps its size for good: FSDP1 frees weights by making it zero.
-        digest.update((c_char * values.nbytes).from_address(values.data_ptr()))
+    return hash_pieces(tensor.shape, tensor.dtype, [tensor])
+
+
+def hash_pieces(shape: Iterable[int], dtype: torch.dtype, pieces: Iterable[Tensor]) -> str:
+    """The hash of a tensor that comes in pieces, so that not all of it is in memory.
+
+    Args:
+        shape: The tensor's shape.
+        dtype: Its type.
+        pieces: Its values, some rows after the others.
+
+    Example:
+        >>> whole = torch.arange(6.0).view(3, 2)
+        >>> hash_pieces((3, 2), whole.dtype, [whole[:1], whole[1:]]) == hash_tensor(whole)
+        True
+    """
+    digest = xxhash.xxh3_128(f"{tuple(shape)}{dtype}".encode())
+    for piece in pieces:
+        if piece.numel():
+            values = piece.detach().cpu().contiguous()
+            # Not by `numpy()`, after which a storage keeps its size for good: FSDP1 frees weights by making it zero.
+            digest.update((c_char * values.nbytes).from_address(values.data_ptr()))
     return digest.hexdigest()
 
 

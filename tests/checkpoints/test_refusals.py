@@ -6,12 +6,15 @@ import shutil
 import pytest
 import torch
 from helpers import models
+from helpers.limits import time_limit
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from lightning_drm import DARETIES, DRM, Average, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, refuse
+from lightning_drm.checkpoints.reading.module_patterns import matched_keys
 from lightning_drm.fusion import Override, Recipe
 
 
@@ -120,7 +123,36 @@ ADAPTERS = {  # what is changed in adapter_config.json, and the message
     "future": ({"use_something_new": True}, "use_something_new"),
     "ia3": ({"peft_type": "IA3"}, "IA3 adapters are not supported; only LoRA is"),
     "prefix": ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING adapters are not supported"),
+    "kind": ({"peft_type": ["LORA"]}, r"\['LORA'\] adapters are not supported; only LoRA is"),
+    "rank_of_factors": (
+        {"r": 64},
+        r"x: adapter_config.json does not agree with its factors: encoder\S*dense has rank 3, but r says 64; .*3 more",
+    ),
+    "rank_zero": ({"r": 0}, "x/adapter_config.json: r must be a whole number of at least 1, got 0"),
+    "rank_text": ({"r": "x"}, "r must be a whole number of at least 1, got 'x'"),
+    "rank_true": ({"r": True}, "r must be a whole number of at least 1, got True"),
+    "rank_of_a_name": (
+        {"rank_pattern": {"query": 4}},
+        "0.attention.self.query has rank 3, but rank_pattern 'query' says 4; .*1.attention.self.query has rank 3, but",
+    ),
+    "rank_pattern": ({"rank_pattern": ["query"]}, r"rank_pattern must give a number for each name, got \['query'\]"),
+    "rank_pattern_value": ({"rank_pattern": {"query": 2.5}}, "rank_pattern must give a whole number of at least 1 for"),
+    "alpha": ({"lora_alpha": "16"}, "lora_alpha must be a finite number, got '16'"),
+    "alpha_infinite": ({"lora_alpha": float("inf")}, "lora_alpha must be a finite number, got inf"),
+    "alpha_huge": ({"lora_alpha": 10**400}, "lora_alpha must be a finite number, got 10000"),
+    "alpha_null": ({"lora_alpha": None}, "lora_alpha must be a finite number, got None"),
+    "alpha_pattern": (
+        {"alpha_pattern": {"query": None}},
+        "alpha_pattern must give a finite number for 'query', got None",
+    ),
+    "rslora": ({"use_rslora": "no"}, "use_rslora must be true or false, got 'no'"),
+    "init_list": ({"init_lora_weights": ["pissa"]}, r"init_lora_weights=\['pissa'\] changes the base weights"),
+    "base_name": ({"base_model_name_or_path": 7}, "base_model_name_or_path must be a name, got 7"),
+    "task_type": ({"task_type": "SINGING"}, "task_type must be one of SEQ_CLS, .*, got 'SINGING'"),
+    "several": ({"r": 0, "use_rslora": 1}, "r must be a whole number of at least 1, got 0; use_rslora must be true or"),
 }
+SLOW = ["(.|[a-z.]|[0-9a-z]|..)*[!?]", "(.|.|..)+[!?]"]  # on names of this length, longer than anybody lives
+SLOW_IN_RE = ["(([a-z]+)+[.0-9]*)+!", "(.?){60}.{60}!", r"(.*)+(.*)+(.*)+\1!", "(.|.|..)+!"]  # match no name
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
@@ -131,6 +163,126 @@ def test_adapters(case, bench, tmp_path):
     plan = make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), MismatchPolicy())
     with pytest.raises(ValueError, match=message):
         refuse(plan.problems)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", [*SLOW, *SLOW_IN_RE])
+def test_a_pattern_that_takes_forever(pattern, field, bench, tmp_path):
+    shutil.copytree(bench / "lora", tmp_path / "x")
+    edit_json(tmp_path / "x" / "adapter_config.json", **{field: {pattern: 4}})
+    with time_limit(10):
+        plan = make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), MismatchPolicy())
+    told = [f"the pattern {pattern!r} in {field} takes too long to match encoder.layer.0.attention." in problem
+            for problem in plan.problems]  # fmt: skip
+    assert told == ([True] if pattern in SLOW else [])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", r"'\(' in rank_pattern is not a regular expression"),
+        ("(" * 900, r"is not a regular expression"),
+        ("a|" * 900, r"the pattern 'a\|.*…' in rank_pattern is longer than 1,000 characters"),
+    ],
+)
+def test_a_pattern_that_is_none(pattern, message, bench, tmp_path):
+    shutil.copytree(bench / "lora", tmp_path / "x")
+    edit_json(tmp_path / "x" / "adapter_config.json", rank_pattern={pattern: 3})
+    plan = make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), MismatchPolicy())
+    with pytest.raises(ValueError, match=message):
+        refuse(plan.problems)
+
+
+NAMES = ["q", "layers.0.q", "layers.10.q", "layers.0.q.extra", "xq", "layersX0Xq", "a-b.layers.0.k_proj"]
+KEYS = [
+    "q",
+    "^q",
+    "layers.0.q",
+    r"layers\.0\.q",
+    r"^layers\.0\.q",
+    "0.q",
+    "a-b",
+    r"a\-b\.layers",
+    "k_proj",
+    ".*q",
+    "Q",
+    "",
+]
+KEYS += [
+    r"layers\.[0-9]+\.q",
+    "q|k_proj",
+    r".*layers.*0.*_proj",
+    r"(?i:Q)",
+    r"\w+",
+    "^.*[^q]",
+    "layers.0.q$",
+    "q.",
+    ".q",
+]
+
+
+def test_patterns_match_as_in_peft():
+    for key in KEYS:
+        found = matched_keys({key: 1, "layers.0.k_proj": 2}, NAMES, "rank_pattern")
+        for name in NAMES:
+            assert found.get(name, name) == get_pattern_key([key, "layers.0.k_proj"], name), (key, name)
+
+
+FACTOR = "base_model.model.encoder.layer.1.attention.self.query.lora_{}.weight"
+FACTORS = {  # what is done to an adapter's tensors, and the message
+    "no_a": (
+        lambda t: t.pop(FACTOR.format("A")),
+        r"x/adapter_model.safetensors: encoder.layer.1.attention.self.query has a lora_B but no lora_A\.$",
+    ),
+    "no_b": (lambda t: t.pop(FACTOR.format("B")), "layer.1.attention.self.query has a lora_A but no lora_B"),
+    "neither": (
+        lambda t: [t.pop(FACTOR.format("A")), t.pop(FACTOR.format("B").replace("layer.1", "layer.0"))],
+        "layer.0.attention.self.query has a lora_A but no lora_B; .*layer.1.attention.self.query has a lora_B but no",
+    ),
+    "ranks": (
+        lambda t: t.update({FACTOR.format("B"): torch.ones(16, 2)}),
+        r"query has factors of shapes \(3, 16\) and \(16, 2\), which have no product",
+    ),
+    "vector": (lambda t: t.update({FACTOR.format("A"): torch.ones(3)}), r"query has factors of shapes \(3,\) and"),
+    "other_rank": (
+        lambda t: t.update({FACTOR.format("A"): torch.ones(2, 16), FACTOR.format("B"): torch.ones(16, 2)}),
+        "layer.1.attention.self.query has rank 2, but r says 3",
+    ),
+    "numbers": (
+        lambda t: t.update({FACTOR.format("A"): torch.ones(3, 16, dtype=torch.int32)}),
+        "query has factors in torch.int32 and torch.float32, which are not floats",
+    ),
+    "unknown": (
+        lambda t: t.update({FACTOR.format("C"): torch.ones(2)}),
+        "holds encoder.layer.1.attention.self.query.lora_C.weight, which is not plain LoRA",
+    ),
+    "magnitudes": (
+        lambda t: t.update({FACTOR.format("magnitude_vector"): torch.ones(2)}),
+        "holds DoRA magnitudes, which are not plain LoRA",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FACTORS)
+def test_factors(case, bench, tmp_path):
+    change, message = FACTORS[case]
+    shutil.copytree(bench / "lora", tmp_path / "x")
+    tensors = load_file(tmp_path / "x" / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "x" / "adapter_model.safetensors")
+    plan = make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), MismatchPolicy())
+    with pytest.raises(ValueError, match=message):
+        refuse(plan.problems)
+
+
+def test_factors_of_a_checkpoint(bench, tmp_path):
+    """A checkpoint's factors must agree with its LoraConfig, too."""
+    path = lora_checkpoint(tmp_path, {"lora": LoraConfig(r=2)})
+    plan = make_plan(str(bench / "base"), {"x": path}, Recipe(), MismatchPolicy())
+    assert "x.ckpt: its LoraConfig does not agree with its factors: m has rank 1, but r says 2" in plan.problems[0]
+    path = lora_checkpoint(tmp_path, {"lora": LoraConfig(r=1)}, "n.lora_B.default.weight")
+    plan = make_plan(str(bench / "base"), {"x": path}, Recipe(), MismatchPolicy())
+    assert "x.ckpt: n has a lora_B but no lora_A" in plan.problems[0]
 
 
 RECIPES = {  # recipe, policy, message

@@ -1,22 +1,29 @@
 """What a configuration says of a model's parameters, without weights: the model is built on torch's meta device."""
 
-import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from lightning_drm.checkpoints.architecture.alignment import Alignment
 from lightning_drm.deltas import Kind, backbone_parameters
+from lightning_drm.storage.json_files import field as field_of
+from lightning_drm.storage.json_files import read_object, shown
 
+_LARGEST_COUNT = 1_000_000
+_FEWEST_MODULES, _MODULES_PER_TENSOR = 10_000, 20  # a file may hold a whole layer's experts in one tensor
+_LONGEST_REASON = 200
 _TASK_HEADS = ("Classification", "QuestionAnswering", "MultipleChoice", "Regression")
 
 
@@ -50,23 +57,37 @@ class Architecture:
         return bool(self.kinds)
 
     @classmethod
-    def of_folder(cls, folder: Path | None) -> "Architecture":
+    def of_folder(cls, folder: Path | None, num_tensors: int) -> "Architecture":
         """Reads ``config.json``; custom code in the folder is not run.
 
         Args:
             folder: A model's folder.
+            num_tensors: How many tensors its files hold, which says how large the model can be.
+
+        Raises:
+            ValueError: If the configuration is damaged: it is of a model that transformers knows, but makes none.
         """
         if folder is None or not (folder / "config.json").is_file():
+            return cls()
+        file = folder / "config.json"
+        content = read_object(file)
+        _refuse_absurd_counts(content, file)
+        kind = field_of(content, "model_type", str, str(file), "")
+        named = field_of(content, "architectures", list, str(file), [])
+        if kind not in CONFIG_MAPPING:
             return cls()
         level = logging.getLogger("transformers").level
         logging.getLogger("transformers").setLevel(logging.ERROR)
         try:
-            model = _meta_model(folder)
-        except (ValueError, KeyError, AttributeError, ImportError, OSError):  # unknown to this transformers
+            model = _meta_model(folder, named, num_tensors)
+        except ImportError:  # a library that this architecture needs is not here
             return cls()
+        except Exception as error:  # a damaged value fails wherever it is first used, and in any way
+            reason = " ".join(str(error).split())[:_LONGEST_REASON]
+            raise ValueError(f"{file} does not describe a {kind} model: {type(error).__name__}: {reason}") from error
         finally:
             logging.getLogger("transformers").setLevel(level)
-        return cls.of_model(model)
+        return cls.of_model(model) if model is not None else cls()
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> "Architecture":
@@ -132,19 +153,44 @@ def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
     return "convolution" if len(shape) > 2 and parts[-1] == "weight" else "other"
 
 
-def _meta_model(folder: Path) -> PreTrainedModel:
+def _meta_model(folder: Path, named: list[Any], num_tensors: int) -> PreTrainedModel | None:
+    """The model without values; ``None`` if transformers has no class for it."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    model_class = getattr(transformers, named[0], None) if named else None
-    with torch.device("meta"):
+    model_class = getattr(transformers, str(named[0]), None) if named else None
+    with torch.device("meta"), _bounded(_FEWEST_MODULES + _MODULES_PER_TENSOR * num_tensors):
         if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
             return model_class(config)
-        from transformers import AutoModel
-
+        if type(config) not in MODEL_MAPPING:
+            return None
         built: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
             config, trust_remote_code=False
         )
         return built
+
+
+@contextmanager
+def _bounded(num_modules: int) -> Iterator[None]:
+    """Stops making a model of absurdly many layers, which a damaged number asks for, before it fills the memory."""
+    count = 0
+
+    def register(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > num_modules:
+            raise ValueError(f"it would have more than {num_modules:,} layers and parts of layers")
+
+    handle = register_module_module_registration_hook(register)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_absurd_counts(content: Mapping[str, Any], file: Path) -> None:
+    """Refuses what transformers would fill the memory with before it makes a model, such as names for all labels."""
+    for name, value in content.items():
+        if name.startswith("num_") and isinstance(value, int) and value > _LARGEST_COUNT:
+            raise ValueError(f"{file}: expected at most {_LARGEST_COUNT:,} for {name}, got {shown(value)}.")
 
 
 def _backbone_prefix(model: PreTrainedModel) -> str:

@@ -21,16 +21,16 @@ def token_rows(base: Path | None, task: Path | None) -> dict[int, int] | None:
     Returns:
         By row of the base, the task's row, for the tokens that both have; ``None`` if the two tokenizers agree, or one
         of them is missing.
+
+    Raises:
+        ValueError: If a tokenizer is damaged.
     """
     ours, theirs = _tokenizer_file(base), _tokenizer_file(task)
     if base is None or task is None or ours is None or theirs is None:
         return None
     if ours.name == theirs.name and filecmp.cmp(ours, theirs, shallow=False):
         return None
-    from transformers import AutoTokenizer
-
-    base_ids = AutoTokenizer.from_pretrained(base, trust_remote_code=False).get_vocab()
-    task_ids = AutoTokenizer.from_pretrained(task, trust_remote_code=False).get_vocab()
+    base_ids, task_ids = _token_ids(base), _token_ids(task)
     if base_ids == task_ids:
         return None
     return {row: task_ids[token] for token, row in base_ids.items() if token in task_ids}
@@ -57,6 +57,18 @@ def row_map(rows: dict[int, int] | None, num_base: int, num_task: int) -> Tensor
             mapped[used_base:] = torch.arange(used_base, num_base)
     same = num_base == num_task and bool((mapped == torch.arange(num_base)).all())
     return None if same else mapped
+
+
+def _token_ids(folder: Path) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    try:
+        ids: dict[str, int] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    except Exception as error:  # tokenizers raises nothing more special for a damaged file
+        raise ValueError(
+            f"{folder} has a tokenizer that cannot be read: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return ids
 
 
 def _tokenizer_file(folder: Path | None) -> Path | None:

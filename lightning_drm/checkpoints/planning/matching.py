@@ -9,7 +9,7 @@ from lightning_drm.checkpoints.planning.fitting import Fitting
 from lightning_drm.checkpoints.planning.planned_task import PlannedTask
 from lightning_drm.checkpoints.planning.policy import MismatchPolicy
 from lightning_drm.checkpoints.planning.same_base import check_same_base
-from lightning_drm.checkpoints.reading import BaseModel, Entry, TaskInput
+from lightning_drm.checkpoints.reading import BaseModel, Entry, TaskInput, note_on_ignored
 
 
 class Matcher:
@@ -39,15 +39,22 @@ class Matcher:
             found: What its files say.
         """
         planned = PlannedTask(task, found)
+        try:
+            self._match(planned, found)
+        except ValueError as error:  # a file beside the weights is damaged
+            planned.problems.append(f"{task}: {error}")
+        return planned
+
+    def _match(self, planned: PlannedTask, found: TaskInput) -> None:
         align = Alignment.between(found.entries, self.names | self.ties.keys() | self._architecture.files.keys())
         if not align.num_matches:
             planned.problems.append(
-                f"{task}: none of its {len(found.entries)} parameters is in the base. "
+                f"{planned.name}: none of its {len(found.entries)} parameters is in the base. "
                 f"The base has {', '.join(sorted(self.names)[:2])}, …; the task has "
                 f"{', '.join(list(found.entries)[:2])}, …."
             )
-            return planned
-        own = Architecture.of_folder(found.folder).named_like(set(found.entries))
+            return
+        own = Architecture.of_folder(found.folder, len(found.entries)).named_like(set(found.entries))
         fitting = Fitting(planned, self._base, self._architecture, self._mismatch.vocabulary)
         unknown = self._sort(planned, own.backbone, align, fitting)
         inside = own.backbone.startswith(align.strip)
@@ -56,7 +63,8 @@ class Matcher:
         self._note_unknown(planned, unknown, align, region)
         check_same_base(planned, self._base)
         fitting.note_precision()
-        return planned
+        if found.ignored:
+            planned.notes.append(f"{planned.name}: {note_on_ignored(found.ignored)}")
 
     def _sort(self, planned: PlannedTask, backbone: str, align: Alignment, fitting: Fitting) -> list[str]:
         """Finds out what each of the task's parameters is; returns the own names of those that the base lacks."""

@@ -12,7 +12,7 @@ from lightning_drm.checkpoints.architecture import Architecture
 from lightning_drm.checkpoints.planning.matching import Matcher
 from lightning_drm.checkpoints.planning.plan import Plan
 from lightning_drm.checkpoints.planning.policy import MismatchPolicy
-from lightning_drm.checkpoints.reading import TaskInput, TensorHeader, open_base, open_input
+from lightning_drm.checkpoints.reading import TaskInput, TensorHeader, note_on_ignored, open_base, open_input
 from lightning_drm.checkpoints.reading.adapter import AdapterInput
 from lightning_drm.fusion.recipe import Recipe
 from lightning_drm.names import check_task_name
@@ -38,14 +38,17 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, mismatch: Mi
     is_recipe_sound = _is_sound(recipe, list(models), problems)
     try:
         opened = open_base(base, mismatch.dequantize)
+        headers = opened.tensors.headers
+        architecture = Architecture.of_folder(opened.folder, len(headers)).named_like(set(headers))
     except ValueError as error:
         raise ValueError("\n".join([str(error), *problems])) from error
-    architecture = Architecture.of_folder(opened.folder).named_like(set(opened.tensors.headers))
     matcher = Matcher(opened, architecture, mismatch)
     plan = Plan(opened, recipe, mismatch, [matcher.match(task, found) for task, found in inputs.items()])
     plan.transposed = architecture.transposed
     plan.problems = problems + [problem for task in plan.tasks for problem in task.problems]
     plan.notes = [note for task in plan.tasks for note in task.notes]
+    if opened.tensors.ignored:
+        plan.notes.append(f"The base: {note_on_ignored(opened.tensors.ignored)}")
     if opened.is_dequantized:
         plan.notes.append("The base was dequantized; the precision that quantization took does not come back.")
     if not architecture.known:

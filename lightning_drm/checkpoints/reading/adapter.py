@@ -1,33 +1,21 @@
-"""LoRA as exact deltas: PEFT adapter folders, and what they have in common with other files of LoRA factors.
+"""LoRA as exact deltas: PEFT adapter folders, and what they have in common with other files of LoRA factors."""
 
-A LoRA adapter's delta is ``s · B A``; the scaling ``s`` follows from the configuration exactly as peft computes it.
-Any other field of a configuration may change that formula, the base or the layers. So every field that is not known to
-keep the delta exact must have its default value; another value is refused by the field's name, in future variants, too.
-"""
-
-import dataclasses
-import json
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from typing_extensions import override
 
+from lightning_drm.checkpoints.reading.lora_settings import scalings, wrong_settings
 from lightning_drm.checkpoints.reading.task_input import Entry, TaskInput
 from lightning_drm.checkpoints.reading.tensors import CONTAINERS, Tensors
-from lightning_drm.deltas.lora import INITS_KEEPING_THE_BASE
 from lightning_drm.merging import Delta, LowRank
+from lightning_drm.storage.json_files import read_object, shown
 
 CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
-_EXACT_FIELDS = {
-    "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode",
-    "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-    "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "loftq_config",
-    "eva_config", "qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying",
-}  # fmt: skip
-_NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "alora_invocation_tokens": "aLoRA"}
+_SIDE = re.compile(r"(?<=\.lora_)(embedding_)?([AB])(?=$|\.)")
 
 
 class LoraInput(TaskInput):
@@ -44,13 +32,19 @@ class LoraInput(TaskInput):
     """
 
     def __init__(self, path: Path, tensors: Tensors, config: Mapping[str, Any], folder: Path | None = None) -> None:
-        problems = inexact_settings(config)
-        if problems:
-            raise ValueError(f"{path}: {'; '.join(problems)}.")
         super().__init__(path, tensors.files, folder)
         self.config, self._tensors = config, tensors
+        self.ignored = tensors.ignored
+        _refuse(path if folder is None else folder / CONFIG_FILE, [*wrong_settings(config), *self._wrong_fields()])
         self._factors: dict[str, tuple[str, str]] = {}
+        self._ranks: dict[str, int] = {}
+        self._scalings: dict[str, float] = {}
         self._values: dict[str, str] = {}
+        self._problems: list[str] = []
+
+    def _wrong_fields(self) -> list[str]:
+        """What is wrong with further fields of the configuration, for subclasses that read some."""
+        return []
 
     @property
     @override
@@ -62,34 +56,44 @@ class LoraInput(TaskInput):
         self._values[name] = raw
         self.entries[name] = Entry(header.shape, header.dtype)
 
-    def _add(self, module: str, raw_a: str, raw_b: str) -> None:
-        headers = self._tensors.headers
-        if raw_b not in headers:
-            raise ValueError(f"{self.path}: {module} has a lora_A but no lora_B.")
-        a, b = headers[raw_a].shape, headers[raw_b].shape
+    def _add_factor(self, module: str, raw: str) -> None:
+        """Takes in one factor of a layer, which must have the other one, too."""
+        side = _SIDE.search(raw)
+        assert side is not None, f"{raw} is no factor"
+        other = "B" if side[2] == "A" else "A"
+        partner = f"{raw[: side.start(2)]}{other}{raw[side.end(2) :]}"
+        if partner not in self._tensors.headers:
+            self._problems.append(f"{module} has a lora_{side[2]} but no lora_{other}")
+        elif side[2] == "A":
+            self._add_layer(module, raw, partner, is_embedding=side[1] is not None)
+
+    def _add_layer(self, module: str, raw_a: str, raw_b: str, is_embedding: bool) -> None:
+        header_a, header_b = self._tensors.headers[raw_a], self._tensors.headers[raw_b]
+        a, b, dtype = header_a.shape, header_b.shape, header_a.dtype
+        is_conv = len(a) > 2 and not is_embedding
+        if len(a) < 2 or len(a) != len(b) or a[0] != b[1] or (set(b[2:]) > {1} if is_conv else len(a) > 2):
+            self._problems.append(f"{module} has factors of shapes {a} and {b}, which have no product")
+            return
+        if not (dtype.is_floating_point and header_b.dtype.is_floating_point):
+            self._problems.append(f"{module} has factors in {dtype} and {header_b.dtype}, which are not floats")
+            return
         name = f"{module}.weight"
-        self._factors[name] = (raw_a, raw_b)
-        if "_embedding_A" in raw_a:
-            entry = Entry((a[1], b[0]), headers[raw_a].dtype, "low_rank", a[0])
-        elif len(a) == 2:
-            entry = Entry((b[0], a[1]), headers[raw_a].dtype, "low_rank_linear", a[0])
+        self._factors[name], self._ranks[module] = (raw_a, raw_b), a[0]
+        if is_embedding:
+            self.entries[name] = Entry((a[1], b[0]), dtype, "low_rank", a[0])
+        elif is_conv:
+            self.entries[name] = Entry((b[0], *a[1:]), dtype, "delta")
         else:
-            entry = Entry((b[0], *a[1:]), headers[raw_a].dtype, "delta")
-        self.entries[name] = entry
+            self.entries[name] = Entry((b[0], a[1]), dtype, "low_rank_linear", a[0])
 
-    def scaling(self, name: str, rank: int) -> float:
-        """The factor ``s`` of a layer's product, as peft computes it.
-
-        Args:
-            name: The weight's name.
-            rank: The layer's rank.
-        """
-        from peft.utils.other import get_pattern_key
-
-        module = name.removesuffix(".weight")
-        patterns: Mapping[str, float] = self.config.get("alpha_pattern") or {}
-        alpha = patterns.get(get_pattern_key(list(patterns), module), self.config.get("lora_alpha", 8))
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+    def _require_agreement(self) -> None:
+        """Refuses factors that do not fit each other or the configuration; to be called when all are taken in."""
+        _refuse(self.files[0], self._problems)
+        try:
+            self._scalings = scalings(self.config, self._ranks)
+        except ValueError as error:
+            config = "its LoraConfig" if self.folder is None else CONFIG_FILE
+            raise ValueError(f"{self.path}: {config} does not agree with its factors: {error}.") from error
 
     @override
     def read(self, name: str) -> Delta:
@@ -97,7 +101,7 @@ class LoraInput(TaskInput):
             return self._tensors.read(self._values[name])
         raw_a, raw_b = self._factors[name]
         a, b = self._tensors.read(raw_a).float(), self._tensors.read(raw_b).float()
-        scaling = self.scaling(name, a.shape[0])
+        scaling = self._scalings[name.removesuffix(".weight")]
         if "_embedding_A" in raw_a:
             return LowRank(a.T.contiguous(), (b * scaling).T.contiguous())
         if a.dim() == 2:
@@ -129,57 +133,34 @@ class AdapterInput(LoraInput):
         return cls(path)
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, _tensors(path), json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")), path)
+        super().__init__(path, _tensors(path), read_object(path / CONFIG_FILE), path)
         self.base_name = self.config.get("base_model_name_or_path") or None
         self._read_headers()
+        self._require_agreement()
+
+    @override
+    def _wrong_fields(self) -> list[str]:
+        from peft import TaskType
+
+        problems = []
+        name, kind = self.config.get("base_model_name_or_path"), self.config.get("task_type")
+        if not isinstance(name, str | None):
+            problems.append(f"base_model_name_or_path must be a name, got {shown(name)}")
+        if kind is not None and kind not in list(TaskType):
+            problems.append(f"task_type must be one of {', '.join(TaskType)}, got {shown(kind)}")
+        return problems
 
     def _read_headers(self) -> None:
-        unknown = []
         for raw in self._tensors.headers:
             name = raw.removeprefix(_PREFIX)
             if ".lora_magnitude_vector" in name:
-                unknown.append("DoRA magnitudes")
-            elif name.endswith(".lora_A.weight"):
-                self._add(name.removesuffix(".lora_A.weight"), raw, raw.replace(".lora_A.", ".lora_B."))
-            elif name.endswith(".lora_embedding_A"):
-                self._add(name.removesuffix(".lora_embedding_A"), raw, raw.replace("_embedding_A", "_embedding_B"))
-            elif name.endswith((".lora_B.weight", ".lora_embedding_B")):
-                continue
+                self._problems.append("holds DoRA magnitudes, which are not plain LoRA")
+            elif name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")):
+                self._add_factor(name.rpartition(".lora_")[0], raw)
             elif ".lora_" in name:
-                unknown.append(name)
+                self._problems.append(f"holds {name}, which is not plain LoRA")
             else:  # a bias that was trained, or a module of modules_to_save: its whole value
                 self._add_value(name.replace(".base_layer.", "."), raw)
-        if unknown:
-            raise ValueError(f"{self.path}: holds {', '.join(unknown[:5])}, which is not plain LoRA.")
-
-
-def inexact_settings(config: Mapping[str, Any]) -> list[str]:
-    """Why an adapter's delta would not be exactly ``s · B A``.
-
-    Args:
-        config: What ``adapter_config.json`` holds.
-
-    Returns:
-        One clause for each reason, with the name of the variant or the field.
-    """
-    from peft import LoraConfig
-
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        return [f"{kind} adapters are not supported; only LoRA is"]
-    defaults = {
-        field.name: field.default_factory() if callable(field.default_factory) else field.default
-        for field in dataclasses.fields(LoraConfig)
-    }
-    problems = []
-    for name, value in config.items():
-        if name == "init_lora_weights":
-            if value not in INITS_KEEPING_THE_BASE:
-                problems.append(f"init_lora_weights={value!r} changes the base weights, so the delta is unknown")
-        elif name not in _EXACT_FIELDS and value and value != defaults.get(name):
-            variant = _NAMES.get(name, name)
-            problems.append(f"{variant} ({name}={value!r}) is not W + s·B·A, so it has no exact delta")
-    return problems
 
 
 def _tensors(path: Path) -> Tensors:
@@ -188,3 +169,10 @@ def _tensors(path: Path) -> Tensors:
             return container([path / container.adapter_file])
     files = " nor ".join(container.adapter_file for container in CONTAINERS)
     raise ValueError(f"{path} has an {CONFIG_FILE}, but neither {files}.")
+
+
+def _refuse(file: Path, problems: Sequence[str]) -> None:
+    if problems:
+        problems = list(dict.fromkeys(problems))
+        more = f"; and {len(problems) - 5} more like these" if len(problems) > 5 else ""
+        raise ValueError(f"{file}: {'; '.join(problems[:5])}{more}.")

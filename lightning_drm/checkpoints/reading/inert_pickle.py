@@ -8,6 +8,7 @@ nothing, so the weights can be read without trusting the file.
 import collections
 import pickle
 import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ class Placeholder:
         """Ignores a set's item."""
 
 
-class InertUnpickler(pickle.Unpickler):
+# The Python version of `pickle.Unpickler`: the other one makes a list as long as the highest number that a damaged file
+# gives to an object, which fills the memory of any machine.
+class InertUnpickler(pickle._Unpickler):
     """Finds torch's own tensor types; anything else is a `Placeholder`."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -70,6 +73,44 @@ class InertUnpickler(pickle.Unpickler):
             if isinstance(found, torch.dtype) or (isinstance(found, type) and name.endswith("Storage")):
                 return found
         return type("Placeholder", (Placeholder,), {"kind": name})
+
+
+def parts_of(value: object) -> Iterator[object]:
+    """A value from a pickle and everything in it, through dictionaries, lists and tuples; each object once.
+
+    A file may nest them deeper than Python calls functions, or put one into itself.
+    """
+    left, seen = [value], set()
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield part
+        if isinstance(part, Mapping):
+            left += reversed(list(part.values()))
+        elif isinstance(part, list | tuple):
+            left += reversed(part)
+
+
+def kinds_in(value: object) -> set[str]:
+    """The names of the classes and functions in whose place a value has a `Placeholder`."""
+    return {part.kind for part in parts_of(value) if isinstance(part, Placeholder)}
+
+
+def note_on_ignored(kinds: set[str]) -> str:
+    """Tells a user, once for a file, that it holds more than tensors.
+
+    Args:
+        kinds: From `kinds_in`.
+
+    Example:
+        >>> note_on_ignored({"PosixPath"})
+        'its file holds objects other than tensors (PosixPath), which are ignored and not run.'
+    """
+    names = sorted(kinds)
+    listed = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+    return f"its file holds objects other than tensors ({listed}), which are ignored and not run."
 
 
 def _load(file: Any, **kwargs: Any) -> Any:

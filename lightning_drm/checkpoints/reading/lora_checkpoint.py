@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.adapter import LoraInput
-from lightning_drm.checkpoints.reading.inert_pickle import Placeholder
+from lightning_drm.checkpoints.reading.inert_pickle import Placeholder, parts_of
 from lightning_drm.checkpoints.reading.tensors import Tensors, container_of, plain_name
 
 _KINDS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".modules_to_save.")
@@ -62,16 +62,15 @@ class LoraCheckpoint(LoraInput):
             )
             raise ValueError(f"{path} holds {found}; expected one LoRA adapter.")
         self._sort(names, adapters.pop())
+        self._require_agreement()
 
     def _sort(self, names: Mapping[str, str], adapter: str) -> None:
         adapted = {name.split(".lora_")[0] for name in names.values() if ".lora_" in name}
         saved = {name.split(".modules_to_save.")[0] for name in names.values() if ".modules_to_save." in name}
         for raw, name in names.items():
             module, _, kind = name.partition(".lora_")
-            if kind in (f"A.{adapter}.weight", f"embedding_A.{adapter}"):
-                self._add(module, raw, raw.replace("lora_A.", "lora_B.").replace("embedding_A.", "embedding_B."))
-            elif kind in (f"B.{adapter}.weight", f"embedding_B.{adapter}"):
-                continue
+            if kind in {f"{side}.{adapter}.weight" for side in "AB"} | {f"embedding_{side}.{adapter}" for side in "AB"}:
+                self._add_factor(module, raw)
             elif kind:
                 raise ValueError(f"{self.path}: holds {name}, which is not plain LoRA.")
             elif any(name == f"{module}.base_layer.weight" for module in adapted):
@@ -95,31 +94,30 @@ def _config(path: Path, hyperparameters: object) -> dict[str, Any]:
         )
     if any(config != found[0] for config in found):
         raise ValueError(f"{path} holds {len(found)} different LoraConfigs; expected one.")
-    anchored = [key for key in found[0].get("alpha_pattern") or {} if key.startswith("^")]
-    if anchored:
-        raise ValueError(
-            f"{path}: alpha_pattern {anchored[0]!r} starts at the module that got the adapter, which a checkpoint does "
-            "not name; save the adapter with peft's save_pretrained, or merge from the run folder."
-        )
+    for field in ("alpha_pattern", "rank_pattern"):
+        patterns = found[0].get(field)
+        anchored = [key for key in patterns if str(key).startswith("^")] if isinstance(patterns, Mapping) else []
+        if anchored:
+            raise ValueError(
+                f"{path}: {field} {anchored[0]!r} starts at the module that got the adapter, which a checkpoint does "
+                "not name; save the adapter with peft's save_pretrained, or merge from the run folder."
+            )
     return found[0]
 
 
-def _configs(value: object) -> Iterable[dict[str, Any]]:
+def _configs(hyperparameters: object) -> Iterable[dict[str, Any]]:
     """Every LoraConfig in some hyper-parameters: the object itself, or its fields from a configuration file."""
     from peft import LoraConfig
 
-    if isinstance(value, Placeholder):
-        if value.kind == "LoraConfig":
-            yield {**value.state, "peft_type": "LORA"}
-    elif isinstance(value, LoraConfig):
-        yield {field.name: getattr(value, field.name) for field in dataclasses.fields(value)} | {"peft_type": "LORA"}
-    elif isinstance(value, Mapping):
-        fields = value.get("init_args") if str(value.get("class_path")).endswith(".LoraConfig") else value
-        if isinstance(fields, Mapping) and (fields is not value or fields.keys() >= _TELLING):
-            yield {**fields, "peft_type": "LORA"}
-        else:
-            for item in value.values():
-                yield from _configs(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _configs(item)
+    for value in parts_of(hyperparameters):
+        if isinstance(value, Placeholder):
+            if value.kind == "LoraConfig":
+                yield {**value.state, "peft_type": "LORA"}
+        elif isinstance(value, LoraConfig):
+            yield {item.name: getattr(value, item.name) for item in dataclasses.fields(value)} | {"peft_type": "LORA"}
+        elif isinstance(value, Mapping) and value.keys() >= _TELLING:
+            yield {**value, "peft_type": "LORA"}
+        elif isinstance(value, Mapping) and str(value.get("class_path")).endswith(".LoraConfig"):
+            fields = value.get("init_args")
+            if isinstance(fields, Mapping) and not fields.keys() >= _TELLING:  # which come by themselves
+                yield {**fields, "peft_type": "LORA"}

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_drm.checkpoints.architecture.facts import Architecture
 from lightning_drm.checkpoints.reading.tensors import Tensors
+from lightning_drm.storage.json_files import shown
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ class Quantization(ABC):
 class Fp8(Quantization):
     """``quant_method: fp8``: a weight in float8, times a scale for each block of it or one for all."""
 
+    def __init__(self, stored: Tensors, folder: Path, settings: Mapping[str, Any]) -> None:
+        super().__init__(stored, folder, settings)
+        block = settings.get("weight_block_size")
+        if block and not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+            raise ValueError(f"weight_block_size must be two whole numbers, got {shown(block)}")
+
     @override
     def packed(self) -> dict[str, Packed]:
         headers, block = self.stored.headers, self.settings.get("weight_block_size")
@@ -107,7 +114,7 @@ class BitsAndBytes(Quantization):
 
     def __init__(self, stored: Tensors, folder: Path, settings: Mapping[str, Any]) -> None:
         super().__init__(stored, folder, settings)
-        if turned := Architecture.of_folder(folder).transposed:
+        if turned := Architecture.of_folder(folder, len(stored.headers)).transposed:
             raise ValueError(f"bitsandbytes stores {min(turned)} transposed, which is not supported")
 
     @override

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.quantization import FORMATS, Quantization
 from lightning_drm.checkpoints.reading.tensors import TensorHeader, Tensors
+from lightning_drm.storage.json_files import field, shown
 
 _SUFFIXES = (
     ".SCB", ".absmax", ".quant_map", ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv",
@@ -34,6 +35,7 @@ class Dequantized(Tensors):
     def __init__(self, stored: Tensors, quantization: Quantization, dtype: torch.dtype) -> None:
         super().__init__(stored.files)
         self._stored, self._quantization = stored, quantization
+        self.ignored = stored.ignored
         self._packed = quantization.packed()
         hidden = {part for packed in self._packed.values() for part in packed.parts}
         left = [name for name in stored.headers if name not in hidden]
@@ -64,29 +66,38 @@ def as_floats(tensors: Tensors, path: Path, config: Mapping[str, Any], dequantiz
         ValueError: If they are quantized, and may not or cannot be dequantized.
     """
     names = _quantized_names(tensors.headers)
-    settings = config.get("quantization_config") or {}
+    where = str(path / "config.json")
+    settings = field(config, "quantization_config", dict, where, {})
     if not settings and not names:
         return tensors
     if not dequantize:
-        method = settings.get("quant_method") or f"found {names[0]}"
+        method = settings.get("quant_method") or (f"found {names[0]}" if names else "by its config.json")
         raise ValueError(
             f"{path} is quantized ({method}), so sums of its weights and deltas are not its weights; "
             "merge the unquantized weights and quantize the result, or set dequantize to true."
         )
     try:
-        return _dequantized(tensors, path, settings, config.get("dtype") or config.get("torch_dtype"))
-    except ValueError as error:
-        raise ValueError(f"{path} is quantized, and {error}.") from error
+        return _dequantized(tensors, path, settings, _dtype(config, where))
+    except Exception as error:  # three libraries read what the files say, and damaged files make them fail in any way
+        raise ValueError(f"{path} is quantized, and {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
-def _dequantized(stored: Tensors, folder: Path, settings: Mapping[str, Any], dtype: str | None) -> Dequantized:
+def _dequantized(stored: Tensors, folder: Path, settings: Mapping[str, Any], dtype: torch.dtype) -> Dequantized:
     if not settings:
         raise ValueError("it has no quantization_config in its config.json that would say how to dequantize it")
     method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unknown")
     if method not in FORMATS:
         raise ValueError(f"{method} cannot be dequantized here, only {', '.join(FORMATS)} can")
-    floats = getattr(torch, dtype) if dtype else _DEFAULT_DTYPE
-    return Dequantized(stored, FORMATS[method](stored, folder, settings), floats)
+    return Dequantized(stored, FORMATS[method](stored, folder, settings), dtype)
+
+
+def _dtype(config: Mapping[str, Any], where: str) -> torch.dtype:
+    """The precision that a model's weights stand for."""
+    name = field(config, "dtype", str, where, "") or field(config, "torch_dtype", str, where, "")
+    found = getattr(torch, name, None) if name else _DEFAULT_DTYPE
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"the dtype {shown(name)} in its config.json is unknown")
+    return found
 
 
 def _quantized_names(names: Iterable[str]) -> list[str]:

@@ -1,16 +1,14 @@
 """The deltas that a run folder keeps."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.task_input import Entry, Form, TaskInput
-from lightning_drm.deltas import DELTAS_FILE, HEAD_FILE, StoredDeltas
+from lightning_drm.deltas import DELTAS_FILE, HEAD_FILE, StoredDeltas, load_head
 from lightning_drm.merging import Delta, LowRank
 
 
@@ -29,9 +27,8 @@ class StoredInput(TaskInput):
     def __init__(self, path: Path, deltas: StoredDeltas, head: Mapping[str, Tensor]) -> None:
         super().__init__(path, [deltas.path])
         self.head, self._deltas = head, deltas
-        self.base_hashes = json.loads(deltas.metadata["base_hashes"])
-        for name in deltas:
-            delta = deltas[name]  # mapped, not read
+        self.base_hashes = deltas.base_hashes()
+        for name, delta in deltas.headers.items():
             rank = delta.rank if isinstance(delta, LowRank) else 0
             form: Form = "low_rank" if isinstance(delta, LowRank) else "delta"
             self.entries[name] = Entry(tuple(delta.shape), delta.dtype, form, rank)
@@ -52,7 +49,7 @@ class StoredInput(TaskInput):
                 f"The run folder {path} has no task {task!r}, only {tasks}; name the task as the run does, or give the "
                 f"path of its folder, such as {path}/tasks/{tasks.partition(', ')[0]}."
             )
-        head = load_file(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
+        head = load_head(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
         return cls(folder, StoredDeltas(folder / DELTAS_FILE), head)
 
     @property

@@ -48,6 +48,7 @@ class TaskInput(ABC):
         base_hashes: By its own name, the hash of each base parameter, where they are stored.
         entries: What it holds, under its own names.
         head: Its head's tensors by name, where it keeps them apart.
+        ignored: What its files hold beside tensors and nobody reads: names of classes and functions.
     """
 
     format: ClassVar[str]
@@ -65,6 +66,7 @@ class TaskInput(ABC):
         self.base_hashes: Mapping[str, str] = {}
         self.entries: dict[str, Entry] = {}
         self.head: Mapping[str, Tensor] = {}
+        self.ignored: set[str] = set()
 
     @classmethod
     @abstractmethod

@@ -4,7 +4,6 @@ A file is opened for each read and closed after it. Both kinds of files are mapp
 keep every page that was ever read; this way, a merge's memory does not grow with the size of the models.
 """
 
-import json
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_drm.checkpoints.reading.inert_pickle import inert_pickle
+from lightning_drm.checkpoints.reading.inert_pickle import inert_pickle, kinds_in
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -26,6 +25,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _SAMPLE = 1 << 20
+_LONGEST_REASON = 200  # characters of what torch says of a damaged file
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Tensors(ABC):
     Attributes:
         files: The files.
         headers: What they say of each tensor.
+        file_of: The file that holds each tensor.
+        ignored: What else the files hold and nobody reads: names of classes and functions.
     """
 
     suffixes: ClassVar[tuple[str, ...]]
@@ -59,7 +61,13 @@ class Tensors(ABC):
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = list(files)
         self.headers: dict[str, TensorHeader] = {}
-        self._file_of: dict[str, Path] = {}
+        self.file_of: dict[str, Path] = {}
+        self.ignored: set[str] = set()
+
+    def _add(self, name: str, header: TensorHeader, file: Path) -> None:
+        if name in self.headers:
+            raise ValueError(f"{file} holds {name}, which {self.file_of[name].name} holds, too.")
+        self.headers[name], self.file_of[name] = header, file
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
@@ -95,8 +103,7 @@ class SafetensorsFiles(Tensors):
                         dtype = _DTYPES.get(part.get_dtype())
                         if dtype is None:
                             raise ValueError(f"{path}: {name} has the type {part.get_dtype()}, which is not supported.")
-                        self.headers[name] = TensorHeader(tuple(part.get_shape()), dtype)
-                        self._file_of[name] = path
+                        self._add(name, TensorHeader(tuple(part.get_shape()), dtype), path)
             except (OSError, RuntimeError) as error:
                 raise ValueError(f"{path} cannot be read: {error}.") from error
             except SafetensorError as error:
@@ -104,7 +111,7 @@ class SafetensorsFiles(Tensors):
 
     @override
     def read(self, name: str) -> Tensor:
-        with _open(self._file_of[name]) as file:
+        with _open(self.file_of[name]) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
@@ -128,19 +135,37 @@ class PickleFiles(Tensors):
 
     def __init__(self, files: Sequence[Path]) -> None:
         super().__init__(files)
+        self._with_objects: set[Path] = set()
         for path in files:
-            for name, tensor in _mapped_tensors(path).items():
-                self.headers[name] = TensorHeader(tuple(tensor.shape), tensor.dtype)
-                self._file_of[name] = path
+            content = self._load(path)
+            self.ignored |= kinds_in(content)
+            for name, tensor in _tensors_in(content, path).items():
+                self._add(name, TensorHeader(tuple(tensor.shape), tensor.dtype), path)
 
     @override
     def read(self, name: str) -> Tensor:
-        return _mapped_tensors(self._file_of[name])[name].detach()
+        path = self.file_of[name]
+        return _tensors_in(self._load(path), path)[name].detach()
 
     @override
     def hyperparameters(self) -> object:
-        content = _load(self.files[0])
+        content = self._load(self.files[0])
         return content.get("hyper_parameters") if isinstance(content, Mapping) else None
+
+    def _load(self, path: Path) -> Any:
+        """What a file holds, its tensors mapped and not read."""
+        try:
+            if path not in self._with_objects:
+                try:
+                    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                except pickle.UnpicklingError:  # holds other objects, as most Lightning checkpoints do
+                    self._with_objects.add(path)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=inert_pickle)
+        except Exception as error:  # a damaged pickle may be any sequence of operations, which fail in any way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"{path} cannot be read as a file that torch.save wrote: {reason.partition('. ')[0][:_LONGEST_REASON]}"
+            ) from error
 
 
 CONTAINERS: list[type[Tensors]] = [SafetensorsFiles, PickleFiles]
@@ -152,24 +177,8 @@ def container_of(file: Path) -> type[Tensors] | None:
     return next((container for container in CONTAINERS if file.suffix in container.suffixes), None)
 
 
-def model_files(folder: Path) -> tuple[type[Tensors], list[Path]] | None:
-    """A model folder's files and the class that reads them; ``None`` if the folder holds no model.
-
-    Raises:
-        ValueError: If an index names shards that are not there.
-    """
-    for container in CONTAINERS:
-        file, index = folder / container.model_file, folder / f"{container.model_file}.index.json"
-        if file.is_file():
-            return container, [file]
-        if index.is_file():
-            return container, _indexed_files(index)
-    return None
-
-
-def _mapped_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors by name of a file that ``torch.save`` wrote, mapped and not read."""
-    content = _load(path)
+def _tensors_in(content: object, path: Path) -> dict[str, Tensor]:
+    """The tensors by name of what ``torch.save`` wrote."""
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     tensors = (
@@ -179,32 +188,15 @@ def _mapped_tensors(path: Path) -> dict[str, Tensor]:
     )
     if not tensors:
         raise ValueError(f"{path} holds no tensors by name, neither at its top nor under 'state_dict'.")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise ValueError(f"{path}: {name} is not a plain tensor with its values beside it.")
     return tensors
 
 
 def plain_name(name: str) -> str:
     """A parameter's name without what torch.compile and DDP add to it."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
-def _load(path: Path) -> Any:
-    try:
-        try:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError:  # holds other objects, as most Lightning checkpoints do
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=inert_pickle)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a file that torch.save wrote: {reason}") from error
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    """The shards that an index names."""
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise ValueError(f"{index} names files that are not there: {', '.join(missing)}.")
-    return [index.parent / name for name in names]
 
 
 def quick_fingerprint(files: Sequence[Path]) -> str:

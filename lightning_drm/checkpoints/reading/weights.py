@@ -1,15 +1,16 @@
 """Finetuned values: model folders and checkpoint files. A base comes in these formats, too."""
 
-import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from typing_extensions import override
 
+from lightning_drm.checkpoints.reading.model_files import has_model, open_model
 from lightning_drm.checkpoints.reading.quantized import as_floats
 from lightning_drm.checkpoints.reading.task_input import Entry, TaskInput
-from lightning_drm.checkpoints.reading.tensors import Tensors, container_of, model_files, plain_name
+from lightning_drm.checkpoints.reading.tensors import Tensors, container_of, plain_name
 from lightning_drm.merging import Delta
+from lightning_drm.storage.json_files import read_object
 
 
 class WeightsInput(TaskInput):
@@ -30,6 +31,7 @@ class WeightsInput(TaskInput):
     def __init__(self, path: Path, tensors: Tensors, folder: Path | None = None) -> None:
         super().__init__(path, tensors.files, folder)
         self.tensors = tensors
+        self.ignored = tensors.ignored
         self._raw = {plain_name(name): name for name in tensors.headers}
         for name, raw in self._raw.items():
             header = tensors.headers[raw]
@@ -54,15 +56,14 @@ class ModelFolder(WeightsInput):
     @classmethod
     @override
     def opens(cls, path: Path) -> bool:
-        return model_files(path) is not None
+        return has_model(path)
 
     @classmethod
     @override
     def open(cls, path: Path, task: str, dequantize: bool) -> Self:
-        found = model_files(path)
-        assert found is not None, f"{path} is not a model folder"
-        container, files = found
-        return cls(path, as_floats(container(files), path, _config_of(path), dequantize), path)
+        file = path / "config.json"
+        config = read_object(file) if file.is_file() else {}
+        return cls(path, as_floats(open_model(path), path, config, dequantize), path)
 
 
 class CheckpointFile(WeightsInput):
@@ -81,10 +82,3 @@ class CheckpointFile(WeightsInput):
         container = container_of(path)
         assert container is not None, f"{path} is not a file of tensors"
         return cls(path, as_floats(container([path]), path, {}, dequantize))
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    """What a model folder's ``config.json`` holds; nothing if there is none."""
-    file = folder / "config.json"
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return config
