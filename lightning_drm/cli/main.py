@@ -8,6 +8,7 @@ import atexit
 import gc
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ _NOT_FOR_USERS = (
     ".*is smaller than the logging interval",
     ".*loftq_config",
     ".*isinstance.treespec, LeafSpec",
+    ".*Checkpoint directory .* exists and is not empty",  # a task that goes on
 )
 _LOUDEST = {
     "bitsandbytes": logging.ERROR,  # it warns of kernels that it could not load, which nobody asked it for
@@ -51,6 +53,9 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         _run(words, args)
+    except KeyboardInterrupt:
+        print("lightning-drm: Stopped by SIGINT; the same command continues.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, FileNotFoundError, ImportError) as error:
         if os.environ.get("LIGHTNING_DRM_TRACEBACK"):
             raise

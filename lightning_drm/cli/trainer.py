@@ -1,5 +1,7 @@
 """``lightning-drm fit | merge | test`` on one YAML file: a LightningCLI around `MergeTrainer`."""
 
+import sys
+
 from lightning import LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -9,6 +11,7 @@ from lightning_drm.cli.arguments import own_defaults
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.storage import write_text
 from lightning_drm.training.callback import DRMMergeCallback
+from lightning_drm.training.interruption import Interrupted
 from lightning_drm.training.trainer import MergeTrainer, is_writer
 
 # Arguments of Lightning's fit and test that have no meaning for several tasks at once.
@@ -79,5 +82,9 @@ def run(args: ArgsType = None) -> None:
     """
     try:
         MergeCLI(args)
+    except Interrupted as ended:
+        if is_writer():
+            print(f"lightning-drm: {ended}", file=sys.stderr)
+        raise
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error

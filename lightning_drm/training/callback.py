@@ -188,9 +188,18 @@ class DRMMergeCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._fit is not None, "setup comes before"
         with whole_weights(trainer.strategy):
-            self._fit.collect(pl_module)
+            self._fit.collect(trainer, pl_module)
             if not self.missing:
                 self.session.fuse()
+        self._fit = None
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._fit is None:  # collected when its training ended
+            return
+        self._fit.on_fit_end(trainer, pl_module)
+        if not self.missing:
+            self.session.fuse()
         self._fit = None
 
     @override

@@ -7,9 +7,10 @@
 | `on_train_end` | collect | collect, while every rank has all weights | collect |
 
 The base is not noted later than that, as a resumed fit has trained weights from then on. It is noted in the precision
-in which it trains: what `precision="bf16-true"` rounds is the base's, not a delta. Deltas are not taken later
-than `on_train_end`: Lightning tears its strategy down before `on_fit_end`. The module itself is never changed, since
-checkpoints are written after it.
+in which it trains: what `precision="bf16-true"` rounds is the base's, not a delta. Deltas are not taken later than
+`on_train_end`: Lightning tears its strategy down before `on_fit_end`. Only where a fit went on from a checkpoint of its
+end, and so had nothing left to train, `on_fit_end` is the one hook of the two that comes. The module itself is never
+changed, since checkpoints are written after it.
 """
 
 from collections.abc import Mapping
@@ -54,11 +55,17 @@ class CollectTask(Callback):
         self.session = session
         self.task = task
         self.settings = settings
+        self._collected = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if trainer.global_step > 0:
+            raise ValueError(
+                f"This Trainer has already fitted {trainer.global_step} steps, and would train task {self.task!r} from "
+                "there or not at all: make a new Trainer for each task's fit."
+            )
         strategy = trainer.strategy
         join_processes(self.session, trainer)
         refuse_flat(pl_module)
@@ -88,10 +95,31 @@ class CollectTask(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with whole_weights(trainer.strategy):
-            self.collect(pl_module)
+            self.collect(trainer, pl_module)
 
-    def collect(self, module: LightningModule) -> None:
-        """Collects the task, where the strategy gives every rank the weights that it needs."""
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._collected:
+            return
+        if trainer.global_step > 0 and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                f"Task {self.task!r} went on from a checkpoint of its last step, from which no deltas can be taken "
+                f"under {type(trainer.strategy).__name__}: train it from the start, with --resume false."
+            )
+        self.collect(trainer, pl_module)
+
+    def collect(self, trainer: Trainer, module: LightningModule) -> None:
+        """Collects the task, where the strategy gives every rank the weights that it needs.
+
+        Raises:
+            ValueError: If nothing was trained.
+        """
+        if trainer.global_step == 0:
+            raise ValueError(
+                f"Task {self.task!r} was not trained: its fit took no optimizer step. Does its training set have any "
+                f"batches, and do the Trainer's limits leave some (max_steps, max_epochs, limit_train_batches)?"
+            )
+        self._collected = True
         self.session.collect(module, self.task, settings=self.settings)
         num_tasks = len(self.session.tasks)
         rank_zero_info(f"Collected task {self.task!r} ({num_tasks - len(self.session.missing)} of {num_tasks}).")

@@ -1,8 +1,8 @@
 """The run folder: where a run keeps its tasks, its merged model and its report.
 
-Files are written under another name and renamed, so what exists is whole. A task counts as done once its
-``metrics.json`` is there: it is written last. Several processes may work in one run folder, each on tasks of its own:
-who works on a task, or reads it, locks it.
+Files are written under another name and renamed, so what exists is whole, unless something damages it later. A task
+counts as done once its ``metrics.json`` is there, which is written last, beside deltas that can be read. Several
+processes may work in one run folder, each on tasks of its own: who works on a task, or reads it, locks it.
 """
 
 import json
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from lightning_drm.deltas import DELTAS_FILE, TaskVector, load_task_vector, save_task_vector
 from lightning_drm.storage import only_one, write_json
@@ -48,9 +50,40 @@ class RunFolder:
         """Whether a task was finetuned and collected."""
         return (self.task(task) / DELTAS_FILE).is_file()
 
+    def is_collected(self, task: str) -> bool:
+        """Whether a task was finetuned and collected, and its files can be read."""
+        try:
+            self.load_task_vector(task)
+        except (OSError, ValueError, SafetensorError):
+            return False
+        return True
+
     def is_done(self, task: str) -> bool:
         """Whether a task was finetuned, collected and measured."""
-        return (self.task(task) / "metrics.json").is_file()
+        try:
+            self.read_metrics(task)
+        except (OSError, ValueError):
+            return False
+        return self.is_collected(task)
+
+    def begin(self, task: str, settings: Mapping[str, Any]) -> None:
+        """Notes that a task's finetuning begins; a finetune that was not measured yet makes room for it.
+
+        Args:
+            task: The task's name.
+            settings: The hyper-parameters, by which a later fit knows whether it may go on.
+        """
+        if not self.is_done(task):
+            (self.task(task) / DELTAS_FILE).unlink(missing_ok=True)
+        write_json(self._begun(task), settings)
+
+    def begun(self, task: str) -> dict[str, Any] | None:
+        """The settings of a finetuning that has begun and was not finished; ``None`` if there is none."""
+        try:
+            settings: dict[str, Any] = json.loads(self._begun(task).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return settings
 
     def missing(self, tasks: list[str]) -> list[str]:
         """Those of the tasks that are not done."""
@@ -73,7 +106,8 @@ class RunFolder:
 
     def save_task_vector(self, vector: TaskVector) -> None:
         """Stores a task vector; the task is not done before `write_metrics`."""
-        for outdated in (self.task(vector.task) / "metrics.json", self.base_head(vector.task)):
+        folder = self.task(vector.task)  # the old deltas go first, or a kill could leave them beside the new head
+        for outdated in (folder / "metrics.json", folder / DELTAS_FILE, self.base_head(vector.task)):
             outdated.unlink(missing_ok=True)
         save_task_vector(vector, self.task(vector.task))
 
@@ -93,8 +127,12 @@ class RunFolder:
     def write_metrics(self, task: str, metrics: Mapping[str, Any]) -> None:
         """Stores a task's accuracies, which marks it as done."""
         write_json(self.task(task) / "metrics.json", metrics)
+        self._begun(task).unlink(missing_ok=True)
 
     def read_metrics(self, task: str) -> dict[str, Any]:
         """A done task's accuracies."""
         metrics: dict[str, Any] = json.loads((self.task(task) / "metrics.json").read_text(encoding="utf-8"))
         return metrics
+
+    def _begun(self, task: str) -> Path:
+        return self.task(task) / "begun.json"

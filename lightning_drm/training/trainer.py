@@ -20,6 +20,7 @@ from typing import Any, TypeVar, cast
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from typing_extensions import override
 
@@ -28,12 +29,14 @@ from lightning_drm.evaluation import Comparison, logged_metrics, terminal_table,
 from lightning_drm.modules import MultiTaskModule
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.collect import CollectTask
+from lightning_drm.training.interruption import Interruptible
 from lightning_drm.training.progress import TaskProgressBar
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.settings import changed_settings, finetune_settings
 from lightning_drm.training.strategies import refuse_strategy
+from lightning_drm.training.task_fit import TaskFit
 from lightning_drm.training.task_modules import TaskModules
 
 Accuracies = dict[str, float | None]
@@ -49,6 +52,7 @@ class _Run:
     data: MultiTaskDataModule
     modules: TaskModules
     scoring: Scoring
+    interruptible: Interruptible
 
 
 class MergeTrainer(Trainer):
@@ -68,12 +72,15 @@ class MergeTrainer(Trainer):
         self._given_callbacks = list(given) if isinstance(given, Sequence) else [given]
         # Lightning adds to the list of callbacks that it got, and a strategy serves one Trainer.
         self._arguments = {**kwargs, "callbacks": self._given_callbacks}
+        self._task_callbacks = [
+            callback for callback in self._given_callbacks if not isinstance(callback, DRMMergeCallback)
+        ]
         self._arguments["strategy"] = copy.deepcopy(kwargs.get("strategy", "auto"))
         super().__init__(**kwargs)
         self._console = Console(quiet=not is_writer(), highlight=False)
 
     @override
-    def fit(  # type: ignore[override]  # some of Lightning's arguments come as keywords, and three are this class's own
+    def fit(  # type: ignore[override]  # some of Lightning's arguments come as keywords, and others are this class's own
         self,
         model: LightningModule,
         train_dataloaders: Any = None,
@@ -82,6 +89,7 @@ class MergeTrainer(Trainer):
         *,
         only: str | list[str] | None = None,
         retrain: bool = False,
+        resume: bool = True,
         base_batches: int = 40,
         **kwargs: Any,
     ) -> None:
@@ -95,6 +103,8 @@ class MergeTrainer(Trainer):
             datamodule: The tasks.
             only: Finetune this task, or these, and stop without merging (one job of a cluster's array, say).
             retrain: Finetune tasks again that the run folder already has.
+            resume: Go on inside a task whose fit was killed, from the last checkpoint that was made when an epoch
+                ended; the result is that of an undisturbed fit. Otherwise the task is trained from the start.
             base_batches: Training batches that the head on the untouched base may see; 0 leaves the base out.
             kwargs: Further arguments of Lightning's ``fit``, for a single task.
 
@@ -109,21 +119,26 @@ class MergeTrainer(Trainer):
         tasks = _chosen(session.tasks, only)
         settings = {task: self._settings(run, task) for task in tasks}
 
-        def finetune_and_merge(done: list[str]) -> None:
-            if only is None:
-                session.restore(done)
+        def finetune_and_merge(done: list[str], collected: list[str], begun: list[str]) -> None:
+            session.restore([*done, *collected] if only is None else collected)
             for task in tasks:
                 if task in done:
                     accuracy = folder.read_metrics(task)["individual"]
                     self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
-                else:
-                    self._finetune(run, task, settings[task], base_batches)
+                    continue
+                run.interruptible.unfinished = f"task {task!r} was"
+                start, module = time.perf_counter(), None
+                if task not in collected:
+                    module = self._finetune(run, task, settings[task], task in begun)
+                self._measure(run, task, module, base_batches, start)
+                del module
             if only is None:
+                run.interruptible.unfinished = "all tasks are finetuned, but the merge was"
                 self._merge_and_report(run)
 
-        with _locked(folder, tasks):
-            found = [] if retrain else _still_valid(folder, settings)
-            self._on_all_ranks(session, lambda: finetune_and_merge(self.strategy.broadcast(found)))
+        with run.interruptible, _locked(folder, tasks):
+            found = _found(folder, settings, retrain, resume)
+            self._on_all_ranks(session, lambda: finetune_and_merge(*self.strategy.broadcast(found)))
         if only is None:
             return
         if missing := folder.missing(session.tasks):
@@ -148,7 +163,7 @@ class MergeTrainer(Trainer):
             run.session.restore(run.session.tasks)
             self._merge_and_report(run)
 
-        with _locked(run.folder, run.session.tasks):
+        with run.interruptible, _locked(run.folder, run.session.tasks):
             self._on_all_ranks(run.session, restore_and_merge)
 
     @override
@@ -187,7 +202,7 @@ class MergeTrainer(Trainer):
                 base[task], individual[task] = run.scoring.stored_base(task), run.scoring.finetuned(task)
             return [self._report(run, base, individual, run.scoring.stored_merged())]
 
-        with _locked(run.folder, run.session.tasks):
+        with run.interruptible, _locked(run.folder, run.session.tasks):
             return self._on_all_ranks(run.session, measure_again)
 
     def _on_all_ranks(self, session: MergeSession, function: Callable[[], T]) -> T:
@@ -208,34 +223,43 @@ class MergeTrainer(Trainer):
             launcher.kill(SIGTERM)
             raise
 
-    def _finetune(self, run: _Run, task: str, settings: Mapping[str, object], base_batches: int) -> None:
-        start = time.perf_counter()
+    def _finetune(self, run: _Run, task: str, settings: Mapping[str, object], begun: bool) -> LightningModule:
+        """Finetunes a task, or finishes it; returns its trained module."""
+        fit = TaskFit(task, run.folder.task(task), self._arguments, self._task_callbacks)
+        checkpoint = None
+        if begun:
+            checkpoint = self.strategy.broadcast(fit.last_checkpoint() if is_writer() else None)
+        if checkpoint is None and is_writer():
+            fit.remove_checkpoints()
+            run.folder.begin(task, settings)
         module = run.modules.fresh(task)
-        callbacks = [copy.deepcopy(c) for c in self._given_callbacks if not isinstance(c, DRMMergeCallback)]
-        arguments = {
-            "default_root_dir": run.folder.task(task),
-            **{name: value for name, value in self._arguments.items() if value is not None},
-            "strategy": copy.deepcopy(self._arguments["strategy"]),
-            "callbacks": [
-                *callbacks,
-                CollectTask(run.session, task, settings),
-                *self._progress_bar(f"{task} · finetune"),
-            ],
-        }
-        if arguments.get("logger"):
-            arguments["logger"] = copy.deepcopy(arguments["logger"])
-        trainer = Trainer(**arguments)
-        trainer.fit(module, datamodule=run.data.tasks[task])
-        seconds = time.perf_counter() - start
+        if checkpoint is not None:
+            self._say(f"{task}: going on from {checkpoint}")
+        trainer = fit.trainer(
+            [CollectTask(run.session, task, settings), *self._progress_bar(f"{task} · finetune")],
+        )
+        requeued = fit.requeued()
+        try:
+            trainer.fit(module, datamodule=run.data.tasks[task], ckpt_path=checkpoint, weights_only=False)
+        except SIGTERMException:
+            run.interruptible.requeued = fit.requeued() != requeued
+            raise
+        run.interruptible.check()
+        return module
+
+    def _measure(self, run: _Run, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
+        """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
+        seconds = round(time.perf_counter() - start, 1) if module is not None else None
         accuracy = run.scoring.finetuned(task, module)
-        self._say(f"{task}: accuracy {100 * accuracy:.1f} %, finetuned in {seconds:.0f} s")
-        del module, trainer
+        run.interruptible.check()
+        how = f"finetuned in {seconds:.0f} s" if seconds is not None else "finetuned before, measured now"
+        self._say(f"{task}: accuracy {100 * accuracy:.1f} %, {how}")
+        del module
         gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
         base = run.scoring.base(task, base_batches)
+        run.interruptible.check()
         if is_writer():
-            run.folder.write_metrics(
-                task, {"individual": accuracy, "base": base, "finetune_seconds": round(seconds, 1)}
-            )
+            run.folder.write_metrics(task, {"individual": accuracy, "base": base, "finetune_seconds": seconds})
         run.session.ranks.wait()
 
     def _merge_and_report(self, run: _Run) -> None:
@@ -290,7 +314,7 @@ class MergeTrainer(Trainer):
         modules = TaskModules(model, data, session, self.strategy)
         arguments, strategy, bar = self._arguments, self.strategy, self._progress_bar
         scoring = Scoring(session, session.run_folder, modules, data, arguments, strategy, bar)
-        return _Run(session, session.run_folder, data, modules, scoring)
+        return _Run(session, session.run_folder, data, modules, scoring, Interruptible("the run was"))
 
 
 def is_writer() -> bool:
@@ -315,15 +339,37 @@ def _require_done(run: _Run) -> None:
         raise ValueError(f"{run.folder.path} has no finetune of {', '.join(missing)}: run `fit` first.")
 
 
-def _still_valid(folder: RunFolder, settings: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """The tasks that are done; refuses those that were done with other settings."""
-    done = [task for task in settings if folder.is_done(task)]
-    changes = {task: changed_settings(folder.load_task_vector(task).settings, settings[task]) for task in done}
-    problems = [f"  {task}: {'; '.join(lines)}" for task, lines in changes.items() if lines]
+def _found(
+    folder: RunFolder, settings: Mapping[str, Mapping[str, object]], retrain: bool, resume: bool
+) -> tuple[list[str], list[str], list[str]]:
+    """The tasks that are done, those that are only to be measured, and those whose finetuning has begun.
+
+    Raises:
+        ValueError: If some of them were done with other settings, with all of these.
+    """
+    done: list[str] = []
+    collected: list[str] = []
+    begun: list[str] = []
+    problems = []
+    for task, current in settings.items():
+        started = folder.begun(task)
+        continues = started is not None and resume and not (retrain and changed_settings(started, current))
+        if retrain and not continues:  # of an interrupted --retrain, the rest is done
+            continue
+        if folder.is_collected(task) and not (retrain and folder.is_done(task)):
+            stored = folder.load_task_vector(task).settings
+            (done if folder.is_done(task) else collected).append(task)
+        elif started is not None and continues:
+            stored = started
+            begun.append(task)
+        else:
+            continue
+        if lines := changed_settings(stored, current):
+            problems.append(f"  {task}: {'; '.join(lines)}")
     if problems:
         raise ValueError(
             f"{folder.path} has finetunes made with other settings:\n"
             + "\n".join(problems)
             + "\nFinetune them again with --retrain true, or choose another run folder with --drm.dirpath."
         )
-    return done
+    return done, collected, begun

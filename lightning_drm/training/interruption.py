@@ -1,0 +1,86 @@
+"""What ends a run from outside, SIGTERM and Ctrl-C: one sentence, and the exit code by which shells and SLURM know it.
+
+Lightning ends a fit gracefully on SIGTERM, after the batch, but with exit code 0, and on Ctrl-C with 1. A signal that
+comes between two of its loops, or in the last batch of one, is lost.
+"""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Self
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run: its exit code is the one that a shell gives, 128 and the signal's number.
+
+    Args:
+        signum: The signal.
+        sentence: What was not finished, and what to do.
+    """
+
+    def __init__(self, signum: signal.Signals, sentence: str) -> None:
+        super().__init__(128 + signum)
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+class Interruptible:
+    """While it lasts, signals that end the run end it as `Interrupted`.
+
+    Args:
+        unfinished: What is not finished until it says otherwise, to complete "Stopped by SIGTERM: … not finished".
+
+    Attributes:
+        unfinished: The same, to be kept up to date.
+        requeued: Whether Lightning has already put the job back into SLURM's queue, which is then left to it.
+    """
+
+    def __init__(self, unfinished: str) -> None:
+        self.unfinished = unfinished
+        self.requeued = False
+        self._received = False
+        self._installed = False
+
+    def __enter__(self) -> Self:
+        free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a handler of the user's own is left alone
+        if free and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._installed = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if isinstance(error, SIGTERMException) and not self.requeued:
+            raise self._ended(signal.SIGTERM) from error
+        # Lightning turns a KeyboardInterrupt in one of its loops into SystemExit(1).
+        if isinstance(error, KeyboardInterrupt) or (
+            isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+        ):
+            raise self._ended(signal.SIGINT) from error
+
+    def check(self) -> None:
+        """Ends the run now if a signal came while a loop of Lightning's held it back.
+
+        Raises:
+            SIGTERMException: If one came.
+        """
+        if self._received:
+            raise SIGTERMException
+
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        self._received = True
+        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            raise SIGTERMException
+        # Else one of Lightning's loops runs, and has put its own handler before this one: it ends after the batch.
+
+    def _ended(self, signum: signal.Signals) -> Interrupted:
+        return Interrupted(
+            signum, f"Stopped by {signum.name}: {self.unfinished} not finished; the same command continues."
+        )

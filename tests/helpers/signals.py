@@ -1,0 +1,52 @@
+"""Real signals at chosen moments of a fit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+
+class SignalAt(Callback):
+    """Sends this process signals, once, when a fit has come so far.
+
+    Args:
+        signals: Their names, such as ``SIGKILL``; several are sent one after the other.
+        done: A file that says that they were sent.
+        step: At the end of the batch with this step.
+        hook: Or in this hook.
+    """
+
+    def __init__(self, signals: list[str], done: str, step: int = -1, hook: str = "on_train_batch_end") -> None:
+        self.signals = [signal.Signals[name] for name in signals]
+        self.done = Path(done)
+        self.step = step
+        self.hook = hook
+
+    def on_train_batch_end(self, trainer: Trainer, *rest: Any) -> None:
+        if self.hook == "on_train_batch_end" and trainer.global_step >= self.step:
+            self._send()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.hook == "on_train_end":
+            self._send()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.hook == "on_fit_end":
+            self._send()
+
+    def _send(self) -> None:
+        if self.done.exists():
+            return
+        self.done.touch()
+        for signum in self.signals:
+            os.kill(os.getpid(), signum)
+
+
+def run_cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "lightning_drm", *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
