@@ -140,6 +140,11 @@ class _HashedFile:
             raise ValueError(f"{self.path} is damaged: it has no {name} in its metadata.")
         return parse_object(self.metadata[name], f"{self.path} is damaged: {name} in its metadata")
 
+    @property
+    def fingerprint(self) -> str | None:
+        """One hash over those of all tensors."""
+        return fingerprint(self._hashes) if self._hashes is not None else None
+
     def read(self, name: str) -> Tensor:
         """A tensor, mapped; its values are compared with their hash at the first reading.
 
@@ -206,6 +211,11 @@ class StoredDeltas(Mapping[str, Delta]):
             ValueError: If it is not there, or damaged.
         """
         return self._file.described(name)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """What tells these deltas from others; ``None`` for files of older versions, which hold no hashes."""
+        return self._file.fingerprint
 
     def base_hashes(self) -> dict[str, str]:
         """Hash by name of every backbone parameter that the task started from.

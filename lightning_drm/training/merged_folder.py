@@ -3,7 +3,7 @@
 The folder is written beside its place and moved there when it is whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -30,7 +30,12 @@ class SavesBackbone(Protocol):
 
 
 def write_merged(
-    folder: Path, module: nn.Module, head: tuple[str, ...], heads: Mapping[str, Mapping[str, Tensor]], card: str
+    folder: Path,
+    module: nn.Module,
+    head: tuple[str, ...],
+    heads: Mapping[str, Mapping[str, Tensor]],
+    card: str,
+    finish: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Writes a merged model.
 
@@ -41,6 +46,7 @@ def write_merged(
         head: Names of its head.
         heads: By task, its head's tensors by name.
         card: The model card, in Markdown.
+        finish: Called with the written folder before it takes its place.
     """
     with written_whole(folder) as partial:
         partial.mkdir()
@@ -52,6 +58,7 @@ def write_merged(
         for task, head_tensors in heads.items():
             write_tensors(partial / "heads" / f"{task}.safetensors", head_tensors, {"task": task})
         (partial / "README.md").write_text(card, encoding="utf-8")
+        finish(partial)
 
 
 def read_merged(

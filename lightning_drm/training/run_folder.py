@@ -7,15 +7,21 @@ processes may work in one run folder, each on tasks of its own: who works on a t
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError
 
-from lightning_drm.deltas import DELTAS_FILE, TaskVector, load_task_vector, save_task_vector
+from lightning_drm.deltas import DELTAS_FILE, StoredDeltas, TaskVector, load_task_vector, save_task_vector
 from lightning_drm.storage import only_one, write_json
+from lightning_drm.storage.json_files import read_object
+
+RECORD_FILE = "merge.json"
+REPORT_FILES = ("report.json", "report.md", "report.png")
 
 
 class RunFolder:
@@ -37,6 +43,46 @@ class RunFolder:
     def config(self) -> Path:
         """The configuration that the run was started with."""
         return self.path / "config.yaml"
+
+    @property
+    def merge_record(self) -> dict[str, Any] | None:
+        """How ``merged/`` was made: method, base and deltas; ``None`` if that was not noted, or nothing is merged.
+
+        Raises:
+            ValueError: If the record is damaged.
+        """
+        path = self.merged / RECORD_FILE
+        return read_object(path) if path.is_file() else None
+
+    def put_aside(self, record: Mapping[str, Any]) -> None:
+        """Moves the merged model and its report to the folder's history, to make room for one that is made otherwise.
+
+        Args:
+            record: The `merge_record` of the one that comes.
+        """
+        earlier = self.merge_record
+        if not self.merged.is_dir() or earlier == json.loads(json.dumps(record)):  # as it will be read
+            return
+        place = self.history_of(earlier)
+        place.mkdir(parents=True, exist_ok=True)
+        for name in REPORT_FILES:  # before the model: after a kill in between, the next merge moves the rest
+            if (self.path / name).is_file():
+                (self.path / name).replace(place / name)
+        if (place / "merged").is_dir():
+            shutil.rmtree(place / "merged")
+        self.merged.rename(place / "merged")
+
+    def history_of(self, record: Mapping[str, Any] | None) -> Path:
+        """Where a merge goes when another takes its place: under its method's name, and a hash of all that made it."""
+        if record is None:
+            return self.path / "history" / "unknown"
+        name = str(record["method"]["class_path"]).rpartition(".")[2]
+        digest = xxhash.xxh3_64(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+        return self.path / "history" / f"{name}-{digest}"
+
+    def fingerprint(self, task: str) -> str | None:
+        """What tells a task's stored deltas from others; ``None`` for files of older versions, which hold no hashes."""
+        return StoredDeltas(self.task(task) / DELTAS_FILE).fingerprint
 
     def task(self, task: str) -> Path:
         """Folder of one task."""

@@ -20,6 +20,7 @@ from lightning_drm.training.merged_folder import read_merged
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.task_modules import TaskModules
+from lightning_drm.training.test_sets import test_set_fingerprint
 
 
 class Scoring:
@@ -95,6 +96,14 @@ class Scoring:
         for name, tensor in head_state(base.task_module(task), head).items():
             tensor.data.copy_(state[name])
         return self._measure(base, data, f"{task} · base")[task]
+
+    def stamp(self, task: str) -> dict[str, str | None]:
+        """What a finished task's scores were measured on: fingerprints of the test set and of the deltas.
+
+        One process asks, and tells the others.
+        """
+        test_set = test_set_fingerprint(self._data.tasks[task], self._arguments)
+        return {"test_set": test_set, "deltas": self._folder.fingerprint(task)}
 
     def stored_base(self, task: str) -> float | None:
         """Accuracy of the untouched backbone with the head that `base` stored; ``None`` if there is none."""

@@ -10,6 +10,7 @@ Fabric, `DRMMergeCallback` and `MergeTrainer` all talk to it in the same way.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -27,12 +28,13 @@ from lightning_drm.fusion import Fusion, Override, Recipe, model_card
 from lightning_drm.merging import DRM, LowRank, Method
 from lightning_drm.modules import MultiTaskModule, head_names_of
 from lightning_drm.names import check_task_name
+from lightning_drm.storage import write_json
 from lightning_drm.training.delta_cache import DeltaCache, Store
 from lightning_drm.training.exchange import Owners, merge_together
 from lightning_drm.training.kept_modules import KeptModules
 from lightning_drm.training.merged_folder import write_merged
 from lightning_drm.training.progress import merging_bar
-from lightning_drm.training.run_folder import RunFolder
+from lightning_drm.training.run_folder import RECORD_FILE, RunFolder
 
 
 class MergeSession:
@@ -354,7 +356,8 @@ class MergeSession:
         backbone: Mapping[str, Tensor],
         heads: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        assert self.run_folder is not None
+        run_folder = self.run_folder
+        assert run_folder is not None
         first = self.tasks[0]
         alone = MultiTaskModule.assemble({first: modules[first]}, backbone, {first: heads[first]}, head=self.head)
         module = alone.task_module(first)
@@ -364,7 +367,17 @@ class MergeSession:
             base=getattr(module, "backbone_name", None),
             base_fingerprint=fingerprint(self._base.hashes),
         )
-        write_merged(self.run_folder.merged, module, head_names_of(module, self.head), heads, card)
+        record = {
+            "method": recipe.description(self.tasks),
+            "base_fingerprint": fingerprint(self._base.hashes),
+            "deltas": {task: run_folder.fingerprint(task) for task in self.tasks},
+        }
+
+        def finish(partial: Path) -> None:
+            write_json(partial / RECORD_FILE, record)
+            run_folder.put_aside(record)
+
+        write_merged(run_folder.merged, module, head_names_of(module, self.head), heads, card, finish)
 
     def _require_task(self, task: str) -> None:
         if task not in self.tasks:

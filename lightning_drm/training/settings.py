@@ -43,7 +43,7 @@ def finetune_settings(
         "trainer": chosen,
         "seed": seed,
     }
-    return dict(_flatten(content))
+    return dict(flatten(content))
 
 
 def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
@@ -57,14 +57,15 @@ def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as pairs of a dotted name and a plain value."""
     value = _plain(value)
     if isinstance(value, Mapping):
         return [
             pair
             for key, item in value.items()
             if not str(key).startswith("_")  # Lightning notes there how it made an object
-            for pair in _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+            for pair in flatten(item, f"{prefix}.{key}" if prefix else str(key))
         ]
     return [(prefix, value)]
 

@@ -34,12 +34,11 @@ from lightning_drm.training.progress import TaskProgressBar
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
 from lightning_drm.training.session import MergeSession
-from lightning_drm.training.settings import changed_settings, finetune_settings
+from lightning_drm.training.settings import changed_settings, finetune_settings, flatten
 from lightning_drm.training.strategies import refuse_strategy
 from lightning_drm.training.task_fit import TaskFit
 from lightning_drm.training.task_modules import TaskModules
 
-Accuracies = dict[str, float | None]
 T = TypeVar("T")
 
 
@@ -186,21 +185,19 @@ class MergeTrainer(Trainer):
             What Lightning's ``test`` returns; for several tasks, one dictionary of the logged metrics.
 
         Raises:
-            ValueError: If tasks are not finetuned yet.
+            ValueError: If tasks are not finetuned yet, or were merged in another way than the configuration says.
             FileNotFoundError: If they are not merged yet.
         """
         if model is None or isinstance(model, MultiTaskModule) or not isinstance(datamodule, MultiTaskDataModule):
             return super().test(model, dataloaders, datamodule=datamodule, **kwargs)
         run = self._run_of(model, datamodule)
         _require_done(run)
+        _require_merged_as_configured(run)
 
         def measure_again() -> list[Mapping[str, float]]:
             run.session.restore(run.session.tasks)
-            base: Accuracies = {}
-            individual: Accuracies = {}
-            for task in run.session.tasks:
-                base[task], individual[task] = run.scoring.stored_base(task), run.scoring.finetuned(task)
-            return [self._report(run, base, individual, run.scoring.stored_merged())]
+            scores = {task: self._scores(run, task, again=True) for task in run.session.tasks}
+            return [self._report(run, scores, run.scoring.stored_merged())]
 
         with run.interruptible, _locked(run.folder, run.session.tasks):
             return self._on_all_ranks(run.session, measure_again)
@@ -259,23 +256,36 @@ class MergeTrainer(Trainer):
         base = run.scoring.base(task, base_batches)
         run.interruptible.check()
         if is_writer():
-            run.folder.write_metrics(task, {"individual": accuracy, "base": base, "finetune_seconds": seconds})
+            scores = {"individual": accuracy, "base": base, "finetune_seconds": seconds}
+            run.folder.write_metrics(task, {**scores, **run.scoring.stamp(task)})
         run.session.ranks.wait()
 
+    def _scores(self, run: _Run, task: str, *, again: bool = False) -> dict[str, Any]:
+        """A finished task's scores as they are stored; measured again if asked, or where data or deltas are others."""
+        found = (run.folder.read_metrics(task), run.scoring.stamp(task)) if is_writer() else ({}, {})
+        stored, stamp = self.strategy.broadcast(found)
+        if not again and stamp.items() <= stored.items():
+            return stored
+        if not again:
+            self._say(f"{task}: its scores are of other test data, so it is measured again")
+        scores = {**stored, "individual": run.scoring.finetuned(task), "base": run.scoring.stored_base(task), **stamp}
+        if is_writer():
+            run.folder.write_metrics(task, scores)
+        return scores
+
     def _merge_and_report(self, run: _Run) -> None:
-        tasks = run.session.tasks
+        earlier = run.folder.merge_record
         merged = run.session.fuse(module=run.modules.make_known(), device=self.strategy.root_device)
-        metrics = self.strategy.broadcast(
-            {task: run.folder.read_metrics(task) for task in tasks} if is_writer() else {}
-        )
-        base = {task: metrics[task]["base"] for task in tasks}
-        individual = {task: metrics[task]["individual"] for task in tasks}
-        self._report(run, base, individual, run.scoring.merged(merged))
+        if earlier is not None and earlier != run.folder.merge_record:
+            self._say(f"The merge before this one, with its report: {run.folder.history_of(earlier)}")
+        scores = {task: self._scores(run, task) for task in run.session.tasks}
+        self._report(run, scores, run.scoring.merged(merged))
 
     def _report(
-        self, run: _Run, base: Accuracies, individual: Accuracies, merged: Mapping[str, float]
+        self, run: _Run, scores: Mapping[str, Mapping[str, Any]], merged: Mapping[str, float]
     ) -> dict[str, float]:
         method = run.session.recipe.description(run.session.tasks)
+        base, individual = ({task: scores[task][row] for task in scores} for row in ("base", "individual"))
         comparison = Comparison(run.session.tasks, base, individual, merged, method)
         metrics = logged_metrics(comparison)
         folder = run.folder
@@ -332,6 +342,19 @@ def _chosen(tasks: list[str], only: str | list[str] | None) -> list[str]:
     if unknown := sorted(set(wanted) - set(tasks)):
         raise ValueError(f"No task {', '.join(map(repr, unknown))} to finetune; tasks: {', '.join(tasks)}.")
     return [task for task in tasks if task in wanted]
+
+
+def _require_merged_as_configured(run: _Run) -> None:
+    """What is measured is what was merged, so the report must not name what the configuration would merge."""
+    record = run.folder.merge_record
+    if record is None:
+        return
+    asked = run.session.recipe.description(run.session.tasks)
+    if changes := changed_settings(dict(flatten(record["method"])), dict(flatten(asked))):
+        raise ValueError(
+            f"{run.folder.merged} was not merged as the configuration says ({'; '.join(changes)}): run `merge` to merge"
+            " with this configuration, or give `test` the one of the merge, such as its --drm.method."
+        )
 
 
 def _require_done(run: _Run) -> None:

@@ -1,0 +1,39 @@
+"""What tells one test set from another, so that scores on different ones never stand in one table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_drm.deltas import hash_tensor
+from lightning_drm.training.settings import flatten
+
+_TRAINER_ARGUMENTS = ("limit_test_batches", "precision")  # those that change a score
+
+
+def test_set_fingerprint(data: LightningDataModule, arguments: Mapping[str, Any]) -> str:
+    """A hash of how a test set is made, of its size, and of its first batch; the rest is not read.
+
+    Args:
+        data: A task's data module; its saved hyper-parameters count.
+        arguments: Arguments of the Trainer that tests.
+    """
+    trainer, data.trainer = data.trainer, None  # several processes would each get another part of the test set
+    with isolate_rng():  # loaders draw random numbers, and training must not depend on a look at the test set
+        data.prepare_data()
+        data.setup("test")
+        loaders = data.test_dataloader()
+        made = {"class": type(data).__qualname__, **data.hparams}
+        used = {name: arguments.get(name) for name in _TRAINER_ARGUMENTS}
+        digest = xxhash.xxh3_128(repr(sorted(flatten({"data": made, "trainer": used}))).encode())
+        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            digest.update(str(len(loader) if hasattr(loader, "__len__") else "").encode())
+            apply_to_collection(
+                next(iter(loader), None), Tensor, lambda tensor: digest.update(hash_tensor(tensor).encode())
+            )
+    data.trainer = trainer
+    return digest.hexdigest()
