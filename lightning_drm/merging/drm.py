@@ -38,7 +38,8 @@ What differs from the paper and from its published code:
 * The paper does not mention `rank_tol`. The published code drops singular values up to 1 % of the largest; so does the
   default here, and ``rank_tol=0`` keeps all but rounding noise, as the text has it.
 * A task without a part in a direction stays zero there. In the published code it becomes NaN.
-* Magnitudes that equal the threshold up to 1e-10 of it count as equal, and stay (see `TIE`).
+* Magnitudes that equal the threshold up to 1e-10 of it count as equal, and stay (see `TIE`). Where float32 deltas have
+  equal magnitudes by their structure (a bidiagonal matrix, a constant), rounding is coarser than that, and decides.
 * The coefficients weigh the average, not the vote, as in the published code.
 * Low-rank deltas stay factors, and the result is the same. The published code merges their dense products.
 
