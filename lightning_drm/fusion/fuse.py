@@ -154,7 +154,10 @@ class Fusion:
         for name in names:
             method = self._methods[name]
             assert method is not None, "a parameter that keeps the base's value has no place in an adapter"
-            merged = method.merge_low_rank(self.deltas.read(name), self.treatments[name].coefficients)
+            try:
+                merged = method.merge_low_rank(self.deltas.read(name), self.treatments[name].coefficients)
+            except ValueError as failure:
+                raise self.deltas.explained(failure, name) from failure
             limit = min(merged.rank if rank is None else rank, *merged.shape)
             factors, error = merged.truncate(limit) if merged.rank > limit else (merged, 0.0)
             yield name, factors, error

@@ -5,7 +5,6 @@ Files are written under another name and renamed, so what exists is whole. A tas
 who works on a task, or reads it, locks it.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from lightning_drm.deltas import DELTAS_FILE, TaskVector, load_task_vector, save_task_vector
 from lightning_drm.storage import only_one, write_json
+from lightning_drm.storage.json_files import read_object, shown
 
 
 class RunFolder:
@@ -95,6 +95,15 @@ class RunFolder:
         write_json(self.task(task) / "metrics.json", metrics)
 
     def read_metrics(self, task: str) -> dict[str, Any]:
-        """A done task's accuracies."""
-        metrics: dict[str, Any] = json.loads((self.task(task) / "metrics.json").read_text(encoding="utf-8"))
+        """A done task's accuracies.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        file = self.task(task) / "metrics.json"
+        metrics = read_object(file)
+        for name, kinds in (("individual", int | float), ("base", int | float | None)):
+            value = metrics.get(name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{file}: expected a number for {name}, got {shown(value)}.")
         return metrics
