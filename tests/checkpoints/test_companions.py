@@ -57,6 +57,13 @@ def test_only_known_files_are_copied(base, tmp_path):
     assert words == AutoTokenizer.from_pretrained(base)("red cat")["input_ids"]
 
 
+def test_a_damaged_companion_is_told_before_merging(base, tmp_path):
+    (base / "tokenizer_config.json").write_text('{"a": 1, "a": 2}')
+    with pytest.raises(ValueError, match=r"base/tokenizer_config\.json gives the field 'a' twice\."):
+        merge(base, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "tuned"}
+
+
 def test_links_out_of_the_folder_are_not_followed(base, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (base / "vocab.txt").symlink_to(tmp_path / "secret")

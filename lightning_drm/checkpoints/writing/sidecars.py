@@ -37,6 +37,7 @@ _COMPANIONS = (
     "sentencepiece.model", "source.spm", "target.spm", "target_vocab.json", "entity_vocab.json",
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
+_WITH_NAMES = (CONFIG_NAME, TOKENIZER_CONFIG_FILE)
 _NAMES = ("_name_or_path", "name_or_path")  # where transformers noted what it had loaded, which may be a path
 
 
@@ -59,7 +60,7 @@ def copy_companions(base: Path, output: Path, dtype: str, *, dequantized: bool =
     for name in names:
         (output / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(base / name, output / name)
-    for name in [name for name in (CONFIG_NAME, TOKENIZER_CONFIG_FILE) if name in names]:
+    for name in [name for name in _WITH_NAMES if name in names]:
         content = read_object(base / name)
         new = content | {key: public_name(value) for key in _NAMES if isinstance(value := content.get(key), str)}
         if name == CONFIG_NAME and dtype != "auto":
@@ -70,6 +71,22 @@ def copy_companions(base: Path, output: Path, dtype: str, *, dequantized: bool =
         if new != content:
             write_json(output / name, new)
     return names
+
+
+def companion_problems(base: Path) -> list[str]:
+    """Why the base's files could not be copied, to be known before hours of merging.
+
+    Args:
+        base: The base's folder.
+    """
+    problems = []
+    for name in _WITH_NAMES:
+        if (base / name).is_file():
+            try:
+                read_object(base / name)
+            except ValueError as error:
+                problems.append(str(error))
+    return problems
 
 
 def notes_on_companions(base: Path) -> list[str]:
