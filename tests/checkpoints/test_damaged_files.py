@@ -93,11 +93,9 @@ def fault_of(mutation: Mutation, which: str, inputs: Path, work: Path, shapes: d
         if {name: value.shape for name, value in written.items()} != shapes:
             return "the output has other shapes"
         return None if all(value.isfinite().all() for value in written.values()) else "the output is not finite"
-    named = (
-        Path(mutation.file).name in said
-        or str(copied) in said
-        or (("x:" in said or "is x" in said) and which != "base")
-    )
+    # What does not fit together is told of both, the task and the base.
+    owner = ["the base"] if which == "base" else ["x:", "task 0 is x"]
+    named = any(name in said for name in [Path(mutation.file).name, str(copied), *owner])
     lines = said.strip().splitlines()
     if code != 2 or not said.startswith("lightning-drm: ") or "Traceback" in said:
         return f"exit code {code}: {said[:300]}"
@@ -120,16 +118,16 @@ def mutations_of(which: str, inputs: Path) -> list[Mutation]:
         return mutations.of_json(file, json.loads((inputs / which / file).read_text()), draw, per_field)
 
     safe: Callable[[str], list[Mutation]] = lambda file: [  # noqa: E731
-        *of_bytes(file, 10),
+        *of_bytes(file, 7),
         *mutations.of_header(file),
-        *mutations.of_tensors(file, draw, 12),
+        *mutations.of_tensors(file, draw, 9),
     ]
     plans: dict[str, Callable[[], list[Mutation]]] = {
         "base": lambda: [*safe(MODEL), *of_json("config.json", 1)],
         "full": lambda: [*safe(MODEL), *of_json("config.json", 1)],
         "shards": lambda: [*safe(sorted(sizes)[2]), *of_json(f"{MODEL}.index.json", 4), *of_weight_map(inputs, draw)],
-        "bin": lambda: [*of_bytes("pytorch_model.bin", 22)],
-        "lightning": lambda: [*of_bytes("last.ckpt", 30)],
+        "bin": lambda: [*of_bytes("pytorch_model.bin", 14)],
+        "lightning": lambda: [*of_bytes("last.ckpt", 20)],
         "adapter": lambda: [*safe(ADAPTER), *of_json("adapter_config.json", 1)],
         "stored": lambda: [
             *safe(DELTAS),
@@ -155,7 +153,7 @@ def of_weight_map(inputs: Path, draw: random.Random) -> list[Mutation]:
     return found
 
 
-EXPECTED = {"base": 90, "full": 90, "shards": 60, "bin": 30, "lightning": 35, "adapter": 110, "stored": 90}
+EXPECTED = {"base": 80, "full": 80, "shards": 55, "bin": 20, "lightning": 25, "adapter": 100, "stored": 80}
 
 
 @pytest.mark.parametrize("which", EXPECTED)
