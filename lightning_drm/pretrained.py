@@ -1,5 +1,6 @@
 """Where a pretrained model comes from: a hub name, a local folder, or a folder that an installed package carries."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,6 +39,23 @@ def resolve_pretrained(name: str) -> str:
     if not folder.is_dir():
         raise ValueError(f"{name!r} names no folder: the package {package!r} has no folder {inside!r}.")
     return str(folder)
+
+
+def public_name(name: str) -> str:
+    """What a pretrained model may be called in files that are handed on: a local folder loses the path to it.
+
+    Args:
+        name: As `resolve_pretrained` takes it.
+
+    Example:
+        >>> public_name("org/model"), public_name("/home/me/models/base"), public_name("package:some_package/model")
+        ('org/model', 'base', 'package:some_package/model')
+    """
+    path = Path(name).expanduser()
+    is_path = path.is_absolute() or name.startswith((".", "~")) or path.exists() or name.count("/") > 1
+    if name.startswith(PACKAGE_NOTATION) or not is_path:
+        return name
+    return os.path.basename(os.path.abspath(path))  # noqa: PTH100, PTH119 - a link keeps its name, "." gets one
 
 
 def package_folder(package: str) -> Path:

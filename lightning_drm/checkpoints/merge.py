@@ -37,7 +37,7 @@ from lightning_drm.checkpoints.writing.model import write_model
 from lightning_drm.checkpoints.writing.output_folder import OutputFolder
 from lightning_drm.checkpoints.writing.result import MergeResult, card_of
 from lightning_drm.checkpoints.writing.shards import ShardWriter
-from lightning_drm.checkpoints.writing.sidecars import write_heads
+from lightning_drm.checkpoints.writing.sidecars import notes_on_companions, write_heads
 from lightning_drm.deltas import TaskVector, fingerprint
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.fusion.fuse import Fusion
@@ -69,6 +69,7 @@ def merge_checkpoints(
     max_shard_size: str = "5GB",
     device: str | torch.device = "cpu",
     push_to_hub: str | None = None,
+    private: bool | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> MergeResult:
@@ -102,7 +103,8 @@ def merge_checkpoints(
         overwrite: Replace the output if it exists.
         max_shard_size: Largest size of a written file.
         device: Where to compute.
-        push_to_hub: Name of a repository to upload the result to.
+        push_to_hub: Name of a repository to upload the result to. What is uploaded is printed before.
+        private: Whether a repository that is made for it is private; as the hub has it for its owner if left out.
         progress: Called with the number of parameters that this process has done, and of those that it has to do.
         ranks: The processes that share the work, all of which make this call; this one alone if left out.
 
@@ -134,17 +136,21 @@ def merge_checkpoints(
     paths = {task: os.fspath(path) for task, path in models.items()}
     plan = make_plan(os.fspath(base), paths, recipe, mismatch)
     folder = OutputFolder(Path(output))
-    refuse([*plan.problems, *folder.problems(plan, overwrite)])
+    refuse([*plan.problems, *folder.problems(plan, overwrite), *_upload_problems(push_to_hub, private)])
     with folder.locked() if ranks.is_first else nullcontext():
         if ranks.is_first:  # again: another merge may have ended before this one got the lock
             refuse(folder.problems(plan, overwrite))
             folder.clear_leftovers()
-        result = _merge(plan, folder, max_shard_size, device, progress, ranks)
+        try:
+            result = _merge(plan, folder, max_shard_size, device, progress, ranks)
+        except ValueError as error:
+            _blame_base(plan, error)
+            raise
         if ranks.is_first:
             folder.publish()
         ranks.wait()
     if push_to_hub is not None and ranks.is_first:
-        _upload(folder.path, push_to_hub)
+        _upload(folder.path, push_to_hub, private)
     return result
 
 
@@ -171,6 +177,7 @@ def _merge(
     )
     fingerprints = _fingerprints(plan)
     if plan.output_format == "adapter":
+        beside: list[str] = []
         checked, rank_errors = write_adapter(folder.partial, plan, fusion, share, ranks)
         counts = len(plan.kinds), 0, 0
     else:
@@ -179,6 +186,7 @@ def _merge(
         num_resumed = len(writer.done)
         checked, rank_errors = write_model(plan, fusion, values, writer, progress, ranks), {}
         num_kept = len(plan.kept) + sum(treatment.method is None for treatment in plan.treatments.values())
+        beside = notes_on_companions(plan.base.folder) if plan.base.folder is not None else []
         counts = len(plan.headers) - num_kept, num_kept, num_resumed
     result = MergeResult(
         folder.path,
@@ -187,7 +195,7 @@ def _merge(
         survived=checked.survived,
         rounding=checked.rounding,
         rank_errors=rank_errors,
-        notes=(*plan.notes, *checked.notes),
+        notes=(*plan.notes, *beside, *checked.notes),
     )
     if ranks.is_first:
         _require_unchanged(plan, fingerprints)
@@ -216,9 +224,24 @@ def _require_unchanged(plan: Plan, fingerprints: Mapping[str, str]) -> None:
         raise ValueError(f"The files of {', '.join(changed)} were changed while they were merged: merge again.")
 
 
-def _upload(folder: Path, name: str) -> None:
+def _blame_base(plan: Plan, error: ValueError) -> None:
+    """Raises another error if the base is not finite where a merge failed: its deltas look like the task's fault."""
+    for name in [name for name in plan.kinds if name in str(error)]:
+        if not plan.base.tensors.read(name).isfinite().all():
+            file = plan.base.tensors.file_of.get(name, plan.base.name)
+            raise ValueError(f"The base holds NaN or infinite values in {name}, in {file}.") from error
+
+
+def _upload_problems(push_to_hub: str | None, private: bool | None) -> list[str]:
+    unused = private is not None and push_to_hub is None
+    return ["private is for the repository that push_to_hub names, but none is named."] if unused else []
+
+
+def _upload(folder: Path, name: str, private: bool | None) -> None:
     from huggingface_hub import HfApi
 
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    print(f"Uploading {len(files)} files to {name}: {', '.join(files)}", flush=True)
     api = HfApi()
-    api.create_repo(name, exist_ok=True)
+    api.create_repo(name, private=private, exist_ok=True)
     api.upload_folder(repo_id=name, folder_path=folder, commit_message="Merged with lightning_drm")

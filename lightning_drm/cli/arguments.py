@@ -146,6 +146,12 @@ def file_merge_parser() -> ArgumentParser:
     parser.add_argument("--devices", type=PositiveInt | None, default=None, help="Processes that share the work.")
     parser.add_argument("--push_to_hub", type=str | None, default=None, help="A repository to upload the result to.")
     parser.add_argument(
+        "--private",
+        type=bool | None,
+        default=None,
+        help="Whether a repository that is made for it is private; as the hub has it for its owner if left out.",
+    )
+    parser.add_argument(
         "--dry_run", action="store_true", help="Print the plan and every problem found, and write nothing."
     )
     return parser

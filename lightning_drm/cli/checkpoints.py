@@ -98,6 +98,7 @@ def _run(args: Sequence[str], ranks: Ranks) -> None:
             max_shard_size=config.max_shard_size,
             device=device,
             push_to_hub=config.push_to_hub,
+            private=config.private,
             progress=lambda done, total: bar.update(row, completed=done, total=total),
             ranks=ranks,
         )

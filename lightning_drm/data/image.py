@@ -35,7 +35,9 @@ class ImageTask(DatasetTask):
     @cached_property
     def processor(self) -> BaseImageProcessor:
         """The image processor of `pretrained`, on PIL and numpy: the other backend needs torchvision."""
-        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(self._resolved(), backend="pil")  # type: ignore[no-untyped-call]
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            self._resolved(), backend="pil", trust_remote_code=self.trust_remote_code
+        )
         return processor
 
     @property

@@ -48,6 +48,7 @@ class DatasetTask(LightningDataModule, ABC):
         eval_batch_size: samples per validation or test batch and process; as in training if left out.
         num_workers: processes that load batches.
         seed: decides what is held out, what a limit leaves out, and the order of training samples.
+        trust_remote_code: run Python code that comes with `pretrained`; it can do anything that you can.
 
     """
 
@@ -72,6 +73,7 @@ class DatasetTask(LightningDataModule, ABC):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         for name, fraction in {"validation_fraction": validation_fraction, "test_fraction": test_fraction}.items():
@@ -93,6 +95,7 @@ class DatasetTask(LightningDataModule, ABC):
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.trust_remote_code = trust_remote_code
 
     @property
     @abstractmethod

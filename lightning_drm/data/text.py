@@ -47,7 +47,7 @@ class TextTask(DatasetTask):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of `pretrained`."""
-        return AutoTokenizer.from_pretrained(self._resolved())
+        return AutoTokenizer.from_pretrained(self._resolved(), trust_remote_code=self.trust_remote_code)
 
     @property
     @override

@@ -8,8 +8,8 @@ from lightning_drm.deltas.store import (
     DELTAS_FILE,
     HEAD_FILE,
     StoredDeltas,
-    load_head,
     load_task_vector,
+    load_tensors,
     save_task_vector,
 )
 from lightning_drm.deltas.task_vector import TaskVector
@@ -27,8 +27,8 @@ __all__ = [
     "fingerprint",
     "hash_tensor",
     "head_state",
-    "load_head",
     "load_task_vector",
+    "load_tensors",
     "remove_adapters",
     "save_task_vector",
 ]

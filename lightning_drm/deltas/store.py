@@ -19,7 +19,7 @@ from lightning_drm.deltas.parameters import Kind
 from lightning_drm.deltas.task_vector import TaskVector
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.storage import write_tensors
-from lightning_drm.storage.json_files import parse_object
+from lightning_drm.storage.json_files import parse_object, shown
 
 DELTAS_FILE = "deltas.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -75,23 +75,24 @@ def load_task_vector(folder: Path) -> TaskVector:
         task=deltas.metadata["task"],
         deltas=deltas,
         kinds=deltas.kinds(),
-        head=load_head(folder / HEAD_FILE),
+        head=load_tensors(folder / HEAD_FILE, "a head"),
         base_hashes=deltas.base_hashes(),
         settings=deltas.described("settings"),
     )
 
 
-def load_head(path: Path) -> dict[str, Tensor]:
-    """Reads a stored head.
+def load_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Reads a file of a run folder, such as a stored head.
 
     Args:
-        path: A ``head.safetensors`` file.
+        path: A safetensors file.
+        what: What it holds, for messages.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
     """
-    file = _HashedFile(path, "a head")
+    file = _HashedFile(path, what)
     return {name: file.read(name) for name in file.headers}
 
 
@@ -196,9 +197,8 @@ class StoredDeltas(Mapping[str, Delta]):
         self._file = _HashedFile(path, "deltas")
         self.path, self.metadata = path, self._file.metadata
         if self.metadata.get("format") != _FORMAT:
-            raise ValueError(
-                f"{path} does not hold deltas: expected format {_FORMAT!r}, got {self.metadata.get('format')!r}."
-            )
+            found = shown(self.metadata.get("format"))
+            raise ValueError(f"{path} does not hold deltas: expected format {_FORMAT!r}, got {found}.")
         if "task" not in self.metadata:
             raise ValueError(f"{path} is damaged: it does not say which task its deltas are of.")
         names = dict.fromkeys(key.removesuffix(_UP).removesuffix(_DOWN) for key in self._file.headers)

@@ -6,6 +6,7 @@ from importlib.metadata import version
 import yaml
 
 from lightning_drm.fusion.recipe import Recipe, class_path
+from lightning_drm.pretrained import public_name
 
 
 def model_card(
@@ -23,13 +24,14 @@ def model_card(
     Args:
         recipe: How the tasks were merged.
         columns: By task, the entries of its row in the table beside its coefficient, under their titles.
-        base: The base's name, where it has one.
+        base: The base's name, where it has one; of a local folder, only the last part gets into the card.
         base_fingerprint: Tells versions of the base apart.
         library: The library that loads the model.
         license: The base's license, where it is known.
         facts: Further lines for the list of facts.
     """
     tasks = list(columns)
+    base = public_name(base) if base is not None else None
     metadata: dict[str, object] = {"library_name": library}
     if base is not None:
         metadata["base_model"] = base

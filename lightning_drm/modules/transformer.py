@@ -48,6 +48,8 @@ class TransformerTask(LightningModule):
         head_lr: Learning rate of the head; the optimizer's own if left out.
         dropout: Dropout before the linear head, where ``pooling`` is not ``"model"``.
         dtype: Precision of the weights. A finetune in bfloat16 loses small deltas, hence float32.
+        trust_remote_code: Run Python code that comes with the pretrained model, on the hub or in its folder. It can do
+            anything that you can; without it, such a model is refused.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class TransformerTask(LightningModule):
         head_lr: float | None = None,
         dropout: float = 0.0,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -74,6 +77,7 @@ class TransformerTask(LightningModule):
         self.head_lr = head_lr
         self.dropout = dropout
         self.load_dtype = dtype
+        self.trust_remote_code = trust_remote_code
         self.model: nn.Module | None = None
         self.val_accuracy = MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
         self.test_accuracy = MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
@@ -109,12 +113,18 @@ class TransformerTask(LightningModule):
             shard_for_training(self._built, data_parallel(self.device_mesh))
 
     def _load(self, source: str, num_classes: int) -> nn.Module:
+        # Said in any case: transformers would ask on the terminal.
+        trust = self.trust_remote_code
         if self.pooling != "model":
-            encoder = AutoModel.from_pretrained(source, dtype=self.load_dtype)
+            encoder = AutoModel.from_pretrained(source, dtype=self.load_dtype, trust_remote_code=trust)
             return PooledClassifier(encoder, num_classes, self.pooling, self.dropout)
         auto = AutoModelForSequenceClassification if self.modality == "text" else AutoModelForImageClassification
         model = auto.from_pretrained(
-            source, num_labels=num_classes, dtype=self.load_dtype, ignore_mismatched_sizes=True
+            source,
+            num_labels=num_classes,
+            dtype=self.load_dtype,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=trust,
         )
         return cast(nn.Module, model)
 
@@ -194,7 +204,8 @@ class TransformerTask(LightningModule):
         self.backbone.save_pretrained(folder)
         processor = AutoTokenizer if self.modality == "text" else AutoImageProcessor
         try:
-            processor.from_pretrained(resolve_pretrained(self.backbone_name)).save_pretrained(folder)
+            source = resolve_pretrained(self.backbone_name)
+            processor.from_pretrained(source, trust_remote_code=self.trust_remote_code).save_pretrained(folder)
         except (OSError, ValueError) as error:  # users may prepare inputs by other means: the weights come first
             rank_zero_warn(
                 f"The merged model is written without a processor, as {self.backbone_name} has none: {error}"

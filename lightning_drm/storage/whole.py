@@ -37,6 +37,9 @@ def written_whole(path: Path) -> Iterator[Path]:
     place.mkdir()
     try:
         yield place / path.name
+        for file in [place / path.name, *(place / path.name).rglob("*")]:
+            if file.is_file():  # safetensors writes 0600, which nobody else in a team's shared folder can read
+                file.chmod(0o666 & ~_umask())
         if path.is_dir():  # deleting it takes time, during which half a folder would have this name
             path.rename(place / ".replaced")
         (place / path.name).replace(path)
@@ -65,7 +68,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     with written_whole(path) as place:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, place, dict(metadata or {}))
-        place.chmod(0o666 & ~_umask())  # safetensors writes 0600, which nobody else in a team's shared folder can read
 
 
 def _is_left(folder: Path, writer: str) -> bool:

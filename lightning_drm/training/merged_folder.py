@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lightning_drm.deltas import backbone_parameters, remove_adapters
+from lightning_drm.deltas import backbone_parameters, load_tensors, remove_adapters
 from lightning_drm.storage import write_tensors, written_whole
 
 MODEL_FILE = "model.safetensors"
@@ -84,13 +84,16 @@ def read_merged(
         raise FileNotFoundError(f"{folder} holds no merged model of task {', '.join(missing)}: merge first.")
     remove_adapters(module)
     if isinstance(module, SavesBackbone):
-        module.load_backbone(folder)
+        try:
+            module.load_backbone(folder)
+        except SafetensorError as error:
+            raise ValueError(f"{folder} holds a damaged model: {error}.") from error
     else:
-        tensors = load_file(folder / MODEL_FILE)
+        tensors = load_tensors(folder / MODEL_FILE, "a model")
         parameters = backbone_parameters(module, head)
         misfits = [n for n, p in parameters.items() if n not in tensors or tensors[n].shape != p.tensor.shape]
         if misfits:
             raise ValueError(f"{folder} was made from another model: {', '.join(misfits)} missing or of another shape.")
         for name, parameter in parameters.items():
             parameter.tensor.data.copy_(tensors[name])
-    return {task: load_file(folder / "heads" / f"{task}.safetensors") for task in tasks}
+    return {task: load_tensors(folder / "heads" / f"{task}.safetensors", "a head") for task in tasks}

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from lightning_drm.deltas import DELTAS_FILE, StoredDeltas, TaskVector, load_task_vector, save_task_vector
 from lightning_drm.storage import only_one, write_json
-from lightning_drm.storage.json_files import read_object
+from lightning_drm.storage.json_files import read_object, shown
 
 RECORD_FILE = "merge.json"
 REPORT_FILES = ("report.json", "report.md", "report.png")
@@ -176,8 +176,17 @@ class RunFolder:
         self._begun(task).unlink(missing_ok=True)
 
     def read_metrics(self, task: str) -> dict[str, Any]:
-        """A done task's accuracies."""
-        metrics: dict[str, Any] = json.loads((self.task(task) / "metrics.json").read_text(encoding="utf-8"))
+        """A done task's accuracies.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        file = self.task(task) / "metrics.json"
+        metrics = read_object(file)
+        for name, kinds in (("individual", int | float), ("base", int | float | None)):
+            value = metrics.get(name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{file}: expected a number for {name}, got {shown(value)}.")
         return metrics
 
     def _begun(self, task: str) -> Path:

@@ -9,10 +9,9 @@ from typing import Any
 
 from lightning import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from safetensors.torch import load_file
 
 from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.deltas import backbone_parameters, head_state
+from lightning_drm.deltas import backbone_parameters, head_state, load_tensors
 from lightning_drm.evaluation import linear_probe, measure
 from lightning_drm.modules import MultiTaskModule, data_parallel, head_names_of, without_weights
 from lightning_drm.storage import write_tensors
@@ -109,7 +108,7 @@ class Scoring:
         """Accuracy of the untouched backbone with the head that `base` stored; ``None`` if there is none."""
         if not self._folder.base_head(task).is_file():
             return None
-        heads = {task: load_file(self._folder.base_head(task))}
+        heads = {task: load_tensors(self._folder.base_head(task), "a head")}
         untouched = MultiTaskModule.assemble({task: self._modules.fresh(task)}, heads=heads, head=self._session.head)
         return self._measure(untouched, self._data.tasks[task], f"{task} · base")[task]
 

@@ -9,7 +9,10 @@ import inspect
 from collections.abc import Mapping, Set
 from typing import Any
 
+import xxhash
 from lightning import LightningDataModule, LightningModule, Trainer
+
+from lightning_drm.pretrained import public_name
 
 Settings = dict[str, str | int | float | bool | None]
 
@@ -43,11 +46,12 @@ def finetune_settings(
         "trainer": chosen,
         "seed": seed,
     }
-    return dict(flatten(content))
+    return {name: _without_path(value) for name, value in flatten(content)}
 
 
 def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
     """What has changed, one line a setting: ``model.head_lr: 0.01 → 0.001``."""
+    stored = {name: _without_path(value) for name, value in stored.items()}  # older versions kept paths
     names = sorted(stored.keys() | current.keys())
     absent = "not set"
     return [
@@ -55,6 +59,16 @@ def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]
         for name in names
         if stored.get(name, absent) != current.get(name, absent)
     ]
+
+
+def _without_path(value: Any) -> Any:
+    """A setting as the task's file keeps it: of a path, the last part, and a hash that tells it from other paths.
+
+    Task folders are handed on. Where the base and the data lie is in the run's ``config.yaml`` alone.
+    """
+    if not isinstance(value, str) or (name := public_name(value)) == value:
+        return value
+    return f"{name} ({xxhash.xxh3_64(value.encode()).hexdigest()[:8]})"
 
 
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:

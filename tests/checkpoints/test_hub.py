@@ -57,7 +57,7 @@ def online(server):
     inputs = {"a": "org/tuned", "b": str(server.folder / "here"), "c": "org/lora"}
     method = ["--drm.method", "TaskArithmetic", "--drm.method.scale", "0.5"]
     commands = {
-        "mixed": command(server, "out", "org/base", inputs, *method, "--push_to_hub", "me/merged"),
+        "mixed": command(server, "out", "org/base", inputs, *method, "--push_to_hub", "me/merged", "--private", "true"),
         "again": command(server, "again", "org/base", {"again": "me/merged"}, "--drm.method", "Average"),
         "gone": command(server, "none", "org/base", {"a": "org/gone", "b": "org/tuned"}),
     }
@@ -84,6 +84,14 @@ def test_the_result_is_uploaded(server, online):
     card = uploaded["README.md"].decode()
     assert "base_model: org/base" in card
     assert "license: mit" in card
+
+
+def test_what_will_be_uploaded_is_told_before(server, online):
+    names = sorted(server.RequestHandlerClass.repositories["me/merged"])
+    said = online["mixed"]["said"]
+    assert f"Uploading {len(names)} files to me/merged: {', '.join(names)}\n" in said
+    (created,) = server.RequestHandlerClass.created
+    assert created["visibility"] == "private"
 
 
 def test_what_is_in_the_cache_needs_no_hub(server, online):

@@ -81,6 +81,13 @@ def test_parameters_of_the_default_method(files, tmp_path):
     same(load_file(tmp_path / "out" / "model.safetensors"), expected(files, tmp_path / "own", Recipe(DRM(density=0.6))))
 
 
+def test_private_needs_a_repository(files, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*options(files, tmp_path / "out"), "--private", "true"])
+    assert end.value.code == 2
+    assert "private is for the repository that push_to_hub names, but none is named." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["option", "file"])
 def test_a_task_with_a_dot_in_its_name(form, files, tmp_path):
     """As the refusal of `--models.glue.v2` says."""

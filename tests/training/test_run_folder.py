@@ -61,3 +61,20 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
         write_text(path, "half \ud800")
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "should hold a JSON object, but holds"),
+        ('{"individual": 0.5', "is not JSON that can be read"),
+        ('{"base": 0.5}', "expected a number for individual, got None"),
+        ('{"individual": "x"}', "expected a number for individual, got 'x'"),
+        ('{"individual": 0.5, "base": true}', "expected a number for base, got True"),
+    ],
+)
+def test_damaged_metrics_are_named(text: str, message: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    write_text(folder.task("zeta") / "metrics.json", text)
+    with pytest.raises(ValueError, match=f"tasks/zeta/metrics.json:? {message}"):
+        folder.read_metrics("zeta")

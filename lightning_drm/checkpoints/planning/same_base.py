@@ -7,6 +7,7 @@ import torch
 from lightning_drm.checkpoints.planning.planned_task import PlannedTask
 from lightning_drm.checkpoints.reading import BaseModel, TaskInput, quick_fingerprint
 from lightning_drm.deltas import hash_tensor
+from lightning_drm.pretrained import public_name
 
 _HASHED_AT_ONCE = 64 << 20  # bytes of the base that are compared with stored hashes before anything is merged
 
@@ -33,7 +34,8 @@ def check_same_base(planned: PlannedTask, base: BaseModel) -> None:
             planned.problems.append(f"{planned.name}: was trained on {named}, which is not {base.name}.")
     elif other.is_dir() or Path(base.name).expanduser().exists():
         planned.notes.append(
-            f"{planned.name}: was trained on {named}; whether that is the base {base.name} cannot be checked here."
+            f"{planned.name}: was trained on {public_name(named)}; whether that is the base {public_name(base.name)} "
+            "cannot be checked here."
         )
     else:
         planned.problems.append(f"{planned.name}: was trained on {named}, not on the base {base.name}.")

@@ -22,6 +22,9 @@ _ALLOWED = {
 }
 
 
+_LONGEST_NAME = 40
+
+
 class Placeholder:
     """Stands for any object that is not a tensor.
 
@@ -108,7 +111,7 @@ def note_on_ignored(kinds: set[str]) -> str:
         >>> note_on_ignored({"PosixPath"})
         'its file holds objects other than tensors (PosixPath), which are ignored and not run.'
     """
-    names = sorted(kinds)
+    names = sorted(kind[:_LONGEST_NAME] for kind in kinds if kind.isprintable())  # a file may put anything into a name
     listed = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
     return f"its file holds objects other than tensors ({listed}), which are ignored and not run."
 

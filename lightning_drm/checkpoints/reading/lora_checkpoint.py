@@ -53,6 +53,7 @@ class LoraCheckpoint(LoraInput):
 
     def __init__(self, path: Path, tensors: Tensors) -> None:
         super().__init__(path, tensors, _config(path, tensors.hyperparameters()))
+        self.ignored = tensors.ignored - {"LoraConfig"}
         self._frozen: dict[str, str] = {}
         names = {raw: plain_name(raw).replace("base_model.model.", "", 1) for raw in tensors.headers}
         adapters = {name.split(kind)[1].split(".")[0] for name in names.values() for kind in _KINDS if kind in name}

@@ -16,7 +16,7 @@ import regex
 
 _SPELLED_OUT = re.compile(r"(\^?)((?:[\w-]|\\[.-])+)")
 _LONGEST = 1000  # no module has a longer name, and compiling takes time, too
-_SECONDS = 4.0  # for all modules and keys of one adapter
+_SECONDS = 2.0  # for all modules and keys of one adapter
 
 
 def matched_keys(patterns: Mapping[str, Any], modules: Iterable[str], field: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.task_input import Entry, Form, TaskInput
-from lightning_drm.deltas import DELTAS_FILE, HEAD_FILE, StoredDeltas, load_head
+from lightning_drm.deltas import DELTAS_FILE, HEAD_FILE, StoredDeltas, load_tensors
 from lightning_drm.merging import Delta, LowRank
 
 
@@ -49,7 +49,7 @@ class StoredInput(TaskInput):
                 f"The run folder {path} has no task {task!r}, only {tasks}; name the task as the run does, or give the "
                 f"path of its folder, such as {path}/tasks/{tasks.partition(', ')[0]}."
             )
-        head = load_head(folder / HEAD_FILE) if (folder / HEAD_FILE).is_file() else {}
+        head = load_tensors(folder / HEAD_FILE, "a head") if (folder / HEAD_FILE).is_file() else {}
         return cls(folder, StoredDeltas(folder / DELTAS_FILE), head)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,9 @@ from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.fuse import Fusion
 from lightning_drm.merging import Delta, LowRank
+from lightning_drm.pretrained import public_name
 from lightning_drm.storage import write_json, write_tensors
+from lightning_drm.storage.json_files import read_object
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -98,7 +99,7 @@ def _write(folder: Path, plan: Plan, merged: Mapping[str, Delta]) -> None:
     write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
     config.save_pretrained(str(folder))
     # peft writes them in the order of a set, which differs from process to process.
-    written = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    written = read_object(folder / CONFIG_FILE)
     written["target_modules"] = sorted(written["target_modules"])
     write_json(folder / CONFIG_FILE, written)
 
@@ -149,7 +150,7 @@ def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:
     kind = kinds.pop() if len(kinds) == 1 else None
     return LoraConfig(
         task_type=None if kind is None or kind in _WITH_OWN_HEAD else TaskType(kind),
-        base_model_name_or_path=plan.base.name,
+        base_model_name_or_path=public_name(plan.base.name),
         inference_mode=True,
         r=rank,
         lora_alpha=rank,

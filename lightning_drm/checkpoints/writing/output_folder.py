@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_drm.checkpoints.planning import Plan, written_bytes
 from lightning_drm.checkpoints.writing.shards import JOURNAL_FILE
+from lightning_drm.checkpoints.writing.sidecars import companion_problems
 from lightning_drm.storage import only_one
 
 
@@ -34,6 +35,8 @@ class OutputFolder:
         path, problems = self.path, []
         if path.exists() and not (path.is_dir() and (overwrite or not any(path.iterdir()))):
             problems.append(f"{path} exists; choose another output, or set overwrite.")
+        if plan.output_format == "full" and plan.base.folder is not None:
+            problems += companion_problems(plan.base.folder)
         inputs = [plan.base.folder, *(task.input.path for task in plan.tasks)]
         if path.exists() and any(given is not None and given.exists() and path.samefile(given) for given in inputs):
             problems.append(f"{path} is one of the inputs.")
