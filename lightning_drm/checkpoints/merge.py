@@ -44,6 +44,7 @@ from lightning_drm.fusion.fuse import Fusion
 from lightning_drm.fusion.recipe import Override, Recipe
 from lightning_drm.fusion.share_out import share_out
 from lightning_drm.merging import DRM, Method
+from lightning_drm.storage import write_text, writing
 
 Progress = Callable[[int, int], None]
 
@@ -141,13 +142,14 @@ def merge_checkpoints(
         if ranks.is_first:  # again: another merge may have ended before this one got the lock
             refuse(folder.problems(plan, overwrite))
             folder.clear_leftovers()
-        try:
-            result = _merge(plan, folder, max_shard_size, device, progress, ranks)
-        except ValueError as error:
-            _blame_base(plan, error)
-            raise
-        if ranks.is_first:
-            folder.publish()
+        with writing(folder.path):
+            try:
+                result = _merge(plan, folder, max_shard_size, device, progress, ranks)
+            except ValueError as error:
+                _blame_base(plan, error)
+                raise
+            if ranks.is_first:
+                folder.publish()
         ranks.wait()
     if push_to_hub is not None and ranks.is_first:
         _upload(folder.path, push_to_hub, private)
@@ -200,7 +202,7 @@ def _merge(
     if ranks.is_first:
         _require_unchanged(plan, fingerprints)
         write_heads(plan, folder.partial)
-        (folder.partial / "README.md").write_text(card_of(plan, result, fingerprints), encoding="utf-8")
+        write_text(folder.partial / "README.md", card_of(plan, result, fingerprints))
     return result
 
 

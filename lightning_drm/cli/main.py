@@ -39,7 +39,8 @@ atexit.register(gc.freeze)  # or an interpreter that ends would look through a m
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning-drm``.
 
-    A mistake in the input ends with one message and exit code 2. Set ``LIGHTNING_DRM_TRACEBACK=1`` to see where.
+    A mistake in the input ends with one message and exit code 2, a fault of the surroundings, such as a full disk, with
+    exit code 1. Set ``LIGHTNING_DRM_TRACEBACK=1`` to see where.
 
     Args:
         args: Command-line arguments; those of the process if left out.
@@ -56,11 +57,13 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("lightning-drm: Stopped by SIGINT; the same command continues.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        if os.environ.get("LIGHTNING_DRM_TRACEBACK"):
+    except Exception as error:
+        told = _sentence(error)
+        if told is None or os.environ.get("LIGHTNING_DRM_TRACEBACK"):
             raise
-        print(f"lightning-drm: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence, code = told
+        print(f"lightning-drm: {sentence}", file=sys.stderr)
+        sys.exit(code)
 
 
 def is_file_merge(args: Sequence[str]) -> bool:
@@ -77,6 +80,21 @@ def is_file_merge(args: Sequence[str]) -> bool:
     if any(name in _OF_FILES for name in names):
         return True
     return any(name in _OF_FILES for content in config_contents(args) for name in content)
+
+
+def _sentence(error: Exception) -> tuple[str, int] | None:
+    """What to say of an error, and the exit code: 2 for a mistake, 1 for the surroundings, nothing for a bug."""
+    from lightning_drm.storage import WriteError, fault_behind
+
+    if isinstance(error, ValueError | ImportError):
+        return str(error), 2
+    fault = fault_behind(error)
+    if fault is None:
+        return (str(error), 2) if isinstance(error, OSError) else None
+    if isinstance(fault, WriteError):
+        return f"{fault} What was finished before is kept, and the same command continues.", 1
+    code = 2 if isinstance(fault, FileNotFoundError) else 1
+    return f"{fault.filename}: {fault.strerror}." if fault.filename else f"{fault.strerror}.", code
 
 
 def _run(words: Sequence[str], args: list[str] | None) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lightning_drm.storage.faults import writing
+
 
 @contextmanager
 def only_one(path: Path, doing: str) -> Iterator[None]:
@@ -18,11 +20,13 @@ def only_one(path: Path, doing: str) -> Iterator[None]:
 
     Raises:
         ValueError: If another process is doing it.
+        WriteError: If the lock cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire(blocking=False)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(f"Another process is {doing}: wait until it has ended, or stop it.") from None
     try:

@@ -14,6 +14,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_drm.storage.faults import writing
+
 _DAY = 86400.0
 
 
@@ -28,7 +30,16 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Yields:
         Where to write it: in a hidden folder of this process, in which a library may leave other files, too.
+
+    Raises:
+        WriteError: If the disk is full, or something else keeps it from being written.
     """
+    with writing(path), _made_apart(path) as place:
+        yield place
+
+
+@contextmanager
+def _made_apart(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f".{glob.escape(path.name)}.*-*"):
         if _is_left(old, old.name.removeprefix(f".{path.name}.")):
@@ -37,12 +48,18 @@ def written_whole(path: Path) -> Iterator[Path]:
     place.mkdir()
     try:
         yield place / path.name
-        for file in [place / path.name, *(place / path.name).rglob("*")]:
+        new, old = place / path.name, place / ".replaced"
+        for file in [new, *new.rglob("*")]:
             if file.is_file():  # safetensors writes 0600, which nobody else in a team's shared folder can read
                 file.chmod(0o666 & ~_umask())
-        if path.is_dir():  # deleting it takes time, during which half a folder would have this name
-            path.rename(place / ".replaced")
-        (place / path.name).replace(path)
+        if path.is_dir() and new.is_dir():  # deleting it takes time, during which half a folder would have this name
+            path.rename(old)
+        try:
+            new.replace(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

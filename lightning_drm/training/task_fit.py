@@ -6,11 +6,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from typing_extensions import override
 
+from lightning_drm.storage import written_whole
 from lightning_drm.training.resuming import REQUEUED, ResumePoint, last_checkpoint
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints beside their place, where Lightning would take room for them in the system's temporary folder.
+
+    A checkpoint is whole or not there, and one that cannot be written is named.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if "://" in str(path):  # not on a disk
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with written_whole(Path(path)) as place, place.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 class TaskFit:
@@ -56,7 +75,10 @@ class TaskFit:
         }
         if arguments.get("logger"):
             arguments["logger"] = self._own_loggers(arguments["logger"])
-        return Trainer(**arguments)
+        trainer = Trainer(**arguments)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        return trainer
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint from which an interrupted fit goes on, if there is one."""

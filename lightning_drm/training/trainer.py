@@ -27,6 +27,7 @@ from typing_extensions import override
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.evaluation import Comparison, logged_metrics, terminal_table, write_report
 from lightning_drm.modules import MultiTaskModule
+from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.collect import CollectTask
 from lightning_drm.training.interruption import Interruptible
@@ -237,7 +238,8 @@ class MergeTrainer(Trainer):
         )
         requeued = fit.requeued()
         try:
-            trainer.fit(module, datamodule=run.data.tasks[task], ckpt_path=checkpoint, weights_only=False)
+            with writing(run.folder.task(task)):  # its logs among other things
+                trainer.fit(module, datamodule=run.data.tasks[task], ckpt_path=checkpoint, weights_only=False)
         except SIGTERMException:
             run.interruptible.requeued = fit.requeued() != requeued
             raise

@@ -9,6 +9,8 @@ from lightning_drm.fusion.pieces import largest_piece
 from lightning_drm.fusion.share_out import costs
 from lightning_drm.fusion.threads import num_threads
 
+_AROUND = 32 << 20  # journals, index, tokenizer, configuration and card
+
 
 def plan_costs(plan: Plan) -> dict[str, float]:
     """By name, what each tensor of a whole merged model costs, in the unit of `Method.cost`; merged ones come first."""
@@ -36,6 +38,25 @@ def read_bytes(plan: Plan) -> int:
 def written_bytes(plan: Plan) -> int:
     """How many bytes a whole merged model takes."""
     return sum(prod(header.shape) * header.dtype.itemsize for header in plan.headers.values())
+
+
+def disk_bytes(plan: Plan) -> int:
+    """How many bytes of disk a merge needs until it has ended: for tensors, heads, and the files that come and go."""
+    heads = [task.input.entries[raw] for task in plan.tasks for raw in task.head]
+    tensors = [tensor for task in plan.tasks for tensor in task.input.head.values()]
+    total = sum(prod(entry.shape) * entry.dtype.itemsize for entry in heads) + sum(map(_size, tensors)) + _AROUND
+    if plan.output_format == "full":
+        return total + written_bytes(plan)
+    for name in plan.kinds:
+        ranks = [task.input.entries[task.names[name]].rank for task in plan.tasks if name in task.names]
+        rank = sum(ranks) if plan.mismatch.rank is None else min(plan.mismatch.rank, sum(ranks))
+        # Several processes write what each has merged before one writes the file.
+        total += 2 * rank * sum(plan.shapes[name]) * torch.float32.itemsize
+    return total
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def memory_bytes(plan: Plan, device: torch.device) -> int:

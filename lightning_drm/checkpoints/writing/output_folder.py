@@ -4,7 +4,7 @@ import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from lightning_drm.checkpoints.planning import Plan, written_bytes
+from lightning_drm.checkpoints.planning import Plan, disk_bytes
 from lightning_drm.checkpoints.writing.shards import JOURNAL_FILE
 from lightning_drm.checkpoints.writing.sidecars import companion_problems
 from lightning_drm.storage import only_one
@@ -41,8 +41,9 @@ class OutputFolder:
         if path.exists() and any(given is not None and given.exists() and path.samefile(given) for given in inputs):
             problems.append(f"{path} is one of the inputs.")
         parent = next(folder for folder in path.absolute().parents if folder.exists())
-        free, needed = shutil.disk_usage(parent).free + self._held(), written_bytes(plan)
-        if plan.output_format == "full" and needed > free:
+        knows = plan.output_format == "full" or not plan.problems  # factors that do not fit have no size
+        free, needed = shutil.disk_usage(parent).free + self._held(), disk_bytes(plan) if knows else 0
+        if needed > free:
             problems.append(f"{path} needs {needed / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB left.")
         return problems
 

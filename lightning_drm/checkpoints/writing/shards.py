@@ -27,7 +27,7 @@ from torch import Tensor
 from lightning_drm.checkpoints.reading import TensorHeader
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.fusion.threads import num_threads, side_by_side
-from lightning_drm.storage import write_json, write_text
+from lightning_drm.storage import write_json, write_text, writing
 
 JOURNAL_FILE = ".journal.jsonl"
 INDEX_FILE = "model.safetensors.index.json"
@@ -90,7 +90,8 @@ class ShardWriter:
         kept_lines = _whole_lines(folder / JOURNAL_FILE)[1:]
         self.done: dict[str, dict[str, Any]] = {record["name"]: record for record in kept_lines}
         self._journal = folder / _journal_of(self._ranks.rank)
-        self._journal.write_text(first)
+        with writing(self._journal):
+            self._journal.write_text(first)
         self._written: list[str] = []
         self._lock = Lock()
 
@@ -130,7 +131,7 @@ class ShardWriter:
             old.unlink()
         for file, prefix in self._prefixes.items():
             end = max(place.offset + place.size for place in self._places.values() if place.file == file)
-            with file.open("wb") as stream:
+            with writing(file), file.open("wb") as stream:
                 stream.write(prefix)
                 stream.truncate(end)
         return {}
@@ -154,14 +155,15 @@ class ShardWriter:
         assert offset == place.offset + place.size, f"{name}: {offset - place.offset} bytes do not fill {header.shape}"
         line = {"name": name, "hash": digest.hexdigest(), **(record or {})}
         with self._lock:
-            with self._journal.open("a") as journal:
+            with writing(self._journal), self._journal.open("a") as journal:
                 journal.write(json.dumps(line) + "\n")
             self.done[name] = line
             self._written.append(name)
 
     def _put(self, file: Path, offset: int, data: NDArray[np.uint8]) -> None:
         # Closing a file drops all locks of this process on it, even those that another thread has just taken.
-        with self._lock if self._ranks.size > 1 else nullcontext(), file.open("r+b", buffering=0) as stream:
+        locked = self._lock if self._ranks.size > 1 else nullcontext()
+        with writing(file), locked, file.open("r+b", buffering=0) as stream:
             if self._ranks.size > 1:
                 _lock(stream, offset, data.size)
             stream.seek(offset)
