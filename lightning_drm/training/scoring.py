@@ -19,7 +19,7 @@ from lightning_drm.training.merged_folder import read_merged
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.task_modules import TaskModules
-from lightning_drm.training.test_sets import test_set_fingerprint
+from lightning_drm.training.test_sets import fingerprint_of_test_set
 
 
 class Scoring:
@@ -101,7 +101,7 @@ class Scoring:
 
         One process asks, and tells the others.
         """
-        test_set = test_set_fingerprint(self._data.tasks[task], self._arguments)
+        test_set = fingerprint_of_test_set(self._data.tasks[task], self._arguments)
         return {"test_set": test_set, "deltas": self._folder.fingerprint(task)}
 
     def stored_base(self, task: str) -> float | None:

@@ -15,7 +15,7 @@ from lightning_drm.training.settings import flatten
 _TRAINER_ARGUMENTS = ("limit_test_batches", "precision")  # those that change a score
 
 
-def test_set_fingerprint(data: LightningDataModule, arguments: Mapping[str, Any]) -> str:
+def fingerprint_of_test_set(data: LightningDataModule, arguments: Mapping[str, Any]) -> str:
     """A hash of how a test set is made, of its size, and of its first batch; the rest is not read.
 
     Args:

@@ -94,7 +94,7 @@ def fault_of(mutation: Mutation, which: str, inputs: Path, work: Path, shapes: d
             return "the output has other shapes"
         return None if all(value.isfinite().all() for value in written.values()) else "the output is not finite"
     # What does not fit together is told of both, the task and the base.
-    owner = ["the base"] if which == "base" else ["x:", "task 0 is x"]
+    owner = ["the base"] if which == "base" else ["x:", "task 0 is x", "x changes it by"]
     named = any(name in said for name in [Path(mutation.file).name, str(copied), *owner])
     lines = said.strip().splitlines()
     if code != 2 or not said.startswith("lightning-drm: ") or "Traceback" in said:
