@@ -59,6 +59,7 @@ def online(server):
     commands = {
         "mixed": command(server, "out", "org/base", inputs, *method, "--push_to_hub", "me/merged", "--private", "true"),
         "again": command(server, "again", "org/base", {"again": "me/merged"}, "--drm.method", "Average"),
+        "other": command(server, "none", "org/tuned", {"x": "me/merged"}, "--dry_run"),
         "gone": command(server, "none", "org/base", {"a": "org/gone", "b": "org/tuned"}),
     }
     return dict(zip(commands, run(server, list(commands.values())), strict=True))
@@ -92,6 +93,12 @@ def test_what_will_be_uploaded_is_told_before(server, online):
     assert f"Uploading {len(names)} files to me/merged: {', '.join(names)}\n" in said
     (created,) = server.RequestHandlerClass.created
     assert created["visibility"] == "private"
+
+
+def test_a_base_that_the_model_card_does_not_name_is_mentioned(server, online):
+    said = " ".join(online["other"]["said"].split())
+    assert "x: its model card names org/base as its base, not org/tuned." in said
+    assert "its model card" not in online["again"]["said"]
 
 
 def test_what_is_in_the_cache_needs_no_hub(server, online):

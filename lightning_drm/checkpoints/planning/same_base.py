@@ -6,8 +6,9 @@ import torch
 
 from lightning_drm.checkpoints.planning.planned_task import PlannedTask
 from lightning_drm.checkpoints.reading import BaseModel, TaskInput, quick_fingerprint
+from lightning_drm.checkpoints.reading.card import metadata_of
 from lightning_drm.deltas import hash_tensor
-from lightning_drm.pretrained import public_name
+from lightning_drm.pretrained import PACKAGE_NOTATION, public_name
 
 _HASHED_AT_ONCE = 64 << 20  # bytes of the base that are compared with stored hashes before anything is merged
 
@@ -26,6 +27,8 @@ def check_same_base(planned: PlannedTask, base: BaseModel) -> None:
         )
         return
     named = planned.input.base_name
+    if named is None:
+        _look_at_card(planned, base)
     if named is None or named == base.name:
         return
     other = Path(named).expanduser()
@@ -39,6 +42,18 @@ def check_same_base(planned: PlannedTask, base: BaseModel) -> None:
         )
     else:
         planned.problems.append(f"{planned.name}: was trained on {named}, not on the base {base.name}.")
+
+
+def _look_at_card(planned: PlannedTask, base: BaseModel) -> None:
+    """Adds a note if the task's model card names another base than the one that was given by its name on the hub.
+
+    A card is written by hand, and a model may have several names, so it is no proof.
+    """
+    named = metadata_of(planned.input.folder).get("base_model")
+    if not isinstance(named, str) or public_name(base.name) != base.name or base.name.startswith(PACKAGE_NOTATION):
+        return
+    if named.rpartition("/")[2] != base.name.rpartition("/")[2]:
+        planned.notes.append(f"{planned.name}: its model card names {named} as its base, not {base.name}.")
 
 
 def _different_value(planned: PlannedTask, base: BaseModel) -> str | None:

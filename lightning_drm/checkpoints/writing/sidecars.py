@@ -22,6 +22,7 @@ from transformers.utils import (
 from transformers.utils.hub import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from lightning_drm.checkpoints.planning import Plan
+from lightning_drm.checkpoints.reading.card import metadata_of
 from lightning_drm.pretrained import public_name
 from lightning_drm.storage import write_json, write_tensors
 from lightning_drm.storage.json_files import read_object
@@ -116,14 +117,7 @@ def _is_own(file: Path, base: Path) -> bool:
 
 def license_of(base: Path | None) -> str | None:
     """The license that the base's model card names."""
-    if base is None or not (base / "README.md").is_file():
-        return None
-    from huggingface_hub import ModelCard
-
-    try:
-        license = ModelCard.load(base / "README.md").data.get("license")
-    except (ValueError, OSError):  # no metadata, or not YAML
-        return None
+    license = metadata_of(base).get("license")
     return str(license) if license else None
 
 
