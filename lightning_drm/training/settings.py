@@ -22,6 +22,7 @@ _WITHOUT_INFLUENCE = {
     "limit_test_batches", "log_every_n_steps", "logger", "model_registry", "num_nodes", "num_sanity_val_steps",
     "plugins", "profiler", "strategy",
 }  # fmt: skip
+_ADDED = {"model.trust_remote_code": False, "data.trust_remote_code": False}  # what was so before it was a setting
 
 
 def finetune_settings(
@@ -51,7 +52,8 @@ def finetune_settings(
 
 def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
     """What has changed, one line a setting: ``model.head_lr: 0.01 → 0.001``."""
-    stored = {name: _without_path(value) for name, value in stored.items()}  # older versions kept paths
+    added = {name: value for name, value in _ADDED.items() if name in current}
+    stored = added | {name: _without_path(value) for name, value in stored.items()}  # older versions kept paths
     names = sorted(stored.keys() | current.keys())
     absent = "not set"
     return [

@@ -60,11 +60,14 @@ def test_only_the_configuration_says_where_things_lie(finished: Run):
 
 
 def test_settings_of_older_versions_are_the_same():
-    """They hold whole paths."""
+    """They hold whole paths, and lack settings that there are now."""
     stored = {"model.backbone": "/models/base", "data.dataset": "/data/a/b.csv", "seed": 0}
     current = {name: settings._without_path(value) for name, value in stored.items()}
     assert current["model.backbone"].startswith("base (")
     assert settings.changed_settings(stored, current) == []
+    assert settings.changed_settings(stored, {**current, "model.trust_remote_code": False}) == []
+    told = settings.changed_settings(stored, {**current, "model.trust_remote_code": True})
+    assert told == ["model.trust_remote_code: False → True"]
     (change,) = settings.changed_settings({**stored, "data.dataset": "/data/c/b.csv"}, current)
     assert re.fullmatch(r"data\.dataset: b\.csv \([0-9a-f]{8}\) → b\.csv \([0-9a-f]{8}\)", change)
 
