@@ -30,6 +30,7 @@ from lightning_drm.modules import MultiTaskModule
 from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.collect import CollectTask
+from lightning_drm.training.foreign import problem_of_class
 from lightning_drm.training.interruption import Interruptible
 from lightning_drm.training.progress import TaskProgressBar
 from lightning_drm.training.run_folder import RunFolder
@@ -110,8 +111,10 @@ class MergeTrainer(Trainer):
             kwargs: Further arguments of Lightning's ``fit``, for a single task.
 
         Raises:
-            ValueError: If the tasks, the callback and the run folder do not fit together.
+            ValueError: If the module, the tasks, the callback and the run folder do not fit together.
         """
+        if problem := problem_of_class(type(model)):
+            raise ValueError(problem)
         if not isinstance(datamodule, MultiTaskDataModule):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
             return
