@@ -17,6 +17,7 @@ from jsonargparse._util import import_object
 from jsonargparse.typing import PositiveInt
 
 from lightning_drm.checkpoints.planning import MismatchPolicy
+from lightning_drm.cli.mistakes import OneSentence
 from lightning_drm.fusion import Recipe
 
 _hand_on_arguments: Callable[..., None] = _typehints.discard_init_args_on_class_path_change
@@ -116,7 +117,7 @@ def config_contents(args: Sequence[str]) -> list[dict[str, Any]]:
 
 def file_merge_parser() -> ArgumentParser:
     """The parser of a merge of files."""
-    parser = ArgumentParser(
+    parser = OneSentence(
         prog="lightning-drm merge", description="Merge finetuned models that are on disk or on the hub."
     )
     parser.add_argument("--config", action="config", help="The same options in a YAML file; later files win.")

@@ -8,6 +8,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from lightning_drm.cli.arguments import own_defaults
+from lightning_drm.cli.mistakes import OneSentence
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.storage import write_text
 from lightning_drm.training.callback import DRMMergeCallback
@@ -16,6 +17,10 @@ from lightning_drm.training.trainer import MergeTrainer, is_writer
 
 # Arguments of Lightning's fit and test that have no meaning for several tasks at once.
 _LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}
+
+
+class _Parser(OneSentence, LightningArgumentParser):
+    """Lightning's parser, which says what is wrong in one sentence."""
 
 
 class MergeCLI(LightningCLI):
@@ -30,6 +35,7 @@ class MergeCLI(LightningCLI):
             model_class=LightningModule,
             datamodule_class=MultiTaskDataModule,
             trainer_class=MergeTrainer,
+            parser_class=_Parser,
             subclass_mode_model=True,
             save_config_callback=None,  # one configuration per run, not one per fit: see before_fit
             seed_everything_default=0,

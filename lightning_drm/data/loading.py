@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 DataFiles = str | list[str] | dict[str, str | list[str]]
 
@@ -34,7 +35,13 @@ def load_splits(dataset: str, config: str | None = None, data_files: DataFiles |
         if config is not None:
             raise ValueError(f"Expected config for a data set on the hub, not for files, got {config!r}.")
         by_split = data_files if isinstance(data_files, dict) else {"train": data_files}
-        return _READERS[dataset](by_split)  # unlike load_dataset, this does not look for the network
+        try:
+            return _READERS[dataset](by_split)  # unlike load_dataset, this does not look for the network
+        except (DatasetGenerationError, ValueError) as error:
+            if isinstance(error.__cause__, OSError):  # the system's, not the file's
+                raise
+            files = ", ".join(map(str, by_split.values()))
+            raise ValueError(f"Expected rows in {files}, which cannot be read: {error.__cause__ or error}") from error
     splits = load_dataset(dataset, config, data_files=data_files)
     assert isinstance(splits, DatasetDict)
     return splits

@@ -134,6 +134,7 @@ class DatasetTask(LightningDataModule, ABC):
             seed=self.seed,
             group_column=self.group_column,
         )
+        self._require_learnable(splits)
         sizes = {"train": self.max_train_samples}
         return DatasetDict(
             {
@@ -217,6 +218,20 @@ class DatasetTask(LightningDataModule, ABC):
                 found = ", ".join(table.column_names)
                 raise ValueError(
                     f"Expected a column {column!r} in {self.dataset!r}, but its split {split!r} has {found}."
+                )
+
+    def _require_learnable(self, splits: DatasetDict) -> None:
+        """Refuse labels that training cannot teach: a single one, or one that only the other splits have."""
+        names = splits["train"].features[LABELS].names
+        trained = set(splits["train"].unique(LABELS))
+        if len(trained) < 2:
+            found = f"only {names[next(iter(trained))]!r}" if trained else "no rows"
+            raise ValueError(f"Expected two classes or more in the training split of {self.dataset!r}, found {found}.")
+        for split, table in splits.items():
+            if unseen := sorted(set(table.unique(LABELS)) - trained):
+                raise ValueError(
+                    f"Expected the labels of the training split in the split {split!r} of {self.dataset!r}, found "
+                    f"{', '.join(repr(names[label]) for label in unseen)} too."
                 )
 
     def _resolved(self) -> str:

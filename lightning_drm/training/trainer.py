@@ -30,6 +30,8 @@ from lightning_drm.modules import MultiTaskModule
 from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.collect import CollectTask
+from lightning_drm.training.failures import Failures
+from lightning_drm.training.foreign import problem_of_class
 from lightning_drm.training.interruption import Interruptible
 from lightning_drm.training.progress import TaskProgressBar
 from lightning_drm.training.run_folder import RunFolder
@@ -90,6 +92,7 @@ class MergeTrainer(Trainer):
         only: str | list[str] | None = None,
         retrain: bool = False,
         resume: bool = True,
+        keep_going: bool = True,
         base_batches: int = 40,
         **kwargs: Any,
     ) -> None:
@@ -105,12 +108,17 @@ class MergeTrainer(Trainer):
             retrain: Finetune tasks again that the run folder already has.
             resume: Go on inside a task whose fit was killed, from the last checkpoint that was made when an epoch
                 ended; the result is that of an undisturbed fit. Otherwise the task is trained from the start.
+            keep_going: Finetune the other tasks where one fails by its data or settings; the end says what is
+                missing, and nothing is merged. Several processes end at the first failure, as others would wait.
             base_batches: Training batches that the head on the untouched base may see; 0 leaves the base out.
             kwargs: Further arguments of Lightning's ``fit``, for a single task.
 
         Raises:
-            ValueError: If the tasks, the callback and the run folder do not fit together.
+            ValueError: If the module, the tasks, the callback and the run folder do not fit together, or tasks failed.
+            ExceptionGroup: If tasks failed by a bug, with its traceback.
         """
+        if problem := problem_of_class(type(model)):
+            raise ValueError(problem)
         if not isinstance(datamodule, MultiTaskDataModule):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
             return
@@ -120,6 +128,7 @@ class MergeTrainer(Trainer):
         settings = {task: self._settings(run, task) for task in tasks}
 
         def finetune_and_merge(done: list[str], collected: list[str], begun: list[str]) -> None:
+            failures = Failures(keep_going and session.ranks.size == 1)
             session.restore([*done, *collected] if only is None else collected)
             for task in tasks:
                 if task in done:
@@ -127,11 +136,13 @@ class MergeTrainer(Trainer):
                     self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
                     continue
                 run.interruptible.unfinished = f"task {task!r} was"
-                start, module = time.perf_counter(), None
-                if task not in collected:
-                    module = self._finetune(run, task, settings[task], task in begun)
-                self._measure(run, task, module, base_batches, start)
-                del module
+                with failures.of(task):
+                    start, module = time.perf_counter(), None
+                    if task not in collected:
+                        module = self._finetune(run, task, settings[task], task in begun)
+                    self._measure(run, task, module, base_batches, start)
+                module = None
+            failures.report(tasks)
             if only is None:
                 run.interruptible.unfinished = "all tasks are finetuned, but the merge was"
                 self._merge_and_report(run)
