@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from signal import SIGTERM
 from typing import Any, TypeVar, cast
 
@@ -127,7 +128,7 @@ class MergeTrainer(Trainer):
         tasks = _chosen(session.tasks, only)
         settings = {task: self._settings(run, task) for task in tasks}
 
-        def finetune_and_merge(done: list[str], collected: list[str], begun: list[str]) -> None:
+        def finetune_and_merge(done: list[str], collected: list[str], checkpoints: dict[str, Path]) -> None:
             failures = Failures(keep_going and session.ranks.size == 1)
             session.restore([*done, *collected] if only is None else collected)
             for task in tasks:
@@ -139,7 +140,7 @@ class MergeTrainer(Trainer):
                 with failures.of(task):
                     start, module = time.perf_counter(), None
                     if task not in collected:
-                        module = self._finetune(run, task, settings[task], task in begun)
+                        module = self._finetune(run, task, settings[task], checkpoints.get(task))
                     self._measure(run, task, module, base_batches, start)
                 module = None
             failures.report(tasks)
@@ -148,7 +149,7 @@ class MergeTrainer(Trainer):
                 self._merge_and_report(run)
 
         with run.interruptible, _locked(folder, tasks):
-            found = _found(folder, settings, retrain, resume)
+            found = _found(folder, settings, retrain, resume, lambda task: self._fit_of(run, task).last_checkpoint())
             self._on_all_ranks(session, lambda: finetune_and_merge(*self.strategy.broadcast(found)))
         if only is None:
             return
@@ -232,12 +233,11 @@ class MergeTrainer(Trainer):
             launcher.kill(SIGTERM)
             raise
 
-    def _finetune(self, run: _Run, task: str, settings: Mapping[str, object], begun: bool) -> LightningModule:
+    def _finetune(
+        self, run: _Run, task: str, settings: Mapping[str, object], checkpoint: Path | None
+    ) -> LightningModule:
         """Finetunes a task, or finishes it; returns its trained module."""
-        fit = TaskFit(task, run.folder.task(task), self._arguments, self._task_callbacks)
-        checkpoint = None
-        if begun:
-            checkpoint = self.strategy.broadcast(fit.last_checkpoint() if is_writer() else None)
+        fit = self._fit_of(run, task)
         if checkpoint is None and is_writer():
             fit.remove_checkpoints()
             run.folder.begin(task, settings)
@@ -285,6 +285,9 @@ class MergeTrainer(Trainer):
         if is_writer():
             run.folder.write_metrics(task, scores)
         return scores
+
+    def _fit_of(self, run: _Run, task: str) -> TaskFit:
+        return TaskFit(task, run.folder.task(task), self._arguments, self._task_callbacks)
 
     def _merge_and_report(self, run: _Run) -> None:
         earlier = run.folder.merge_record
@@ -376,16 +379,20 @@ def _require_done(run: _Run) -> None:
 
 
 def _found(
-    folder: RunFolder, settings: Mapping[str, Mapping[str, object]], retrain: bool, resume: bool
-) -> tuple[list[str], list[str], list[str]]:
-    """The tasks that are done, those that are only to be measured, and those whose finetuning has begun.
+    folder: RunFolder,
+    settings: Mapping[str, Mapping[str, object]],
+    retrain: bool,
+    resume: bool,
+    last_checkpoint: Callable[[str], Path | None],
+) -> tuple[list[str], list[str], dict[str, Path]]:
+    """The tasks that are done, those that are only to be measured, and the checkpoints of those that go on.
 
     Raises:
         ValueError: If some of them were done with other settings, with all of these.
     """
     done: list[str] = []
     collected: list[str] = []
-    begun: list[str] = []
+    checkpoints: dict[str, Path] = {}
     problems = []
     for task, current in settings.items():
         started = folder.begun(task)
@@ -395,9 +402,9 @@ def _found(
         if folder.is_collected(task) and not (retrain and folder.is_done(task)):
             stored = folder.load_task_vector(task).settings
             (done if folder.is_done(task) else collected).append(task)
-        elif started is not None and continues:
+        elif started is not None and continues and (checkpoint := last_checkpoint(task)):
             stored = started
-            begun.append(task)
+            checkpoints[task] = checkpoint
         else:
             continue
         if lines := changed_settings(stored, current):
@@ -408,4 +415,4 @@ def _found(
             + "\n".join(problems)
             + "\nFinetune them again with --retrain true, or choose another run folder with --drm.dirpath."
         )
-    return done, collected, begun
+    return done, collected, checkpoints

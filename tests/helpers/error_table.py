@@ -1,6 +1,6 @@
 """A pytest plugin that writes docs/errors.md: the messages that the tests provoke, each with what to look at.
 
-    pytest -n 0 -p helpers.error_table --error-table docs/errors.md
+    PYTHONPATH=tests pytest -p helpers.error_table --error-table docs/errors.md
 
 Of messages that differ in names and numbers only, one stands for all.
 """
@@ -76,9 +76,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "# Errors",
         "",
         "What a user can be told, by the part of the package that says it. The tests provoke each of these, and write",
-        "this page: `pytest -n 0 -p helpers.error_table --error-table docs/errors.md`. Names of tasks and files, and",
-        "numbers, are those of the tests. On the command line, bad input ends with exit code 2, and a full disk or a",
-        "missing permission with 1.",
+        "this page: `PYTHONPATH=tests pytest -p helpers.error_table --error-table docs/errors.md`. Names and numbers",
+        "are those of the tests. On the command line, bad input ends with exit code 2, and a full disk or a missing",
+        "permission with 1.",
     ]
     for room, rows in rooms.items():
         lines += ["", f"## {room}", "", "| message | said by |", "|---|---|"]
