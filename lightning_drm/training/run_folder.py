@@ -17,7 +17,7 @@ import xxhash
 from safetensors import SafetensorError
 
 from lightning_drm.deltas import DELTAS_FILE, StoredDeltas, TaskVector, load_task_vector, save_task_vector
-from lightning_drm.storage import only_one, write_json
+from lightning_drm.storage import only_one, write_json, writing
 from lightning_drm.storage.json_files import read_object, shown
 
 RECORD_FILE = "merge.json"
@@ -120,7 +120,7 @@ class RunFolder:
             settings: The hyper-parameters, by which a later fit knows whether it may go on.
         """
         if not self.is_done(task):
-            (self.task(task) / DELTAS_FILE).unlink(missing_ok=True)
+            _remove(self.task(task) / DELTAS_FILE)
         write_json(self._begun(task), settings)
 
     def begun(self, task: str) -> dict[str, Any] | None:
@@ -154,7 +154,7 @@ class RunFolder:
         """Stores a task vector; the task is not done before `write_metrics`."""
         folder = self.task(vector.task)  # the old deltas go first, or a kill could leave them beside the new head
         for outdated in (folder / "metrics.json", folder / DELTAS_FILE, self.base_head(vector.task)):
-            outdated.unlink(missing_ok=True)
+            _remove(outdated)
         save_task_vector(vector, self.task(vector.task))
 
     def load_task_vector(self, task: str) -> TaskVector:
@@ -173,7 +173,7 @@ class RunFolder:
     def write_metrics(self, task: str, metrics: Mapping[str, Any]) -> None:
         """Stores a task's accuracies, which marks it as done."""
         write_json(self.task(task) / "metrics.json", metrics)
-        self._begun(task).unlink(missing_ok=True)
+        _remove(self._begun(task))
 
     def read_metrics(self, task: str) -> dict[str, Any]:
         """A done task's accuracies.
@@ -191,3 +191,9 @@ class RunFolder:
 
     def _begun(self, task: str) -> Path:
         return self.task(task) / "begun.json"
+
+
+def _remove(file: Path) -> None:
+    """Removes a file, if it is there."""
+    with writing(file):
+        file.unlink(missing_ok=True)

@@ -156,6 +156,7 @@ def of_weight_map(inputs: Path, draw: random.Random) -> list[Mutation]:
 EXPECTED = {"base": 80, "full": 80, "shards": 55, "bin": 20, "lightning": 25, "adapter": 100, "stored": 80}
 
 
+@pytest.mark.attacks
 @pytest.mark.parametrize("which", EXPECTED)
 def test_damage_is_told_or_does_no_harm(which, inputs, tmp_path):
     base, model = inputs / "base", inputs / ("full" if which == "base" else which)

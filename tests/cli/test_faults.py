@@ -14,6 +14,8 @@ from helpers.tiny import save_run_config
 from lightning_drm.cli.main import main
 from lightning_drm.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.attacks
+
 MOUNTS = can_mount(Path(tempfile.mkdtemp()) / "disk")  # containers may not: limits and misplaced files remain
 
 

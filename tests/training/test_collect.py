@@ -70,6 +70,7 @@ def flipped(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+@pytest.mark.attacks
 @pytest.mark.parametrize("name", ["deltas.safetensors", "head.safetensors", "metrics.json"])
 @pytest.mark.parametrize("damage", [cut, emptied, flipped, Path.unlink], ids=lambda damage: damage.__name__)
 def test_a_task_with_damaged_files_is_not_done(tmp_path: Path, name: str, damage: Callable[[Path], None]):
