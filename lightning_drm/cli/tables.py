@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_drm.checkpoints.planning import Plan, plan_costs, read_bytes, table, written_bytes
-from lightning_drm.checkpoints.writing.result import MergeResult
+from lightning_drm.checkpoints.writing.result import SURVIVED, MergeResult
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.share_out import balance
 
@@ -50,11 +50,7 @@ def print_result(console: Console, result: MergeResult) -> None:
     if result.num_resumed:
         console.print(f"Resumed an interrupted merge, which had written {result.num_resumed} parameters.")
     if result.survived:
-        shares = Table(
-            "task",
-            "survived",
-            caption="Survived: how far the merged change goes along the task's own, 100 % for itself.",
-        )
+        shares = Table("task", "survived", caption=f"Survived: {SURVIVED}.")
         shares.columns[1].justify = "right"
         for task, share in result.survived.items():
             shares.add_row(task, f"{100 * share:.0f} %")

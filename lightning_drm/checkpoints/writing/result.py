@@ -10,6 +10,9 @@ from lightning_drm.checkpoints.writing.sidecars import license_of
 from lightning_drm.fusion.model_card import model_card
 from lightning_drm.pretrained import resolve_pretrained
 
+SURVIVED = "how far the merged change goes along the task's own; 100 % for the task alone"
+"""What the fraction that survived means, for those who read it."""
+
 
 @dataclass(frozen=True)
 class MergeResult:
@@ -51,6 +54,7 @@ def card_of(plan: Plan, result: MergeResult, fingerprints: Mapping[str, str]) ->
     facts = [f"parameters: {result.num_merged} merged, {result.num_kept} as in the base"]
     if result.rounding:
         facts.append(f"rounding error: {result.rounding:.2e} of the merged delta")
+    facts.append(f"survived: {SURVIVED}")
     if result.rank_errors:
         facts.append(f"rank limited, relative error at most {max(result.rank_errors.values()):.2e}")
     rows = {
