@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 
@@ -49,4 +50,16 @@ class SignalAt(Callback):
 def run_cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "lightning_drm", *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, env=own_environment(**environment), preexec_fn=let_interrupt
+    )
+
+
+def own_environment(**more: str) -> dict[str, str]:
+    """As many threads as this process has, on which the last bit of a sum depends."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **more}
+
+
+def let_interrupt() -> None:
+    """A shell lets what it runs in the background ignore Ctrl-C, and so do all processes below."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

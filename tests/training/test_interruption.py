@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.signals import SignalAt, run_cli
+from helpers.signals import SignalAt, let_interrupt, own_environment, run_cli
 from helpers.tiny import save_run_config
 
 pytestmark = pytest.mark.processes
@@ -58,7 +58,8 @@ def test_a_signal_ends_a_fit_with_its_code(config: Path, tmp_path: Path, name: s
 def test_a_signal_from_outside_ends_a_fit(config: Path, tmp_path: Path, name: str, code: int):
     words = fit(config, tmp_path, ["SIGUSR2"], step=10**9)
     command = [sys.executable, "-m", "lightning_drm", *words, "--trainer.max_steps", "1000000000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=own_environment(), preexec_fn=let_interrupt, **pipes)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/tasks/color/begun.json").exists():
         assert process.poll() is None
