@@ -1,6 +1,5 @@
 """Where a pretrained model comes from: a hub name, a local folder, or a folder that an installed package carries."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def public_name(name: str) -> str:
     is_path = path.is_absolute() or name.startswith((".", "~")) or path.exists() or name.count("/") > 1
     if name.startswith(PACKAGE_NOTATION) or not is_path:
         return name
-    return os.path.basename(os.path.abspath(path))  # noqa: PTH100, PTH119 - a link keeps its name, "." gets one
+    return path.name if path.name not in ("", "..") else path.resolve().name  # a link keeps its name, "." gets one
 
 
 def package_folder(package: str) -> Path:

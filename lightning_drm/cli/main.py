@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("lightning-drm: Stopped by SIGINT; the same command continues.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except Exception as error:
+    except Exception as error:  # what is no mistake of the user's is raised again
         told = _sentence(error)
         if told is None or os.environ.get("LIGHTNING_DRM_TRACEBACK"):
             raise

@@ -120,7 +120,7 @@ class _HashedFile:
             with self._open() as file:
                 self.metadata: dict[str, str] = file.metadata() or {}
                 # Mapped, not read.
-                self.headers = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118
+                self.headers = {name: file.get_tensor(name).to("meta") for name in list(file.keys())}
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, RuntimeError) as error:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-_MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+_MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # made at import
 
 _lock = threading.Lock()
 _users = 0

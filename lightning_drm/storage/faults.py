@@ -46,7 +46,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except WriteError:
         raise
-    except Exception as error:
+    except Exception as error:  # libraries hide the system's error in any of theirs; what holds none is raised again
         fault = fault_behind(error)
         if fault is None or (place := _place(fault, path)) is None:
             raise

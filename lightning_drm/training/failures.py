@@ -33,7 +33,7 @@ class Failures:
             yield
         except WriteError:  # a full disk is no task's own
             raise
-        except Exception as error:
+        except Exception as error:  # a bug of one task, too, must not cost the others; `report` raises it
             if not self._keep_going:
                 if is_mistake(error):
                     raise ValueError(f"Task {task!r}: {_reason(error)}") from error

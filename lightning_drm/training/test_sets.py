@@ -23,17 +23,22 @@ def fingerprint_of_test_set(data: LightningDataModule, arguments: Mapping[str, A
         arguments: Arguments of the Trainer that tests.
     """
     trainer, data.trainer = data.trainer, None  # several processes would each get another part of the test set
+    try:
+        return _fingerprint(data, arguments)
+    finally:
+        data.trainer = trainer
+
+
+def _fingerprint(data: LightningDataModule, arguments: Mapping[str, Any]) -> str:
+    made = {"class": type(data).__qualname__, **data.hparams}
+    used = {name: arguments.get(name) for name in _TRAINER_ARGUMENTS}
+    digest = xxhash.xxh3_128(repr(sorted(flatten({"data": made, "trainer": used}))).encode())
     with isolate_rng():  # loaders draw random numbers, and training must not depend on a look at the test set
         data.prepare_data()
         data.setup("test")
         loaders = data.test_dataloader()
-        made = {"class": type(data).__qualname__, **data.hparams}
-        used = {name: arguments.get(name) for name in _TRAINER_ARGUMENTS}
-        digest = xxhash.xxh3_128(repr(sorted(flatten({"data": made, "trainer": used}))).encode())
         for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
             digest.update(str(len(loader) if hasattr(loader, "__len__") else "").encode())
-            apply_to_collection(
-                next(iter(loader), None), Tensor, lambda tensor: digest.update(hash_tensor(tensor).encode())
-            )
-    data.trainer = trainer
+            first = next(iter(loader), None)
+            apply_to_collection(first, Tensor, lambda tensor: digest.update(hash_tensor(tensor).encode()))
     return digest.hexdigest()

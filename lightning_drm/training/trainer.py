@@ -32,13 +32,14 @@ from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.collect import CollectTask
 from lightning_drm.training.failures import Failures
+from lightning_drm.training.finished import finished_tasks, require_done, require_merged_as_configured
 from lightning_drm.training.foreign import problem_of_class
 from lightning_drm.training.interruption import Interruptible
 from lightning_drm.training.progress import TaskProgressBar
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
 from lightning_drm.training.session import MergeSession
-from lightning_drm.training.settings import changed_settings, finetune_settings, flatten
+from lightning_drm.training.settings import finetune_settings
 from lightning_drm.training.strategies import refuse_strategy
 from lightning_drm.training.task_fit import TaskFit
 from lightning_drm.training.task_modules import TaskModules
@@ -149,8 +150,10 @@ class MergeTrainer(Trainer):
                 self._merge_and_report(run)
 
         with run.interruptible, _locked(folder, tasks):
-            found = _found(folder, settings, retrain, resume, lambda task: self._fit_of(run, task).last_checkpoint())
-            self._on_all_ranks(session, lambda: finetune_and_merge(*self.strategy.broadcast(found)))
+            finished = finished_tasks(
+                folder, settings, retrain, resume, lambda task: self._fit_of(run, task).last_checkpoint()
+            )
+            self._on_all_ranks(session, lambda: finetune_and_merge(*self.strategy.broadcast(finished)))
         if only is None:
             return
         if missing := folder.missing(session.tasks):
@@ -169,7 +172,7 @@ class MergeTrainer(Trainer):
             ValueError: If tasks are not finetuned yet.
         """
         run = self._run_of(model, datamodule)
-        _require_done(run)
+        require_done(run.folder, run.session)
 
         def restore_and_merge() -> None:
             run.session.restore(run.session.tasks)
@@ -204,8 +207,8 @@ class MergeTrainer(Trainer):
         if model is None or isinstance(model, MultiTaskModule) or not isinstance(datamodule, MultiTaskDataModule):
             return super().test(model, dataloaders, datamodule=datamodule, **kwargs)
         run = self._run_of(model, datamodule)
-        _require_done(run)
-        _require_merged_as_configured(run)
+        require_done(run.folder, run.session)
+        require_merged_as_configured(run.folder, run.session)
 
         def measure_again() -> list[Mapping[str, float]]:
             run.session.restore(run.session.tasks)
@@ -358,61 +361,3 @@ def _chosen(tasks: list[str], only: str | list[str] | None) -> list[str]:
     if unknown := sorted(set(wanted) - set(tasks)):
         raise ValueError(f"No task {', '.join(map(repr, unknown))} to finetune; tasks: {', '.join(tasks)}.")
     return [task for task in tasks if task in wanted]
-
-
-def _require_merged_as_configured(run: _Run) -> None:
-    """What is measured is what was merged, so the report must not name what the configuration would merge."""
-    record = run.folder.merge_record
-    if record is None:
-        return
-    asked = run.session.recipe.description(run.session.tasks)
-    if changes := changed_settings(dict(flatten(record["method"])), dict(flatten(asked))):
-        raise ValueError(
-            f"{run.folder.merged} was not merged as the configuration says ({'; '.join(changes)}): run `merge` to merge"
-            " with this configuration, or give `test` the one of the merge, such as its --drm.method."
-        )
-
-
-def _require_done(run: _Run) -> None:
-    if missing := run.folder.missing(run.session.tasks):
-        raise ValueError(f"{run.folder.path} has no finetune of {', '.join(missing)}: run `fit` first.")
-
-
-def _found(
-    folder: RunFolder,
-    settings: Mapping[str, Mapping[str, object]],
-    retrain: bool,
-    resume: bool,
-    last_checkpoint: Callable[[str], Path | None],
-) -> tuple[list[str], list[str], dict[str, Path]]:
-    """The tasks that are done, those that are only to be measured, and the checkpoints of those that go on.
-
-    Raises:
-        ValueError: If some of them were done with other settings, with all of these.
-    """
-    done: list[str] = []
-    collected: list[str] = []
-    checkpoints: dict[str, Path] = {}
-    problems = []
-    for task, current in settings.items():
-        started = folder.begun(task)
-        continues = started is not None and resume and not (retrain and changed_settings(started, current))
-        if retrain and not continues:  # of an interrupted --retrain, the rest is done
-            continue
-        if folder.is_collected(task) and not (retrain and folder.is_done(task)):
-            stored = folder.load_task_vector(task).settings
-            (done if folder.is_done(task) else collected).append(task)
-        elif started is not None and continues and (checkpoint := last_checkpoint(task)):
-            stored = started
-            checkpoints[task] = checkpoint
-        else:
-            continue
-        if lines := changed_settings(stored, current):
-            problems.append(f"  {task}: {'; '.join(lines)}")
-    if problems:
-        raise ValueError(
-            f"{folder.path} has finetunes made with other settings:\n"
-            + "\n".join(problems)
-            + "\nFinetune them again with --retrain true, or choose another run folder with --drm.dirpath."
-        )
-    return done, collected, checkpoints

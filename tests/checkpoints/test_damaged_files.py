@@ -117,11 +117,9 @@ def mutations_of(which: str, inputs: Path) -> list[Mutation]:
     def of_json(file: str, per_field: int) -> Iterable[Mutation]:
         return mutations.of_json(file, json.loads((inputs / which / file).read_text()), draw, per_field)
 
-    safe: Callable[[str], list[Mutation]] = lambda file: [  # noqa: E731
-        *of_bytes(file, 7),
-        *mutations.of_header(file),
-        *mutations.of_tensors(file, draw, 9),
-    ]
+    def safe(file: str) -> list[Mutation]:
+        return [*of_bytes(file, 7), *mutations.of_header(file), *mutations.of_tensors(file, draw, 9)]
+
     plans: dict[str, Callable[[], list[Mutation]]] = {
         "base": lambda: [*safe(MODEL), *of_json("config.json", 1)],
         "full": lambda: [*safe(MODEL), *of_json("config.json", 1)],

@@ -100,7 +100,7 @@ def test_scores_of_another_test_set_are_measured_again(copied: Run, tmp_path: Pa
     assert again["individual"] == scores["individual"]["pet"]
 
 
-def test_changed_rows_are_noticed(copied: Run, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_scores_that_were_measured_on_something_else_are_measured_again(copied: Run, capsys: pytest.CaptureFixture):
     run = copied.folder
     merge(copied)
     assert "measured again" not in capsys.readouterr().out

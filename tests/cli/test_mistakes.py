@@ -76,7 +76,7 @@ def other_library(monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
     base = type("LightningModule", (nn.Module,), {"__module__": "pytorch_lightning.core.module"})
     mine = type("Mine", (base,), {"__module__": "written_long_ago"})
     module = types.ModuleType("written_long_ago")
-    module.Mine = mine  # type: ignore[attr-defined]
+    module.Mine = mine
     monkeypatch.setitem(sys.modules, "written_long_ago", module)
     return mine
 
@@ -93,7 +93,7 @@ def test_a_module_of_another_lightning_in_python(other_library: type[nn.Module],
     trainer = MergeTrainer(callbacks=[DRMMergeCallback(["a"], dirpath=tmp_path)], logger=False, accelerator="cpu")
     for data in (Vectors(1), MultiTaskDataModule({"a": Vectors(1)})):
         with pytest.raises(ValueError, match=r"written_long_ago\.Mine is a module of pytorch_lightning"):
-            trainer.fit(other_library(), datamodule=data)  # type: ignore[arg-type]
+            trainer.fit(other_library(), datamodule=data)
 
 
 def test_tasks_keep_their_logs_and_checkpoints_apart(tmp_path: Path):

@@ -130,7 +130,7 @@ def _in_header(data: bytes, old: bytes, new: bytes) -> bytes:
 
 def _contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return {name: file.get_tensor(name).clone() for name in list(file.keys())}, file.metadata() or {}
 
 
 def _retensor(path: Path, change: Callable[[dict[str, torch.Tensor], str], object], number: int) -> None:

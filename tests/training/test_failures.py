@@ -57,7 +57,7 @@ def fit(run: Path, first: Vectors, **options: object) -> None:
     callbacks = [DRMMergeCallback(["a", "b"], dirpath=run)]
     trainer = MergeTrainer(max_epochs=2, accelerator="cpu", callbacks=callbacks, **quiet)
     data = MultiTaskDataModule({"a": first, "b": Vectors(2)})
-    trainer.fit(VectorTask(), datamodule=data, **options)  # type: ignore[arg-type]
+    trainer.fit(VectorTask(), datamodule=data, **options)
 
 
 MISTAKES: dict[str, tuple[Callable[[], Vectors], str]] = {
