@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_drm"
 
 ROOMS = [  # a room imports from the rooms before its own line, and from itself
-    {"names", "pretrained", "storage", "distributed", "merging"},
+    {"names", "pretrained", "storage", "distributed", "merging", "kinds"},
     {"deltas", "data"},
     {"modules", "fusion"},
     {"checkpoints", "evaluation"},

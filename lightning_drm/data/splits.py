@@ -5,16 +5,28 @@ rows in another release. Every class keeps its share, and rows of one group (the
 video) stay on the same side.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 from datasets import Dataset, DatasetDict
 from sklearn.model_selection import StratifiedGroupKFold, train_test_split
 
-from lightning_drm.data.labels import LABELS
+from lightning_drm.kinds import LABELS
+
+Strata = Callable[[Any], Any]
+"""From the column `labels`, a class per row, of which every part of a split gets its share; None for any rows."""
 
 
 def complete(
-    splits: DatasetDict, *, validation_fraction: float, test_fraction: float, seed: int, group_column: str | None = None
+    splits: DatasetDict,
+    *,
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+    group_column: str | None = None,
+    strata: Strata = np.asarray,
 ) -> DatasetDict:
     """Hold out from `train` the splits that are missing. Both fractions are of `train` as it came."""
     train = splits["train"]
@@ -22,12 +34,14 @@ def complete(
     left = 1.0
     for name, fraction in (("test", test_fraction), ("validation", validation_fraction)):
         if name not in splits:
-            train, made[name] = hold_out(train, fraction / left, seed=seed, group_column=group_column)
+            train, made[name] = hold_out(train, fraction / left, seed=seed, group_column=group_column, strata=strata)
             left -= fraction
     return DatasetDict({**splits, **made, "train": train})
 
 
-def hold_out(table: Dataset, fraction: float, *, seed: int, group_column: str | None = None) -> tuple[Dataset, Dataset]:
+def hold_out(
+    table: Dataset, fraction: float, *, seed: int, group_column: str | None = None, strata: Strata = np.asarray
+) -> tuple[Dataset, Dataset]:
     """Split a table in two: what stays, and what is held out.
 
     Args:
@@ -36,12 +50,13 @@ def hold_out(table: Dataset, fraction: float, *, seed: int, group_column: str | 
             keep their shares as far as whole groups allow.
         seed: decides which rows.
         group_column: rows with the same value here stay together.
+        strata: which rows are of one class.
 
     Raises:
         ValueError: if there are too few rows, or groups, for every class to be on both sides.
 
     """
-    labels = table[LABELS][:]
+    labels = strata(table[LABELS][:])
     try:
         if group_column is None:
             kept, held = train_test_split(range(len(table)), test_size=fraction, stratify=labels, random_state=seed)
@@ -49,8 +64,9 @@ def hold_out(table: Dataset, fraction: float, *, seed: int, group_column: str | 
             groups, num_folds = table[group_column][:], round(1 / fraction)
             if len(set(groups)) < num_folds:
                 raise ValueError(f"{num_folds} groups are needed in {group_column!r}, there are {len(set(groups))}.")
+            by_class = labels if labels is not None else np.zeros(len(groups), dtype=int)
             folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-            kept, held = next(folds.split(labels, labels, groups))
+            kept, held = next(folds.split(by_class, by_class, groups))
     except ValueError as error:
         raise ValueError(
             f"Expected enough rows and groups of every class to hold out {fraction:.0%}: {error}"
@@ -58,12 +74,13 @@ def hold_out(table: Dataset, fraction: float, *, seed: int, group_column: str | 
     return _rows(table, kept), _rows(table, held)
 
 
-def limit(table: Dataset, num_samples: int | None, *, seed: int) -> Dataset:
+def limit(table: Dataset, num_samples: int | None, *, seed: int, strata: Strata = np.asarray) -> Dataset:
     """At most `num_samples` rows, the classes in proportion: at random, but evenly spaced in the order of classes."""
     if num_samples is None or len(table) <= num_samples:
         return table
     draws = np.random.RandomState(seed).random_sample(len(table))  # NumPy keeps these, and not default_rng's, for good
-    by_class = np.lexsort((draws, table[LABELS][:]))
+    labels = strata(table[LABELS][:])
+    by_class = np.lexsort((draws,) if labels is None else (draws, labels))
     return _rows(table, by_class[np.arange(num_samples) * len(table) // num_samples])
 
 

@@ -1,5 +1,6 @@
 """What every task made from a `datasets` table has in common: reading, splitting, encoding, batching."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
@@ -9,12 +10,13 @@ import torch
 from datasets import Dataset, DatasetDict
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, RandomSampler
+from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
-from lightning_drm.data.labels import LABELS, encode_labels
 from lightning_drm.data.loading import DataFiles, load_splits, pick_splits
-from lightning_drm.data.padding import PaddedDataset, num_replicas, taking_turns
+from lightning_drm.data.sharing import taking_turns
 from lightning_drm.data.splits import complete, limit
+from lightning_drm.kinds import LABELS, Classification, Kind, MetricChoice, TaskMetrics, check_choice, make_metrics
 from lightning_drm.pretrained import resolve_pretrained
 
 Batch = dict[str, torch.Tensor]
@@ -22,10 +24,9 @@ Encoder = Callable[[dict[str, list[Any]]], dict[str, Any]]
 
 
 class DatasetTask(LightningDataModule, ABC):
-    """A classification task read with `datasets`. `TextTask` and `ImageTask` say how a row becomes model inputs.
+    """A task read with `datasets`. `TextTask` and `ImageTask` say how a row becomes model inputs.
 
-    Splits that are missing are held out from the training split: seeded, every class keeping its share. Under several
-    processes the evaluation sets are padded (see `lightning_drm.data.padding`), so that metrics stay exact.
+    Splits that are missing are held out from the training split: seeded, every class keeping its share.
 
     Args:
         dataset: a hub name, a local folder or file, or a builder of `datasets` together with `data_files`.
@@ -33,7 +34,12 @@ class DatasetTask(LightningDataModule, ABC):
         config: the configuration of a hub data set that has several.
         data_files: files by split, or those of a single split, for the builders `csv`, `json`, `parquet` and
             `imagefolder`.
-        label_column: the column with the class: strings, integers, booleans or `ClassLabel`.
+        kind: what is predicted: `Classification` (the default), `MultiLabel` or `Regression`, or a `Kind` of your own.
+        metric: what is measured: a class of torchmetrics, or several; what the kind of task usually has if left out.
+            Sizes such as `num_classes` are filled in from the data.
+        score: which of the results is the task's score; the first one if left out.
+        higher_is_better: the score's direction; the metric's own if left out.
+        label_column: the column with what is predicted, as the kind of task expects it.
         group_column: rows with the same value here are never divided between splits.
         train_split: name of the training split.
         validation_split: name of the validation split; `auto`: `validation` if there is one; null: hold one out.
@@ -59,6 +65,10 @@ class DatasetTask(LightningDataModule, ABC):
         *,
         config: str | None = None,
         data_files: DataFiles | None = None,
+        kind: Kind | None = None,
+        metric: MetricChoice | None = None,
+        score: str | None = None,
+        higher_is_better: bool | None = None,
         label_column: str = "label",
         group_column: str | None = None,
         train_split: str = "train",
@@ -83,6 +93,11 @@ class DatasetTask(LightningDataModule, ABC):
         self.pretrained = pretrained
         self.config = config
         self.data_files = data_files
+        self.kind = Classification() if kind is None else copy.copy(kind)  # it learns the labels' names
+        check_choice(metric)
+        self.metric: MetricChoice | Metric | MetricCollection | None = metric
+        self.score = score
+        self.higher_is_better = higher_is_better
         self.label_column = label_column
         self.group_column = group_column
         self.split_names = (train_split, validation_split, test_split)
@@ -128,17 +143,18 @@ class DatasetTask(LightningDataModule, ABC):
             self._require_columns(name, table)
             self.check(table)
         splits = complete(
-            encode_labels(splits, self.label_column),
+            self.kind.encode(splits, self.label_column),
             validation_fraction=self.validation_fraction,
             test_fraction=self.test_fraction,
             seed=self.seed,
             group_column=self.group_column,
+            strata=self.kind.strata,
         )
-        self._require_learnable(splits)
+        self.kind.check(splits, self.dataset)
         sizes = {"train": self.max_train_samples}
         return DatasetDict(
             {
-                name: limit(table, sizes.get(name, self.max_eval_samples), seed=self.seed)
+                name: limit(table, sizes.get(name, self.max_eval_samples), seed=self.seed, strata=self.kind.strata)
                 for name, table in splits.items()
             }
         )
@@ -150,13 +166,32 @@ class DatasetTask(LightningDataModule, ABC):
 
     @property
     def class_names(self) -> list[str]:
-        """The classes, in the order of their numbers."""
-        return list(self.rows["train"].features[LABELS].names)
+        """The classes, in the order of their numbers.
+
+        Raises:
+            AttributeError: For a kind of task without classes.
+        """
+        if (names := self.kind.classes(self.rows)) is None:
+            raise AttributeError(f"{type(self.kind).__name__} tasks have no classes.")
+        return names
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self.class_names)
+        """How many outputs the task's head has: classes, or labels, or 1 for a single number."""
+        return self.kind.num_outputs(self.rows)
+
+    def metrics(self) -> TaskMetrics:
+        """What is measured, afresh.
+
+        Raises:
+            ValueError: If a metric cannot be made, or none has the score.
+        """
+        num_outputs = self.num_classes
+        if self.metric is None:
+            made = self.kind.metrics(num_outputs)
+        else:
+            made = make_metrics(self.metric, self.kind.sizes(num_outputs))
+        return TaskMetrics(made, self.score, self.higher_is_better)
 
     @override
     def prepare_data(self) -> None:
@@ -199,7 +234,7 @@ class DatasetTask(LightningDataModule, ABC):
         return encoded.with_format("numpy")
 
     def _eval_loader(self, split: str) -> DataLoader[Batch]:
-        return self._loader(PaddedDataset(self.splits[split], num_replicas(self.trainer)), self.eval_batch_size)
+        return self._loader(self.splits[split], self.eval_batch_size)
 
     def _loader(self, samples: Any, batch_size: int, **options: Any) -> DataLoader[Batch]:
         return DataLoader(
@@ -218,20 +253,6 @@ class DatasetTask(LightningDataModule, ABC):
                 found = ", ".join(table.column_names)
                 raise ValueError(
                     f"Expected a column {column!r} in {self.dataset!r}, but its split {split!r} has {found}."
-                )
-
-    def _require_learnable(self, splits: DatasetDict) -> None:
-        """Refuse labels that training cannot teach: a single one, or one that only the other splits have."""
-        names = splits["train"].features[LABELS].names
-        trained = set(splits["train"].unique(LABELS))
-        if len(trained) < 2:
-            found = f"only {names[next(iter(trained))]!r}" if trained else "no rows"
-            raise ValueError(f"Expected two classes or more in the training split of {self.dataset!r}, found {found}.")
-        for split, table in splits.items():
-            if unseen := sorted(set(table.unique(LABELS)) - trained):
-                raise ValueError(
-                    f"Expected the labels of the training split in the split {split!r} of {self.dataset!r}, found "
-                    f"{', '.join(repr(names[label]) for label in unseen)} too."
                 )
 
     def _resolved(self) -> str:

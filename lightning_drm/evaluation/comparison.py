@@ -2,16 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
+
+from lightning_drm.evaluation.score import Interval, Score
+from lightning_drm.kinds import MetricInfo
 
 ROWS = ("base", "individual", "merged")
 
-Accuracies = Mapping[str, float | None]
-"""Accuracy by task, as a fraction; ``None`` where it does not apply."""
+Scores = Mapping[str, Score | None]
+"""Score by task; ``None`` where there is none."""
+
+Numbers = dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Per-task accuracies of the base, the individual finetunes and the merged model.
+    """Per-task scores of the base, the individual finetunes and the merged model.
 
     Attributes:
         tasks: The tasks in their order.
@@ -22,28 +28,75 @@ class Comparison:
     """
 
     tasks: Sequence[str]
-    base: Accuracies
-    individual: Accuracies
-    merged: Accuracies
+    base: Scores
+    individual: Scores
+    merged: Scores
     method: Mapping[str, object]
 
     @property
-    def accuracy(self) -> dict[str, dict[str, float | None]]:
-        """By row (base, individual, merged): accuracy by task, and their ``average``."""
-        return {row: self._with_average(getattr(self, row)) for row in ROWS}
+    def metrics(self) -> dict[str, MetricInfo]:
+        """By task, how to read its scores."""
+        found = {}
+        for task in self.tasks:
+            scores = (self.merged.get(task), self.individual.get(task), self.base.get(task))
+            found[task] = next((score.metric for score in scores if score is not None), MetricInfo("accuracy"))
+        return found
 
     @property
-    def normalized(self) -> dict[str, float | None]:
-        """Merged over individual accuracy by task, and the ``average`` of these ratios."""
-        ratios: dict[str, float | None] = {}
-        for task in self.tasks:
-            merged, individual = self.merged.get(task), self.individual.get(task)
-            ratios[task] = merged / individual if merged is not None and individual else None
-        return self._with_average(ratios)
+    def averaged(self) -> list[str]:
+        """The tasks whose scores can be averaged: those that are fractions, of which higher ones are better."""
+        return [task for task, info in self.metrics.items() if info.is_fraction and info.higher_is_better]
 
-    def _with_average(self, values: Accuracies) -> dict[str, float | None]:
-        known = [values.get(task) for task in self.tasks]
-        numbers = [value for value in known if value is not None]
-        # An average over some of the tasks would not compare with the others.
-        average = sum(numbers) / len(numbers) if len(numbers) == len(self.tasks) else None
-        return {**dict(zip(self.tasks, known, strict=True)), "average": average}
+    @property
+    def compared(self) -> list[str]:
+        """The tasks whose merged and individual scores have a ratio."""
+        return [task for task in self.tasks if self._ratio(task) is not None]
+
+    @property
+    def scores(self) -> dict[str, Numbers]:
+        """By row (base, individual, merged): score by task, and the ``average`` of those in `averaged`."""
+        return {row: self._row(getattr(self, row)) for row in ROWS}
+
+    @property
+    def intervals(self) -> dict[str, dict[str, Interval | None]]:
+        """By row: the scores' 95 % intervals; the average's follows from them, as the tasks' test sets are apart."""
+        return {row: self._row_of_intervals(getattr(self, row)) for row in ROWS}
+
+    @property
+    def normalized(self) -> Numbers:
+        """Merged over individual score by task (individual over merged where lower is better), and their ``average``.
+
+        A ratio takes a divisor above 0. The average is that of the tasks in `compared`.
+        """
+        ratios = {task: self._ratio(task) for task in self.tasks}
+        return {**ratios, "average": _mean([ratio for ratio in ratios.values() if ratio is not None])}
+
+    def _ratio(self, task: str) -> float | None:
+        merged, individual = self.merged.get(task), self.individual.get(task)
+        if merged is None or individual is None:
+            return None
+        ratio = (merged, individual) if self.metrics[task].higher_is_better else (individual, merged)
+        return ratio[0].value / ratio[1].value if ratio[1].value > 0 else None
+
+    def _row(self, scores: Scores) -> Numbers:
+        known = {task: score.value if (score := scores.get(task)) is not None else None for task in self.tasks}
+        averaged = [known[task] for task in self.averaged]
+        # An average over fewer tasks than other rows have would not compare with them.
+        return {**known, "average": None if None in averaged else _mean([v for v in averaged if v is not None])}
+
+    def _row_of_intervals(self, scores: Scores) -> dict[str, Interval | None]:
+        known = {task: score.interval if (score := scores.get(task)) is not None else None for task in self.tasks}
+        average, parts = self._row(scores)["average"], [known[task] for task in self.averaged]
+        if average is None or None in parts:
+            return {**known, "average": None}
+        values = [scores[task] for task in self.averaged]
+        low, high = (
+            sqrt(sum((score.interval[side] - score.value) ** 2 for score in values if score and score.interval))
+            / len(values)
+            for side in (0, 1)
+        )
+        return {**known, "average": (average - low, average + high)}
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None

@@ -1,10 +1,12 @@
 """Measuring a multi-task module with a Trainer of its own, so that no other Trainer's state is touched."""
 
 from collections.abc import Mapping
+from math import isclose
 from typing import Any
 
 from lightning import Callback, LightningDataModule, Trainer
 
+from lightning_drm.evaluation.score import Score, bootstrap_interval
 from lightning_drm.modules import MultiTaskModule
 
 _HARDWARE = (
@@ -20,8 +22,13 @@ _HARDWARE = (
 
 
 def measure(
-    module: MultiTaskModule, data: LightningDataModule, arguments: Mapping[str, Any], callbacks: list[Callback]
-) -> dict[str, float]:
+    module: MultiTaskModule,
+    data: LightningDataModule,
+    arguments: Mapping[str, Any],
+    callbacks: list[Callback],
+    *,
+    intervals: bool = True,
+) -> dict[str, Score]:
     """Tests a module on the test sets of its tasks.
 
     Args:
@@ -30,8 +37,10 @@ def measure(
         arguments: Arguments of a Trainer, of which those about hardware and test sets are used.
         callbacks: Callbacks of the test, such as a progress bar.
 
+        intervals: Whether scores get their intervals.
+
     Returns:
-        Micro accuracy by task, as a fraction.
+        By task, the score with its interval.
     """
     trainer = Trainer(
         **{name: arguments[name] for name in _HARDWARE if name in arguments},
@@ -41,5 +50,14 @@ def measure(
         enable_checkpointing=False,
         logger=False,
     )
+    module.record_samples = intervals
     trainer.test(module, datamodule=data, verbose=False)
-    return {task: float(trainer.callback_metrics[f"accuracy/{task}"]) for task in module.task_names}
+    module.record_samples = False
+    return {task: _score(module, task, float(trainer.callback_metrics[f"score/{task}"])) for task in module.task_names}
+
+
+def _score(module: MultiTaskModule, task: str, value: float) -> Score:
+    samples = module.samples(task)
+    # Of a metric whose samples do not make its result again, other sets of samples would say nothing either.
+    known = samples is not None and isclose(samples.results([range(len(samples))])[0], value, rel_tol=1e-3)
+    return Score(value, module.metric_of(task), bootstrap_interval(samples) if known and samples else None)

@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Table
 
 from lightning_drm.evaluation.comparison import ROWS, Comparison
-from lightning_drm.storage import write_json, write_text, written_whole
+from lightning_drm.evaluation.picture import write_picture
+from lightning_drm.evaluation.score import Interval
+from lightning_drm.kinds import MetricInfo
+from lightning_drm.storage import write_json, write_text
 
-SCHEMA = 1
+SCHEMA = 2
 _COLUMNS = (*ROWS, "normalized")
 _NOT_APPLICABLE = "n/a"
+_PERCENT = MetricInfo("average", is_fraction=True)
 
 
 def write_report(comparison: Comparison, folder: Path) -> None:
@@ -25,26 +27,41 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     """
     write_json(folder / "report.json", report_content(comparison))
     write_text(folder / "report.md", markdown(comparison))
-    write_plot(comparison, folder / "report.png")
+    write_picture(comparison, folder / "report.png", title(comparison), method_name(comparison))
 
 
 def report_content(comparison: Comparison) -> dict[str, Any]:
-    """What ``report.json`` holds; accuracies are fractions, ``None`` where one does not apply."""
-    return {
+    """What ``report.json`` holds: scores as their metrics give them, ``None`` where one does not apply."""
+    content: dict[str, Any] = {
         "schema": SCHEMA,
         "method": dict(comparison.method),
         "tasks": list(comparison.tasks),
-        "accuracy": comparison.accuracy,
+        "metrics": {
+            task: {"name": info.name, "higher_is_better": info.higher_is_better}
+            for task, info in comparison.metrics.items()
+        },
+        "scores": comparison.scores,
+        "intervals": {
+            row: {task: list(interval) if interval else None for task, interval in intervals.items()}
+            for row, intervals in comparison.intervals.items()
+        },
         "normalized": comparison.normalized,
+        "averaged": comparison.averaged,
     }
+    if _is_accuracy(comparison):
+        content["accuracy"] = comparison.scores
+    return content
 
 
 def terminal_table(comparison: Comparison) -> Table:
-    """The comparison as a table: tasks down; base, individual, merged and normalized accuracy across."""
-    table = Table(title=f"Test accuracy, merged with {_method_name(comparison)}")
-    table.add_column("task")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right")
+    """The comparison as a table: tasks down; base, individual, merged and normalized score across."""
+    table = Table(
+        title=f"{title(comparison)}, merged with {method_name(comparison)}",
+        caption="\n".join(notes(comparison, "±")) or None,
+        caption_justify="left",
+    )
+    for index, column in enumerate(_header(comparison)):
+        table.add_column(column, justify="left" if index < len(_header(comparison)) - len(_COLUMNS) else "right")
     for index, cells in enumerate(_cells(comparison)):
         is_last_task = index == len(comparison.tasks) - 1
         table.add_row(*map(escape, cells), end_section=is_last_task, style="bold" if cells[0] == "average" else None)
@@ -53,50 +70,60 @@ def terminal_table(comparison: Comparison) -> Table:
 
 def markdown(comparison: Comparison) -> str:
     """``report.md``: the same table, with the method's parameters."""
-    lines = [f"| task | {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * len(_COLUMNS)}"]
+    header = _header(comparison)
+    labels = len(header) - len(_COLUMNS)
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * labels}{'---:|' * len(_COLUMNS)}"]
     rows = [[cell.replace("|", r"\|") for cell in cells] for cells in _cells(comparison)]
     lines += [f"| {' | '.join(cells)} |" for cells in rows]
     parameters = ", ".join(f"`{name}={value}`" for name, value in _parameters(comparison).items())
+    explained = [
+        "*base*: the untouched backbone, with a linear head trained on it where a task has a head; *individual*: each "
+        f"task's own finetune; *merged*: one backbone for all tasks; *normalized*: {_ratio(comparison)}.",
+        *notes(comparison, "±"),
+    ]
     return (
-        f"# {len(comparison.tasks)} tasks merged with {_method_name(comparison)}\n\n"
-        f"Test accuracy. `{comparison.method['class_path']}`: {parameters or 'no parameters'}\n\n"
+        f"# {len(comparison.tasks)} tasks merged with {method_name(comparison)}\n\n"
+        f"{title(comparison)}. `{comparison.method['class_path']}`: {parameters or 'no parameters'}\n\n"
         + "\n".join(lines)
         + "\n\n"
-        "*base*: the untouched backbone with a linear head trained on it; *individual*: each task's own finetune; "
-        "*merged*: one backbone for all tasks; *normalized*: merged / individual.\n\n![Test accuracy](report.png)\n"
+        + " ".join(explained)
+        + f"\n\n![{title(comparison)}](report.png)\n"
     )
 
 
-def write_plot(comparison: Comparison, path: Path) -> None:
-    """Writes ``report.png``: per task, one bar each for base, individual and merged accuracy."""
-    groups = [*comparison.tasks, "average"]
-    figure = Figure(figsize=(max(6.4, 1.5 * len(groups) + 1.5), 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    width = 0.27
-    colors = dict(zip(ROWS, matplotlib.colormaps["viridis"]([0.85, 0.5, 0.15]), strict=True))
-    for offset, row in enumerate(ROWS):
-        values = comparison.accuracy[row]
-        positions = [index + (offset - 1) * width for index, group in enumerate(groups) if values[group] is not None]
-        heights = [100 * value for group in groups if (value := values[group]) is not None]
-        if not heights:
-            continue
-        bars = axes.bar(positions, heights, width, label=row, color=colors[row])
-        axes.bar_label(bars, fmt="%.0f", padding=1, fontsize=8)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set_ylim(0, 108)
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_title(f"{len(comparison.tasks)} tasks merged with {_method_name(comparison)}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.axvline(len(groups) - 1.5, color="0.8", linewidth=1)
-    figure.legend(loc="outside lower center", ncols=len(ROWS), frameon=False)
-    with written_whole(path) as place:
-        figure.savefig(place, dpi=150, format="png")
+def title(comparison: Comparison) -> str:
+    """What the report shows."""
+    return "Test accuracy" if _is_accuracy(comparison) else "Test scores"
+
+
+def method_name(comparison: Comparison) -> str:
+    """The method's name."""
+    return str(comparison.method["class_path"]).rpartition(".")[2]
+
+
+def notes(comparison: Comparison, sign: str) -> list[str]:
+    """What a reader of the table must know.
+
+    Args:
+        comparison: What was measured.
+        sign: How the table marks intervals.
+    """
+    found = []
+    if any(interval for row in comparison.intervals.values() for interval in row.values()):
+        found.append(f"{sign}: half of the 95 % interval over test samples.")
+    tasks = set(comparison.tasks)
+    if (averaged := comparison.averaged) and set(averaged) != tasks:
+        found.append(f"Scores are averaged over {', '.join(averaged)}, whose scores are percentages.")
+    if (compared := comparison.compared) and set(compared) != tasks:
+        found.append(f"Normalized scores are averaged over {', '.join(compared)}.")
+    if lower := [task for task, info in comparison.metrics.items() if not info.higher_is_better]:
+        found.append(f"Lower is better for {', '.join(lower)}.")
+    return found
 
 
 def logged_metrics(comparison: Comparison) -> dict[str, float]:
     """The comparison as flat metrics for a Lightning logger: ``merge/<row>/<task>``."""
-    tables = {**comparison.accuracy, "normalized": comparison.normalized}
+    tables = {**comparison.scores, "normalized": comparison.normalized}
     return {
         f"merge/{row}/{task}": value
         for row, values in tables.items()
@@ -105,17 +132,39 @@ def logged_metrics(comparison: Comparison) -> dict[str, float]:
     }
 
 
+def _header(comparison: Comparison) -> list[str]:
+    return ["task", *([] if _is_accuracy(comparison) else ["metric"]), *_COLUMNS]
+
+
 def _cells(comparison: Comparison) -> list[list[str]]:
-    columns = [*(comparison.accuracy[row] for row in ROWS), comparison.normalized]
-    return [[task, *(_percent(column[task]) for column in columns)] for task in [*comparison.tasks, "average"]]
+    rows = []
+    metrics = {**comparison.metrics, "average": _PERCENT}
+    for task in [*comparison.tasks, "average"]:
+        labels = [task] if _is_accuracy(comparison) else [task, metrics[task].name if task != "average" else ""]
+        values = [_shown(comparison.scores[row][task], comparison.intervals[row][task], metrics[task]) for row in ROWS]
+        rows.append([*labels, *values, _shown(comparison.normalized[task], None, _PERCENT)])
+    return rows
 
 
-def _percent(value: float | None) -> str:
-    return _NOT_APPLICABLE if value is None else f"{100 * value:.1f}"
+def _shown(value: float | None, interval: Interval | None, metric: MetricInfo) -> str:
+    if value is None:
+        return _NOT_APPLICABLE
+    half = (interval[1] - interval[0]) / 2 if interval else None
+    if metric.is_fraction:
+        return f"{100 * value:.1f}" + (f" ±{100 * half:.1f}" if half is not None else "")
+    return f"{value:.4g}" + (f" ±{half:.2g}" if half is not None else "")
 
 
-def _method_name(comparison: Comparison) -> str:
-    return str(comparison.method["class_path"]).rpartition(".")[2]
+def _ratio(comparison: Comparison) -> str:
+    higher = any(info.higher_is_better for info in comparison.metrics.values())
+    lower = any(not info.higher_is_better for info in comparison.metrics.values())
+    if higher and lower:
+        return "merged / individual, or individual / merged where lower is better"
+    return "merged / individual" if higher else "individual / merged, as lower is better"
+
+
+def _is_accuracy(comparison: Comparison) -> bool:
+    return all(info.name == "accuracy" for info in comparison.metrics.values())
 
 
 def _parameters(comparison: Comparison) -> dict[str, object]:

@@ -1,22 +1,25 @@
 """LightningModules: one task (full or LoRA), and the merged model of all tasks."""
 
 from lightning_drm.modules.duplicate import duplicate, with_buffers_of, without_weights
+from lightning_drm.modules.measurement import unmeasurable
 from lightning_drm.modules.multitask import MultiTaskModule
 from lightning_drm.modules.pooling import PooledClassifier
-from lightning_drm.modules.protocol import IGNORE_INDEX, classify, head_names_of
+from lightning_drm.modules.protocol import classify, head_names_of
+from lightning_drm.modules.sample_states import SampleStates
 from lightning_drm.modules.sharding import data_parallel, is_sharded
 from lightning_drm.modules.transformer import TransformerTask
 
 __all__ = [
-    "IGNORE_INDEX",
     "MultiTaskModule",
     "PooledClassifier",
+    "SampleStates",
     "TransformerTask",
     "classify",
     "data_parallel",
     "duplicate",
     "head_names_of",
     "is_sharded",
+    "unmeasurable",
     "with_buffers_of",
     "without_weights",
 ]

@@ -5,35 +5,42 @@ rank.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_drm.data.padding import exactness_problem, num_replicas, repeated
+from lightning_drm.data.sharing import Share, exactness_problem, num_replicas
 from lightning_drm.deltas import backbone_parameters, head_state, remove_adapters
 from lightning_drm.deltas.sharded import shard_like, whole
 from lightning_drm.deltas.wrappers import refuse_divided, refuse_flat
+from lightning_drm.kinds import MetricInfo
 from lightning_drm.modules.duplicate import duplicate
-from lightning_drm.modules.protocol import IGNORE_INDEX, classify, head_names_of
+from lightning_drm.modules.measurement import EQUAL, Measurement
+from lightning_drm.modules.protocol import classify, head_names_of
 from lightning_drm.modules.reused_layers import reuse_layers
+from lightning_drm.modules.sample_states import SampleStates
 from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_blocks
 
 
 class MultiTaskModule(LightningModule):
     """Several tasks' modules around one backbone; a batch goes to the one of its ``dataloader_idx``.
 
-    Under several processes, samples that a ``DistributedSampler`` repeats to give every process as many do not count,
-    and loaders that make this impossible are refused. `FSDPStrategy` (FSDP1) keeps what it shards: it can test this
-    module once.
+    Each task is tested by its own ``test_step``, or by its logits (see `lightning_drm.modules.measurement`): logged are
+    ``score/<task>``, and ``<metric>/<task>`` for every metric. Under several processes, samples that a
+    ``DistributedSampler`` repeats to give every process as many do not count, and loaders that make this impossible are
+    refused. `FSDPStrategy` (FSDP1) keeps what it shards: it can test this module once.
 
     Args:
         modules: Module by task, in the order of the test dataloaders. Usually made by `assemble`.
+
+    Attributes:
+        record_samples: Whether tests record each sample's part in the scores, for `samples`.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -41,10 +48,10 @@ class MultiTaskModule(LightningModule):
         self.task_names = list(modules)
         # Lists, not dicts: a ModuleDict refuses names with dots and those of its own methods.
         self.task_modules = nn.ModuleList(modules.values())
-        self.accuracies = nn.ModuleList(
-            MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX) for _ in self.task_names
-        )
-        self._num_seen = [0] * len(self.task_names)
+        self.record_samples = False
+        self._measurements = [Measurement(task, module) for task, module in modules.items()]
+        self._samples: dict[str, SampleStates | None] = {}
+        self.metrics_on_logits = nn.ModuleList(measurement.metrics for measurement in self._measurements)
         self.eval()
 
     @classmethod
@@ -134,19 +141,68 @@ class MultiTaskModule(LightningModule):
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._measure(batch, batch_idx, dataloader_idx)
 
+    def metric_of(self, task: str) -> MetricInfo:
+        """How to read a task's score, once it was tested.
+
+        Args:
+            task: The task's name.
+
+        Raises:
+            RuntimeError: If it was not tested yet.
+        """
+        info = self._measurements[self.task_names.index(task)].info
+        if info is None:
+            raise RuntimeError(f"Task {task!r} was not tested yet.")
+        return info
+
+    def samples(self, task: str) -> SampleStates | None:
+        """Each test sample's part in a task's score; ``None`` if tests did not record it, or cannot.
+
+        Args:
+            task: The task's name.
+        """
+        return self._samples.get(task)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._start()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._start()
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._finish()
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._finish()
+
+    def _start(self) -> None:
+        self._samples.clear()
+        refuse_divided(self)
+        for dataloader_idx, measurement in enumerate(self._measurements):
+            loader = self._loader(dataloader_idx)
+            if num_replicas(self.trainer) > 1 and (problem := exactness_problem(loader)):
+                raise ValueError(f"Task {measurement.task!r} has an evaluation loader that {problem}.")
+            measurement.start(record=self.record_samples)
+            measurement.hook("on_test_start", self.trainer)
+            measurement.hook("on_test_epoch_start", self.trainer)
+
     def _measure(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        if not batch_idx:
-            refuse_divided(self)
-        logits, target = classify(self.task_modules[dataloader_idx], batch)
-        num_seen = self._num_seen[dataloader_idx] if batch_idx else 0
-        self._num_seen[dataloader_idx] = num_seen + len(target)
-        loader = self._loader(dataloader_idx)
-        if not batch_idx and num_replicas(self.trainer) > 1 and (problem := exactness_problem(loader)):
-            raise ValueError(f"Task {self.task_names[dataloader_idx]!r} has an evaluation loader that {problem}.")
-        target = target.masked_fill(repeated(loader, num_seen, len(target)).to(target.device), IGNORE_INDEX)
-        metric = cast(MulticlassAccuracy, self.accuracies[dataloader_idx])
-        metric(logits, target)
-        self.log(f"accuracy/{self.task_names[dataloader_idx]}", metric, on_epoch=True, add_dataloader_idx=False)
+        share = Share.of(self._loader(dataloader_idx), batch_idx)
+        self._measurements[dataloader_idx].measure(batch, batch_idx, share, self._log_score, self.trainer)
+
+    def _finish(self) -> None:
+        for measurement in self._measurements:
+            measurement.finish(self._log_score, self.trainer, self.all_gather)
+            self._samples[measurement.task] = measurement.samples()
+            measurement.hook("on_test_end", self.trainer)
+
+    def _log_score(self, name: str, value: Metric | Tensor) -> None:
+        options: dict[str, Any] = {"metric_attribute": name} if isinstance(value, Metric) else EQUAL
+        self.log(name, value, on_step=False, on_epoch=True, add_dataloader_idx=False, batch_size=1, **options)
 
     def _loader(self, dataloader_idx: int) -> Any:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders

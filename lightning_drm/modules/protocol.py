@@ -1,18 +1,15 @@
 """What a module must say about itself to be merged and tested as one of several tasks.
 
 Its *head*: the submodules or parameters named by ``head_names``; everything else is its backbone, shared by all tasks.
-Its *logits and targets*: by a method ``classify(batch)``, unless batches are pairs ``(inputs, targets)`` and the
-module's output is the logits.
+Its *score*: the name of a metric that its ``test_step`` logs. Without one it is judged by accuracy, or by its
+``metric`` if it has one, of its *logits and targets*: by a method ``classify(batch)``, unless batches are pairs
+``(inputs, targets)`` and the module's output is the logits.
 """
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-
-from lightning_drm.data.padding import IGNORE_INDEX
-
-__all__ = ["IGNORE_INDEX", "Classifies", "classify", "head_names_of"]
 
 
 @runtime_checkable

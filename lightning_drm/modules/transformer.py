@@ -1,4 +1,4 @@
-"""One classification task of a transformers backbone, finetuned in full or with LoRA."""
+"""One task of a transformers backbone, of any kind, finetuned in full or with LoRA."""
 
 import copy
 from collections.abc import Mapping
@@ -6,38 +6,36 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule
+import transformers
+from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
-from torch.nn import functional
-from torchmetrics.classification import MulticlassAccuracy
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from torchmetrics import MeanMetric, Metric
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 from typing_extensions import override
 
 from lightning_drm.deltas import backbone_parameters, head_state
 from lightning_drm.deltas.wrappers import unwrapped
+from lightning_drm.kinds import LABELS, Classification, Kind, TaskMetrics, metrics_of
+from lightning_drm.modules.measurement import EQUAL, own_samples
 from lightning_drm.modules.pooling import PooledClassifier
-from lightning_drm.modules.protocol import IGNORE_INDEX
 from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_for_training
 from lightning_drm.pretrained import resolve_pretrained
 
 
 class TransformerTask(LightningModule):
-    """Finetunes a transformers backbone on one classification task, in full or with LoRA.
+    """Finetunes a transformers backbone on one task, in full or with LoRA.
+
+    What the task is, and what is measured, comes from its data (`configure_for`).
 
     Args:
         backbone: Hub name, folder, or ``package:<module>/<folder>`` of the pretrained model that all tasks start from.
-        num_classes: Number of classes. Leave it out in a configuration of several tasks: each task's data gives it.
+        num_classes: Number of classes, or of other outputs of the head. Leave it out in a configuration of several
+            tasks: each task's data gives it.
+        kind: What is predicted, `Classification` if left out. Leave it out where the task's data say it.
         modality: Whether the backbone reads text or images.
         pooling: ``"model"`` uses the classification model that transformers defines for the backbone, with its own
             pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders) and
@@ -56,6 +54,7 @@ class TransformerTask(LightningModule):
         self,
         backbone: str,
         num_classes: int | None = None,
+        kind: Kind | None = None,
         modality: Literal["text", "image"] = "text",
         pooling: Literal["model", "mean", "first"] = "model",
         lora: LoraConfig | None = None,
@@ -78,20 +77,46 @@ class TransformerTask(LightningModule):
         self.dropout = dropout
         self.load_dtype = dtype
         self.trust_remote_code = trust_remote_code
+        self.kind = kind
         self.model: nn.Module | None = None
-        self.val_accuracy = MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
-        self.test_accuracy = MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
+        self.mean_loss = MeanMetric()  # Lightning's own mean rounds the batches' sizes where processes share them
         if num_classes is not None:
             self.configure_task(num_classes)
 
     def configure_task(self, num_classes: int) -> None:
-        """Loads the pretrained backbone and gives it a new head.
+        """Loads the pretrained backbone and gives it a new head; measures what the kind of task usually measures.
 
         Args:
-            num_classes: Number of classes of the task.
+            num_classes: Number of classes, or of other outputs.
         """
-        self.hparams["num_classes"] = num_classes
-        model = self._load(resolve_pretrained(self.backbone_name), num_classes)
+        kind = self.kind or Classification()
+        self._configure(kind, num_classes, TaskMetrics(kind.metrics(num_classes)))
+
+    def configure_for(self, data: LightningDataModule) -> None:
+        """Loads the pretrained backbone and gives it a head for a task, whose data say what it is.
+
+        Args:
+            data: A `DatasetTask`; or a data module of yours, with ``num_classes``, and a ``kind`` and ``metrics()``
+                where the task is not classification judged by accuracy.
+
+        Raises:
+            ValueError: If the data do not say the number of classes, or are of another kind than this module.
+        """
+        if not hasattr(data, "num_classes"):
+            raise ValueError(f"{type(data).__name__} has no `num_classes`, which {type(self).__name__} asks for.")
+        kind = getattr(data, "kind", None) or self.kind or Classification()
+        if self.kind is not None and type(kind) is not type(self.kind):
+            raise ValueError(
+                f"The module is of the kind {type(self.kind).__name__}, its data of the kind {type(kind).__name__}."
+            )
+        metrics = metrics_of(data) or TaskMetrics(kind.metrics(data.num_classes))
+        self._configure(kind, data.num_classes, metrics)
+
+    def _configure(self, kind: Kind, num_outputs: int, metrics: TaskMetrics) -> None:
+        self.hparams["num_classes"] = num_outputs
+        self.kind = kind
+        self.val_metrics, self.test_metrics = copy.deepcopy(metrics), metrics
+        model = self._load(resolve_pretrained(self.backbone_name), kind, num_outputs)
         self.model = model
         # transformers names it after the architecture ("bert", "vision_model", …), not always after its own prefix.
         # Found now, for under FSDP1 a process will see of each part's size only its own piece.
@@ -112,16 +137,17 @@ class TransformerTask(LightningModule):
         if self.device_mesh is not None and not is_sharded(self):
             shard_for_training(self._built, data_parallel(self.device_mesh))
 
-    def _load(self, source: str, num_classes: int) -> nn.Module:
+    def _load(self, source: str, kind: Kind, num_outputs: int) -> nn.Module:
         # Said in any case: transformers would ask on the terminal.
         trust = self.trust_remote_code
         if self.pooling != "model":
             encoder = AutoModel.from_pretrained(source, dtype=self.load_dtype, trust_remote_code=trust)
-            return PooledClassifier(encoder, num_classes, self.pooling, self.dropout)
-        auto = AutoModelForSequenceClassification if self.modality == "text" else AutoModelForImageClassification
-        model = auto.from_pretrained(
+            return PooledClassifier(encoder, num_outputs, self.pooling, self.dropout)
+        if self.modality not in kind.auto_class:
+            raise ValueError(f"{type(kind).__name__} tasks are of {', '.join(kind.auto_class)}, not {self.modality}.")
+        model = getattr(transformers, kind.auto_class[self.modality]).from_pretrained(
             source,
-            num_labels=num_classes,
+            **kind.model_settings(num_outputs),
             dtype=self.load_dtype,
             ignore_mismatched_sizes=True,
             trust_remote_code=trust,
@@ -144,40 +170,89 @@ class TransformerTask(LightningModule):
     def _built(self) -> nn.Module:
         if self.model is None:
             raise RuntimeError(
-                "TransformerTask has no model yet: give num_classes, or call configure_task(num_classes)."
+                "TransformerTask has no model yet: give num_classes, or call configure_task(num_classes) or "
+                "configure_for(data)."
             )
         return self.model
 
+    @property
+    def score(self) -> str | None:
+        """The name of the metric that the task is judged by."""
+        return self.test_metrics.score if self.model is not None else None
+
+    @property
+    def higher_is_better(self) -> bool | None:
+        """The score's direction."""
+        return self.test_metrics.score_info.higher_is_better if self.model is not None else None
+
+    @property
+    def score_metric(self) -> Metric | None:
+        """The metric behind the score."""
+        return self.test_metrics.score_metric if self.model is not None else None
+
     @override
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits ``(batch, classes)`` from the processor's outputs (``input_ids``, ``pixel_values``, …)."""
-        return cast(Tensor, self._built(**inputs).logits)
+        """Logits of the processor's outputs (``input_ids``, ``pixel_values``, …), ``(batch, classes)`` for classes."""
+        return self._kind.logits(self._built, inputs)
 
     def classify(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and targets of a batch, which holds the processor's outputs and ``labels``."""
-        return self(**{name: value for name, value in batch.items() if name != "labels"}), batch["labels"]
+        return self(**{name: value for name, value in batch.items() if name != LABELS}), batch[LABELS]
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss that the task is trained by."""
+        return self._kind.loss(logits, target)
 
     @override
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         logits, target = self.classify(batch)
-        loss = functional.cross_entropy(logits.float(), target, ignore_index=IGNORE_INDEX)
-        self.log("train_loss", loss, prog_bar=True)
+        loss = self.loss(logits.float(), target)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch[LABELS]))
         return loss
 
     @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        logits, target = self.classify(batch)
-        self.val_accuracy(logits, target)
-        loss = functional.cross_entropy(logits.float(), target, ignore_index=IGNORE_INDEX, reduction="sum")
-        counted = (target != IGNORE_INDEX).sum()
-        self.log("val_loss", loss / counted.clamp(min=1), batch_size=int(counted), sync_dist=True)
-        self.log("val_accuracy", self.val_accuracy, prog_bar=True)
+        self._evaluate(batch, batch_idx, self.val_metrics, "val_loss")
 
     @override
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        logits, target = self.classify(batch)
-        self.test_accuracy(logits, target)
-        self.log("test_accuracy", self.test_accuracy)
+        self._evaluate(batch, batch_idx, self.test_metrics)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val", self.val_metrics)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test", self.test_metrics)
+
+    def _evaluate(
+        self, batch: Mapping[str, Tensor], batch_idx: int, metrics: TaskMetrics, loss_name: str | None = None
+    ) -> None:
+        batch, counts = own_samples(self, batch, batch_idx)
+        kind, measured = self._kind, None
+        if kind.generates:
+            measured = kind.generate(self._built, batch)
+        if loss_name is not None or measured is None:
+            logits, target = self.classify(batch)
+            measured = measured or kind.prediction(logits.float(), target)
+            if loss_name is not None:
+                if counts and (count := kind.count(target)):  # a mean of nothing is no number
+                    self.mean_loss.update(self.loss(logits.float(), target), count)
+                self.log(loss_name, self.mean_loss)
+        if counts:
+            metrics.update(*measured)
+
+    def _log_metrics(self, stage: str, metrics: TaskMetrics) -> None:
+        for name, value in metrics.results().items():
+            self.log(f"{stage}_{name}", value, prog_bar=stage == "val" and name == metrics.score, **EQUAL)
+        metrics.reset()
+
+    @property
+    def _kind(self) -> Kind:
+        assert self._built is not None, "raises where there is no model"
+        assert self.kind is not None, "comes with the model"
+        return self.kind
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import xxhash
 from safetensors import SafetensorError
 
 from lightning_drm.deltas import DELTAS_FILE, StoredDeltas, TaskVector, load_task_vector, save_task_vector
+from lightning_drm.evaluation import Score
+from lightning_drm.kinds import MetricInfo
 from lightning_drm.storage import only_one, write_json, writing
 from lightning_drm.storage.json_files import read_object, shown
 
 RECORD_FILE = "merge.json"
+SCORED = ("individual", "base")
 REPORT_FILES = ("report.json", "report.md", "report.png")
 
 
@@ -171,26 +175,57 @@ class RunFolder:
         return load_task_vector(self.task(task))
 
     def write_metrics(self, task: str, metrics: Mapping[str, Any]) -> None:
-        """Stores a task's accuracies, which marks it as done."""
-        write_json(self.task(task) / "metrics.json", metrics)
+        """Stores a task's scores, which marks it as done.
+
+        Args:
+            task: The task's name.
+            metrics: The scores of the ``individual`` and ``base`` models, and whatever else is to be kept with them.
+        """
+        plain = dict(metrics)
+        for row in SCORED:
+            score: Score | None = plain.pop(row)
+            plain[row] = score.value if score is not None else None
+            if score is not None:
+                plain["metric"] = asdict(score.metric)
+                plain[f"{row}_interval"] = score.interval
+        write_json(self.task(task) / "metrics.json", plain)
         _remove(self._begun(task))
 
     def read_metrics(self, task: str) -> dict[str, Any]:
-        """A done task's accuracies.
+        """A done task's scores, as `write_metrics` got them.
 
         Raises:
             ValueError: If the file is damaged.
         """
         file = self.task(task) / "metrics.json"
         metrics = read_object(file)
-        for name, kinds in (("individual", int | float), ("base", int | float | None)):
-            value = metrics.get(name)
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise ValueError(f"{file}: expected a number for {name}, got {shown(value)}.")
+        metric = _metric(file, metrics.pop("metric", None))
+        for row in SCORED:
+            value, interval = metrics.get(row), metrics.pop(f"{row}_interval", None)
+            if not (_is_number(value) or (value is None and row == "base")):
+                raise ValueError(f"{file}: expected a number for {row}, got {shown(value)}.")
+            if interval is not None and not (
+                isinstance(interval, list) and len(interval) == 2 and all(map(_is_number, interval))
+            ):
+                raise ValueError(f"{file}: expected two numbers for {row}_interval, got {shown(interval)}.")
+            metrics[row] = Score(value, metric, tuple(interval) if interval else None) if value is not None else None
         return metrics
 
     def _begun(self, task: str) -> Path:
         return self.task(task) / "begun.json"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _metric(file: Path, stored: object) -> MetricInfo:
+    if stored is None:  # older versions measured accuracy, and nothing else
+        return MetricInfo("accuracy", is_fraction=True)
+    kinds = {field.name: type(field.default) for field in fields(MetricInfo)} | {"name": str}
+    if not isinstance(stored, dict) or {key: type(value) for key, value in stored.items()} != kinds:
+        raise ValueError(f"{file}: expected {', '.join(kinds)} for metric, got {shown(stored)}.")
+    return MetricInfo(**stored)
 
 
 def _remove(file: Path) -> None:

@@ -7,12 +7,15 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import xxhash
 from lightning import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.deltas import backbone_parameters, head_state, load_tensors
-from lightning_drm.evaluation import linear_probe, measure
+from lightning_drm.evaluation import Score, linear_probe, measure
+from lightning_drm.kinds import metrics_of
 from lightning_drm.modules import MultiTaskModule, data_parallel, head_names_of, without_weights
 from lightning_drm.storage import write_tensors
 from lightning_drm.training.merged_folder import read_merged
@@ -23,7 +26,7 @@ from lightning_drm.training.test_sets import fingerprint_of_test_set
 
 
 class Scoring:
-    """Accuracies of the models of one run.
+    """Scores of the models of one run.
 
     Args:
         session: What was collected.
@@ -53,8 +56,29 @@ class Scoring:
         self._strategy = strategy
         self._progress_bar = progress_bar
 
-    def finetuned(self, task: str, trained: LightningModule | None = None) -> float:
-        """Accuracy of a task's own finetune.
+    def check(self, task: str, module: LightningModule) -> None:
+        """Refuses a task that cannot be measured, before it is trained, by measuring one batch of its test set.
+
+        Not under strategies that shard: they would take the module over for good.
+
+        Args:
+            task: The task's name.
+            module: Its untrained module, which stays as it is.
+
+        Raises:
+            ValueError: If the task cannot be measured.
+        """
+        if isinstance(self._strategy, FSDPStrategy | ModelParallelStrategy):
+            return
+        modes = {child: child.training for child in module.modules()}
+        arguments = {**self._arguments, "limit_test_batches": 1, "strategy": copy.deepcopy(self._arguments["strategy"])}
+        with isolate_rng():
+            measure(MultiTaskModule({task: module}), self._data.tasks[task], arguments, [], intervals=False)
+        for child, mode in modes.items():
+            child.training = mode
+
+    def finetuned(self, task: str, trained: LightningModule | None = None) -> Score:
+        """Score of a task's own finetune.
 
         Args:
             task: The task's name.
@@ -67,20 +91,23 @@ class Scoring:
             module = MultiTaskModule({task: trained})
         return self._measure(module, self._data.tasks[task], f"{task} · test")[task]
 
-    def base(self, task: str, max_batches: int) -> float | None:
-        """Accuracy of the untouched backbone with a linear head trained on it, which is stored.
+    def base(self, task: str, max_batches: int) -> Score | None:
+        """Score of the untouched backbone with a linear head trained on it, which is stored.
 
         Args:
             task: The task's name.
             max_batches: Training batches that the head may see.
 
         Returns:
-            The accuracy; ``None`` without batches, or where the head is not one linear layer.
+            The score; ``None`` without batches, or where the head is not one linear layer. A task without a head of
+            its own (a language model) needs no batches: there the base is measured as it is.
         """
         if max_batches <= 0:
             return None
         module = self._modules.fresh(task)
         head = head_names_of(module, self._session.head)
+        if not head:
+            return self.stored_base(task)
         base = MultiTaskModule.assemble({task: module}, head=head)
         if isinstance(self._strategy, ModelParallelStrategy):
             base.shard(data_parallel(self._strategy.device_mesh))
@@ -97,31 +124,37 @@ class Scoring:
         return self._measure(base, data, f"{task} · base")[task]
 
     def stamp(self, task: str) -> dict[str, str | None]:
-        """What a finished task's scores were measured on: fingerprints of the test set and of the deltas.
+        """What a finished task's scores were measured on, and by: fingerprints of test set, deltas and metrics.
 
         One process asks, and tells the others.
         """
         test_set = fingerprint_of_test_set(self._data.tasks[task], self._arguments)
-        return {"test_set": test_set, "deltas": self._folder.fingerprint(task)}
+        asked = metrics_of(self._data.tasks[task])
+        measured = asked.describe() if asked is not None else getattr(self._modules.template, "score", None)
+        metrics = xxhash.xxh3_128(repr(measured).encode()).hexdigest()
+        return {"test_set": test_set, "deltas": self._folder.fingerprint(task), "metrics": metrics}
 
-    def stored_base(self, task: str) -> float | None:
-        """Accuracy of the untouched backbone with the head that `base` stored; ``None`` if there is none."""
-        if not self._folder.base_head(task).is_file():
-            return None
-        heads = {task: load_tensors(self._folder.base_head(task), "a head")}
-        untouched = MultiTaskModule.assemble({task: self._modules.fresh(task)}, heads=heads, head=self._session.head)
+    def stored_base(self, task: str) -> Score | None:
+        """Score of the untouched backbone with the head that `base` stored; ``None`` if it needs one and has none."""
+        module = self._modules.fresh(task)
+        heads = None
+        if head_names_of(module, self._session.head):
+            if not self._folder.base_head(task).is_file():
+                return None
+            heads = {task: load_tensors(self._folder.base_head(task), "a head")}
+        untouched = MultiTaskModule.assemble({task: module}, heads=heads, head=self._session.head)
         return self._measure(untouched, self._data.tasks[task], f"{task} · base")[task]
 
-    def merged(self, module: MultiTaskModule) -> dict[str, float]:
-        """Accuracy by task of a merged model.
+    def merged(self, module: MultiTaskModule) -> dict[str, Score]:
+        """Score by task of a merged model.
 
         Args:
             module: The model.
         """
         return self._measure(module, self._data, "merged · test")
 
-    def stored_merged(self) -> dict[str, float]:
-        """Accuracy by task of the merged model that the run folder has.
+    def stored_merged(self) -> dict[str, Score]:
+        """Score by task of the merged model that the run folder has.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -134,7 +167,7 @@ class Scoring:
         own = {task: without_weights(self._modules.fresh(task)) for task in tasks}
         return self.merged(MultiTaskModule.assemble(own, backbone, heads, head=self._session.head))
 
-    def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, float]:
+    def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, Score]:
         # FSDP1 would take the module over for good, and the merged one is the user's.
         sharded = isinstance(self._strategy, FSDPStrategy)
         strategy = "ddp" if sharded else copy.deepcopy(self._arguments["strategy"])

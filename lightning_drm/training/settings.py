@@ -22,7 +22,13 @@ _WITHOUT_INFLUENCE = {
     "limit_test_batches", "log_every_n_steps", "logger", "model_registry", "num_nodes", "num_sanity_val_steps",
     "plugins", "profiler", "strategy",
 }  # fmt: skip
-_ADDED = {"model.trust_remote_code": False, "data.trust_remote_code": False}  # what was so before it was a setting
+_MEASURED_ONLY = {"metric", "score", "higher_is_better"}
+_ADDED = {  # what was so before it was a setting
+    "model.trust_remote_code": False,
+    "model.kind": None,
+    "data.trust_remote_code": False,
+    "data.kind": None,
+}
 
 
 def finetune_settings(
@@ -41,9 +47,10 @@ def finetune_settings(
     """
     defaults = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items()}
     chosen = {name: v for name, v in trainer.items() if name not in _WITHOUT_INFLUENCE and v != defaults.get(name)}
+    trained = {name: value for name, value in data.hparams.items() if name not in _MEASURED_ONLY}
     content = {
         "model": {"class": type(model).__qualname__, **model.hparams},
-        "data": {"class": type(data).__qualname__, **data.hparams},
+        "data": {"class": type(data).__qualname__, **trained},
         "trainer": chosen,
         "seed": seed,
     }

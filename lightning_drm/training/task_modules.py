@@ -7,6 +7,7 @@ from lightning import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.strategies import Strategy
 
 from lightning_drm.data import MultiTaskDataModule
+from lightning_drm.kinds import metrics_of
 from lightning_drm.modules import duplicate
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.strategies import convert_precision
@@ -16,8 +17,8 @@ class TaskModules:
     """Makes a task's module whenever one is needed, so that no more than one has to be kept.
 
     Args:
-        template: What each is a copy of. Its ``configure_task(num_classes)``, if it has one, is called with the number
-            of classes of the task's data.
+        template: What each is a copy of. Its ``configure_for(data)``, if it has one, is called with the task's data;
+            or its ``configure_task(num_classes)`` with the number of classes that the data have.
         data: The tasks' data modules.
         session: The session, whose ranks make their modules together.
         strategy: Tells which process prepares the data, and the precision of the weights.
@@ -52,12 +53,23 @@ class TaskModules:
         """
         seed_everything(self.seed, workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))), verbose=False)
         module = duplicate(self._template)
-        if hasattr(module, "configure_task"):
-            data = self._data.tasks[task]
+        data = self._data.tasks[task]
+        if hasattr(module, "configure_for"):
+            self._prepare(data)
+            cast(Any, module).configure_for(data)
+        elif hasattr(module, "configure_task"):
             self._prepare(data)
             if not hasattr(data, "num_classes"):
                 raise ValueError(f"{type(data).__name__} has no `num_classes`, which {type(module).__name__} asks for.")
             cast(Any, module).configure_task(data.num_classes)
+        if getattr(data, "metric", None) is not None and not hasattr(module, "configure_for"):
+            if getattr(module, "score", None) is not None:
+                raise ValueError(
+                    f"Both {type(module).__name__} (by its score, {cast(Any, module).score!r}) and its data (by their "
+                    "metric) say how the task is judged: leave one out."
+                )
+            self._prepare(data)
+            cast(Any, module).metric = metrics_of(data)
         convert_precision(self._strategy, module)
         return module
 

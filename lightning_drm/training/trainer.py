@@ -26,8 +26,8 @@ from rich.console import Console
 from typing_extensions import override
 
 from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.evaluation import Comparison, logged_metrics, terminal_table, write_report
-from lightning_drm.modules import MultiTaskModule
+from lightning_drm.evaluation import Comparison, Score, logged_metrics, terminal_table, write_report
+from lightning_drm.modules import MultiTaskModule, unmeasurable
 from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.collect import CollectTask
@@ -101,8 +101,9 @@ class MergeTrainer(Trainer):
         """Finetunes each task from the same base, then merges and tests. Tasks already done are not trained again.
 
         Args:
-            model: Template of a task's module. Each task trains a copy of it, whose ``configure_task(num_classes)``, if
-                it has one, is called with the number of classes of the task's data.
+            model: Template of a task's module. Each task trains a copy of it, whose ``configure_for(data)``, if it has
+                one, is called with the task's data; or its ``configure_task(num_classes)`` with their number of
+                classes.
             train_dataloaders: As in Lightning, for a single task.
             val_dataloaders: As in Lightning, for a single task.
             datamodule: The tasks.
@@ -119,7 +120,7 @@ class MergeTrainer(Trainer):
             ValueError: If the module, the tasks, the callback and the run folder do not fit together, or tasks failed.
             ExceptionGroup: If tasks failed by a bug, with its traceback.
         """
-        if problem := problem_of_class(type(model)):
+        if problem := problem_of_class(type(model)) or unmeasurable(model):
             raise ValueError(problem)
         if not isinstance(datamodule, MultiTaskDataModule):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
@@ -134,8 +135,8 @@ class MergeTrainer(Trainer):
             session.restore([*done, *collected] if only is None else collected)
             for task in tasks:
                 if task in done:
-                    accuracy = folder.read_metrics(task)["individual"]
-                    self._say(f"{task}: finetuned before (accuracy {100 * accuracy:.1f} %), not trained again")
+                    score = folder.read_metrics(task)["individual"]
+                    self._say(f"{task}: finetuned before ({score}), not trained again")
                     continue
                 run.interruptible.unfinished = f"task {task!r} was"
                 with failures.of(task):
@@ -245,6 +246,7 @@ class MergeTrainer(Trainer):
             fit.remove_checkpoints()
             run.folder.begin(task, settings)
         module = run.modules.fresh(task)
+        run.scoring.check(task, module)
         if checkpoint is not None:
             self._say(f"{task}: going on from {checkpoint}")
         trainer = fit.trainer(
@@ -263,16 +265,16 @@ class MergeTrainer(Trainer):
     def _measure(self, run: _Run, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
         """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
         seconds = round(time.perf_counter() - start, 1) if module is not None else None
-        accuracy = run.scoring.finetuned(task, module)
+        score = run.scoring.finetuned(task, module)
         run.interruptible.check()
         how = f"finetuned in {seconds:.0f} s" if seconds is not None else "finetuned before, measured now"
-        self._say(f"{task}: accuracy {100 * accuracy:.1f} %, {how}")
+        self._say(f"{task}: {score}, {how}")
         del module
         gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
         base = run.scoring.base(task, base_batches)
         run.interruptible.check()
         if is_writer():
-            scores = {"individual": accuracy, "base": base, "finetune_seconds": seconds}
+            scores = {"individual": score, "base": base, "finetune_seconds": seconds}
             run.folder.write_metrics(task, {**scores, **run.scoring.stamp(task)})
         run.session.ranks.wait()
 
@@ -301,7 +303,7 @@ class MergeTrainer(Trainer):
         self._report(run, scores, run.scoring.merged(merged))
 
     def _report(
-        self, run: _Run, scores: Mapping[str, Mapping[str, Any]], merged: Mapping[str, float]
+        self, run: _Run, scores: Mapping[str, Mapping[str, Any]], merged: Mapping[str, Score]
     ) -> dict[str, float]:
         method = run.session.recipe.description(run.session.tasks)
         base, individual = ({task: scores[task][row] for task in scores} for row in ("base", "individual"))

@@ -4,8 +4,8 @@ import datasets
 import pytest
 from helpers.sample_rows import make_rows
 
-from lightning_drm.data.labels import encode_labels
 from lightning_drm.data.splits import complete, limit
+from lightning_drm.kinds.classification import encode_classes as encode_labels
 
 FRACTIONS = {"validation_fraction": 0.1, "test_fraction": 0.2}
 

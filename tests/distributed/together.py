@@ -37,7 +37,7 @@ from lightning_drm import (
     TransformerTask,
 )
 from lightning_drm.data import TextTask
-from lightning_drm.modules import IGNORE_INDEX
+from lightning_drm.kinds import IGNORE_INDEX
 
 GLOBAL_BATCH = 8
 # By the number of processes; FSDP1 on two of them is enough to show its way of sharding.

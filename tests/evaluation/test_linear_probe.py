@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_drm.evaluation import linear_probe
-from lightning_drm.modules import IGNORE_INDEX
+from lightning_drm.kinds import IGNORE_INDEX
 
 
 class Net(nn.Module):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.scores import scores
 from PIL import Image
 from rich.console import Console
 
@@ -17,15 +18,20 @@ from lightning_drm.evaluation import (
 )
 
 TASKS = ["topic", "valence"]
+ACCURACY = {
+    "base": {"topic": 0.5, "valence": None, "average": None},
+    "individual": {"topic": 0.8, "valence": 0.96, "average": pytest.approx(0.88)},
+    "merged": {"topic": 0.6, "valence": 0.48, "average": pytest.approx(0.54)},
+}
 
 
 @pytest.fixture
 def comparison() -> Comparison:
     return Comparison(
         tasks=TASKS,
-        base={"topic": 0.5, "valence": None},
-        individual={"topic": 0.8, "valence": 0.96},
-        merged={"topic": 0.6, "valence": 0.48},
+        base=scores({"topic": 0.5, "valence": None}),
+        individual=scores({"topic": 0.8, "valence": 0.96}),
+        merged=scores({"topic": 0.6, "valence": 0.48}),
         method={"class_path": "lightning_drm.DRM", "init_args": {"direction": "horizontal", "density": 0.2}},
     )
 
@@ -34,14 +40,14 @@ def test_json_has_the_documented_schema(comparison: Comparison, tmp_path: Path) 
     write_report(comparison, tmp_path / "run")
     content = json.loads((tmp_path / "run" / "report.json").read_text())
     assert content == {
-        "schema": 1,
+        "schema": 2,
         "method": {"class_path": "lightning_drm.DRM", "init_args": {"direction": "horizontal", "density": 0.2}},
         "tasks": TASKS,
-        "accuracy": {
-            "base": {"topic": 0.5, "valence": None, "average": None},
-            "individual": {"topic": 0.8, "valence": 0.96, "average": pytest.approx(0.88)},
-            "merged": {"topic": 0.6, "valence": 0.48, "average": pytest.approx(0.54)},
-        },
+        "metrics": {task: {"name": "accuracy", "higher_is_better": True} for task in TASKS},
+        "scores": ACCURACY,
+        "accuracy": ACCURACY,
+        "intervals": {row: dict.fromkeys([*TASKS, "average"]) for row in ACCURACY},
+        "averaged": TASKS,
         "normalized": {
             "topic": pytest.approx(0.75),
             "valence": pytest.approx(0.5),
@@ -84,9 +90,9 @@ def test_terminal_table(comparison: Comparison) -> None:
 @pytest.mark.parametrize("count", [1, 8])
 def test_picture(tmp_path: Path, count: int) -> None:
     names = [f"task {index}" for index in range(count)]
-    accuracy = {name: (index + 1) / (count + 1) for index, name in enumerate(names)}
+    accuracy = scores({name: (index + 1) / (count + 1) for index, name in enumerate(names)})
     method = {"class_path": "lightning_drm.TIES", "init_args": {}}
-    without_base: dict[str, float | None] = {}
+    without_base: dict[str, None] = {}
     write_report(Comparison(names, without_base, accuracy, accuracy, method), tmp_path)
     with Image.open(tmp_path / "report.png") as picture:
         assert picture.format == "PNG"
@@ -104,7 +110,7 @@ def test_bars_are_as_high_as_the_accuracies(tmp_path: Path) -> None:
     """Counts the pixels of the merged row's color: three times the accuracy, three times the area."""
 
     def darkest(accuracy: float) -> int:
-        row = {"a": accuracy}
+        row = scores({"a": accuracy})
         write_report(Comparison(["a"], {}, {}, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path)
         with Image.open(tmp_path / "report.png") as picture:
             counted = picture.convert("RGB").getcolors(maxcolors=10**7)
@@ -131,7 +137,7 @@ def test_logged_metrics(comparison: Comparison) -> None:
 
 def test_report_is_replaced(comparison: Comparison, tmp_path: Path) -> None:
     write_report(comparison, tmp_path)
-    other = Comparison(["only"], {}, {}, {"only": 1.0}, {"class_path": "x.TSVM", "init_args": {"scale": 1.0}})
+    other = Comparison(["only"], {}, {}, scores({"only": 1.0}), {"class_path": "x.TSVM", "init_args": {"scale": 1.0}})
     write_report(other, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["tasks"] == ["only"]
     assert "TSVM" in (tmp_path / "report.md").read_text()
@@ -141,7 +147,7 @@ def test_report_is_replaced(comparison: Comparison, tmp_path: Path) -> None:
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     """Brackets are no markup, and a bar is no column."""
     name = "[red] a|b"
-    row = {name: 0.5}
+    row = scores({name: 0.5})
     comparison = Comparison([name], row, row, row, {"class_path": "x.DRM", "init_args": {}})
     console = Console(width=100, record=True, force_terminal=False)
     console.print(terminal_table(comparison))

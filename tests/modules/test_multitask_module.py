@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertForSequenceClassification
 
 from lightning_drm.deltas import Base, backbone_parameters, head_state
-from lightning_drm.modules import IGNORE_INDEX, MultiTaskModule, TransformerTask, classify, head_names_of
+from lightning_drm.kinds import IGNORE_INDEX
+from lightning_drm.modules import MultiTaskModule, TransformerTask, classify, head_names_of
 
 Folder = Callable[[str], str]
 
@@ -148,6 +149,7 @@ def test_a_real_test_routes_batches_and_counts_exactly(task: SmallTask) -> None:
         guesses = independent_logits(backbone, heads[name], x).argmax(1).tolist()
         pairs = [(guess, target) for guess, target in zip(guesses, y.tolist(), strict=True) if target != IGNORE_INDEX]
         expected[f"accuracy/{name}"] = sum(guess == target for guess, target in pairs) / len(pairs)
+        expected[f"score/{name}"] = expected[f"accuracy/{name}"]
     assert len(set(expected.values())) == 3
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,

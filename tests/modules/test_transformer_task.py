@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_drm.deltas import Base, backbone_parameters
+from lightning_drm.kinds import IGNORE_INDEX
 from lightning_drm.merging import LowRank
-from lightning_drm.modules import IGNORE_INDEX, TransformerTask, duplicate
+from lightning_drm.modules import TransformerTask, duplicate
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 import xxhash
 from datasets import Dataset, DatasetDict
 
-from lightning_drm.data.labels import LABELS
+from lightning_drm.kinds import LABELS
 
 HELD_OUT = 10
 """One row in so many is held out for validation, and as many for test."""

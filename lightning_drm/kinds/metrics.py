@@ -1,0 +1,275 @@
+"""What is measured of one task: metrics by name, of which one is the task's score."""
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+MetricChoice = str | dict[str, Any] | list[str | dict[str, Any]]
+"""A torchmetrics class by its import path, alone or as ``{class_path: …, init_args: {…}}``, or a list of them."""
+
+_ABOUT_TASKS = re.compile(r"^(Multiclass|Multilabel|Binary)(?=.)")
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """How to read a score.
+
+    Attributes:
+        name: The metric's name.
+        higher_is_better: The metric's direction.
+        is_fraction: Whether 1 is the best there can be, so that scores are shown in percent.
+    """
+
+    name: str
+    higher_is_better: bool = True
+    is_fraction: bool = False
+
+    @classmethod
+    def of(cls, name: str, metric: Metric | None, higher_is_better: bool | None = None) -> "MetricInfo":
+        """How to read what a metric gives.
+
+        Args:
+            name: Its name.
+            metric: The metric; ``None`` where only its name is known.
+            higher_is_better: Its direction; the metric's own if left out, and higher where there is none.
+
+        Example:
+            >>> from torchmetrics.text import Perplexity
+            >>> MetricInfo.of("perplexity", Perplexity())
+            MetricInfo(name='perplexity', higher_is_better=False, is_fraction=False)
+        """
+        if higher_is_better is None:
+            higher_is_better = getattr(metric, "higher_is_better", None) is not False
+        bound = getattr(metric, "plot_upper_bound", None)
+        return cls(name, higher_is_better, bound == 1 if metric is not None else name == "accuracy")
+
+
+class TaskMetrics(nn.Module):
+    """Metrics of one task, updated together; the first one's result is the task's score unless another is named.
+
+    A metric whose result is a dictionary (``ROUGEScore``) gives one result for each of its keys.
+
+    Args:
+        metrics: Metrics by name.
+        score: The result that is the score.
+        higher_is_better: Its direction; the metric's own if left out, and higher where the metric has none.
+
+    Attributes:
+        score: The score's name.
+
+    Raises:
+        ValueError: If there is no metric, or none has such a result.
+
+    Example:
+        >>> from torch import tensor
+        >>> from torchmetrics import MeanAbsoluteError, MeanSquaredError
+        >>> metrics = TaskMetrics({"mse": MeanSquaredError(), "mae": MeanAbsoluteError()})
+        >>> metrics.update(tensor([1.0, 2.0]), tensor([1.0, 4.0]))
+        >>> metrics.results()
+        {'mse': tensor(2.), 'mae': tensor(1.)}
+        >>> metrics.score_info
+        MetricInfo(name='mse', higher_is_better=False, is_fraction=False)
+    """
+
+    def __init__(
+        self, metrics: Mapping[str, Metric], score: str | None = None, higher_is_better: bool | None = None
+    ) -> None:
+        super().__init__()
+        if not metrics:
+            raise ValueError("Expected at least one metric, got none.")
+        self.metrics = nn.ModuleDict(metrics)
+        self._keys = {name: _keys_of(metric) for name, metric in metrics.items()}
+        known = [result for name, keys in self._keys.items() for result in keys or [name]]
+        if score is not None and score not in known:
+            raise ValueError(f"Expected one of {', '.join(known)} as score, got {score!r}.")
+        self.score = score or known[0]
+        self._direction = higher_is_better
+
+    def update(self, predictions: Any, target: Any) -> None:
+        """Adds a batch.
+
+        Args:
+            predictions: As the metrics take them.
+            target: Likewise.
+
+        Raises:
+            ValueError: If a metric cannot take them, naming it.
+        """
+        for name, metric in self._items():
+            try:
+                metric.update(predictions, target)
+            except (ValueError, RuntimeError, TypeError, IndexError) as error:
+                shape = getattr(predictions, "shape", None)
+                got = f"predictions of shape {tuple(shape)}" if shape is not None else type(predictions).__name__
+                raise ValueError(
+                    f"The metric {name!r} ({type(metric).__name__}) cannot measure this kind of task: it got {got}. "
+                    f"{error}"
+                ) from error
+
+    def results(self) -> dict[str, Tensor]:
+        """Every result by name, over all processes.
+
+        Raises:
+            ValueError: If one is not a single number.
+        """
+        found: dict[str, Tensor] = {}
+        for name, metric in self._items():
+            value = metric.compute()
+            found |= value if isinstance(value, Mapping) else {name: value}
+        for name, value in found.items():
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+                raise ValueError(f"Expected a single number as the result of the metric {name!r}, got {shape}.")
+        return {name: value.reshape(()) for name, value in found.items()}
+
+    def reset(self) -> None:
+        """Forgets all batches."""
+        for _, metric in self._items():
+            metric.reset()
+
+    @property
+    def score_metric(self) -> Metric:
+        """The metric that the score is a result of."""
+        if self.score in self.metrics:
+            return cast(Metric, self.metrics[self.score])
+        return next(metric for name, metric in self._items() if self.score in self._keys[name])
+
+    @property
+    def score_info(self) -> MetricInfo:
+        """How to read the score."""
+        return MetricInfo.of(self.score, self.score_metric, self._direction)
+
+    def describe(self) -> dict[str, Any]:
+        """What tells these metrics from others: classes and settings."""
+        settings = {
+            name: {
+                "class": type(metric).__qualname__,
+                **{key: v for key, v in vars(metric).items() if isinstance(v, str | int | float) and key[0] != "_"},
+            }
+            for name, metric in self._items()
+        }
+        return {"metrics": settings, "score": self.score, "higher_is_better": self._direction}
+
+    def _items(self) -> list[tuple[str, Metric]]:
+        return [(name, cast(Metric, metric)) for name, metric in self.metrics.items()]
+
+
+def make_metrics(chosen: MetricChoice | Metric | MetricCollection, sizes: Mapping[str, Any]) -> dict[str, Metric]:
+    """Fresh metrics by name.
+
+    Args:
+        chosen: Import paths with settings, or objects, of which copies are made.
+        sizes: Settings that the data know (``num_classes``, …), for classes that take them and were not given them.
+
+    Raises:
+        ValueError: If one is no torchmetrics class, or cannot be made.
+
+    Example:
+        >>> make_metrics("torchmetrics.classification.MulticlassMatthewsCorrCoef", {"num_classes": 3})
+        {'matthews_corr_coef': MulticlassMatthewsCorrCoef()}
+    """
+    if isinstance(chosen, MetricCollection):
+        return {name: cast(Metric, metric).clone() for name, metric in chosen.items()}
+    if isinstance(chosen, Metric):
+        return {metric_name(type(chosen)): chosen.clone()}
+    metrics: dict[str, Metric] = {}
+    for one in chosen if isinstance(chosen, list) else [chosen]:
+        metric = _make(one, sizes)
+        if (name := metric_name(type(metric))) in metrics:
+            raise ValueError(f"Expected different metrics, got {name!r} twice: a MetricCollection can name them.")
+        metrics[name] = metric
+    return metrics
+
+
+def metrics_of(data: object) -> TaskMetrics | None:
+    """What a task's data module says is measured, afresh; ``None`` if it says nothing.
+
+    Args:
+        data: A data module; one that says so has a method ``metrics``.
+    """
+    make = getattr(data, "metrics", None)
+    made = make() if callable(make) else None
+    return made if isinstance(made, TaskMetrics) else None
+
+
+def check_choice(chosen: MetricChoice | Metric | MetricCollection | None) -> None:
+    """Refuses what is no torchmetrics class, before there are data to make it for.
+
+    Args:
+        chosen: As for `make_metrics`.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if chosen is not None and not isinstance(chosen, Metric | MetricCollection):
+        for one in chosen if isinstance(chosen, list) else [chosen]:
+            _class_and_settings(one)
+
+
+def metric_name(kind: type[Metric]) -> str:
+    """A class's name as results bear it.
+
+    Example:
+        >>> from torchmetrics.classification import MulticlassF1Score
+        >>> metric_name(MulticlassF1Score)
+        'f1_score'
+    """
+    words = _ABOUT_TASKS.sub("", kind.__name__)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", words).lower()
+
+
+def _make(chosen: str | Mapping[str, Any], sizes: Mapping[str, Any]) -> Metric:
+    path, make, arguments = _class_and_settings(chosen)
+    known = inspect.signature(make).parameters
+    arguments = {name: value for name, value in sizes.items() if name in known} | arguments
+    try:
+        metric = make(**arguments)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(f"The metric {path} cannot be made with {arguments}: {error}") from error
+    if not isinstance(metric, Metric):
+        raise ValueError(f"Expected a class of torchmetrics.Metric as metric, got {path}.")
+    return metric
+
+
+def _class_and_settings(chosen: str | Mapping[str, Any]) -> tuple[str, Callable[..., Any], dict[str, Any]]:
+    settings = {"class_path": chosen} if isinstance(chosen, str) else dict(chosen)
+    path, arguments = settings.pop("class_path", None), settings.pop("init_args", None) or {}
+    if not isinstance(path, str) or not isinstance(arguments, Mapping) or settings:
+        raise ValueError(f"Expected a metric as {{class_path: …, init_args: {{…}}}}, got {chosen!r}.")
+    return path, _imported(path), dict(arguments)
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module or "torchmetrics"), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"Expected the path of a torchmetrics class as metric, got {path!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"Expected the import path of a torchmetrics class as metric, got {path!r}.")
+    return cast(Callable[..., Any], found)
+
+
+def _keys_of(metric: Metric) -> list[str]:
+    """The keys of a metric's result where it is a dictionary; none for other metrics."""
+    empty = metric.clone()
+    empty.distributed_available_fn = _alone
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            value = empty.compute()
+        except Exception:  # many metrics cannot compute anything from nothing, each in its way; those give numbers
+            return []
+    return list(value) if isinstance(value, Mapping) else []
+
+
+def _alone() -> bool:
+    """Keeps a metric from asking other processes."""
+    return False

@@ -1,0 +1,204 @@
+"""What a metric makes of each sample of a test set, so that its result on any choice of samples is known.
+
+A metric's states are sums over samples, or lists, for most metrics: then each sample's own states are kept, and states
+of any choice are their sums or lists. For the others, such as Pearson's correlation, each sample's inputs are kept.
+Either way a result costs no forward pass of the model. Under several processes each records its own samples.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_sum
+
+from lightning_drm.data.sharing import Share
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SampleStates:
+    """What a metric needs of each sample of a test set, in the set's order.
+
+    Args:
+        metric: A copy of the metric on the CPU, updated before, which computes anew each time it is asked.
+        samples: For each sample the metric's states, or the arguments of its update.
+        key: The result that counts, for a metric with several.
+    """
+
+    metric: Metric
+    samples: Sequence[Any]
+    key: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def results(self, choices: Sequence[Sequence[int]]) -> list[float]:
+        """The metric's results on some choices of samples.
+
+        Args:
+            choices: Numbers of samples, which may repeat.
+
+        Returns:
+            One number for each choice.
+        """
+        if not _has_plain_states(self.metric):
+            return [self._by_inputs(chosen) for chosen in choices]
+        states = {
+            name: torch.stack([sample[name] for sample in self.samples])
+            if isinstance(first, Tensor)
+            else [sample[name] for sample in self.samples]
+            for name, first in self.samples[0].items()
+        }
+        return [self._by_states(states, chosen) for chosen in choices]
+
+    def _by_states(self, states: Mapping[str, Any], chosen: Sequence[int]) -> float:
+        counts = torch.bincount(torch.as_tensor(chosen), minlength=len(self))
+        for name, of_samples in states.items():
+            if isinstance(of_samples, Tensor):
+                value = torch.tensordot(counts.double(), of_samples.double(), dims=1).to(of_samples.dtype)
+            else:
+                value = [item for sample in chosen for item in of_samples[sample]]
+            setattr(self.metric, name, value)
+        return self._result()
+
+    def _by_inputs(self, chosen: Sequence[int]) -> float:
+        self.metric.reset()
+        calls = [self.samples[sample] for sample in chosen]
+        args = [_joined([call[0][place] for call in calls]) for place in range(len(calls[0][0]))]
+        self.metric.update(*args, **{name: _joined([call[1][name] for call in calls]) for name in calls[0][1]})
+        return self._result()
+
+    def _result(self) -> float:
+        result = self.metric.compute()
+        return float(result[self.key] if isinstance(result, Mapping) else result)
+
+
+class SampleRecorder:
+    """Listens to a metric that is updated with batches, and keeps what it makes of each sample.
+
+    Args:
+        metric: The metric.
+        key: The result that counts, for a metric with several.
+    """
+
+    def __init__(self, metric: Metric, key: str | None = None) -> None:
+        self.metric = metric
+        self.key = key
+        self._copy = metric.clone()
+        self._copy.distributed_available_fn = _alone
+        self._copy.compute_with_cache = False
+        self._found: list[tuple[int, Any]] = []
+        self._complete = True
+
+    @contextmanager
+    def listening(self, share: Share) -> Iterator[None]:
+        """Records while the metric is updated with one batch.
+
+        Args:
+            share: The batch's samples, without those that do not count.
+        """
+        calls: list[Call] = []
+        update, forward = self.metric.update, self.metric.forward
+        within_forward = False  # it updates by itself, once or twice
+
+        def heard_update(*args: Any, **kwargs: Any) -> None:
+            if not within_forward:
+                calls.append((args, kwargs))
+            update(*args, **kwargs)
+
+        def heard_forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal within_forward
+            calls.append((args, kwargs))
+            within_forward = True
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                within_forward = False
+
+        self.metric.update, self.metric.forward = heard_update, heard_forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            self.metric.update = update  # type: ignore[method-assign]
+            del self.metric.__dict__["forward"]
+        self._record(calls, share)
+
+    def gathered(self) -> SampleStates | None:
+        """What was recorded on all processes, which call this together; ``None`` if it was not sample by sample."""
+        found, complete = [self._found], [self._complete]
+        if dist.is_available() and dist.is_initialized():
+            everything: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everything, (self._found, self._complete))
+            found, complete = [rank[0] for rank in everything], [rank[1] for rank in everything]
+        in_order = sorted((pair for rank in found for pair in rank), key=lambda pair: pair[0])
+        if not all(complete) or not in_order:
+            return None
+        copy = self._copy.cpu()
+        return SampleStates(copy, [sample for _, sample in in_order], self.key)
+
+    def _record(self, calls: Sequence[Call], share: Share) -> None:
+        samples = [sample for call in calls for sample in _each_sample(call)]
+        if share.new is None or len(samples) != share.new:
+            self._complete = False  # the metric gets something else than samples, tokens perhaps
+            return
+        first, step = share.places
+        for number, (args, kwargs) in enumerate(samples):
+            kept: Any = (args, kwargs)
+            if _has_plain_states(self._copy):
+                self._copy.reset()
+                self._copy.update(*args, **kwargs)
+                kept = {name: _copied(value) for name, value in self._copy.metric_state.items()}
+            self._found.append((first + number * step, apply_to_collection(kept, Tensor, lambda t: t.detach().cpu())))
+
+
+def _alone() -> bool:
+    """Keeps a metric from asking other processes."""
+    return False
+
+
+def _has_plain_states(metric: Metric) -> bool:
+    """Whether all states are sums over samples, or lists."""
+    reductions = metric._reductions  # torchmetrics has no public name for it
+    return all(
+        isinstance(metric._defaults[name], list) or reduction is dim_zero_sum for name, reduction in reductions.items()
+    )
+
+
+def _copied(state: Any) -> Any:
+    return list(state) if isinstance(state, list) else state.clone()
+
+
+def _each_sample(call: Call) -> Iterator[Call]:
+    args, kwargs = call
+    sizes = {
+        len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor | list) and _has_length(value)
+    }
+    if len(sizes) != 1:
+        return
+    for sample in range(sizes.pop()):
+        yield (
+            tuple(_one(value, sample) for value in args),
+            {name: _one(value, sample) for name, value in kwargs.items()},
+        )
+
+
+def _has_length(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.ndim > 0
+
+
+def _one(value: Any, sample: int) -> Any:
+    divided = isinstance(value, Tensor | list) and _has_length(value)
+    return value[sample : sample + 1] if divided else value
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor) and values[0].ndim > 0:
+        return torch.cat(list(values))
+    return [item for value in values for item in value] if isinstance(values[0], list) else values[0]
