@@ -3,7 +3,7 @@
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
@@ -233,12 +233,10 @@ def _make(chosen: str | Mapping[str, Any], sizes: Mapping[str, Any]) -> Metric:
         metric = make(**arguments)
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"The metric {path} cannot be made with {arguments}: {error}") from error
-    if not isinstance(metric, Metric):
-        raise ValueError(f"Expected a class of torchmetrics.Metric as metric, got {path}.")
     return metric
 
 
-def _class_and_settings(chosen: str | Mapping[str, Any]) -> tuple[str, Callable[..., Any], dict[str, Any]]:
+def _class_and_settings(chosen: str | Mapping[str, Any]) -> tuple[str, type[Metric], dict[str, Any]]:
     settings = {"class_path": chosen} if isinstance(chosen, str) else dict(chosen)
     path, arguments = settings.pop("class_path", None), settings.pop("init_args", None) or {}
     if not isinstance(path, str) or not isinstance(arguments, Mapping) or settings:
@@ -246,15 +244,15 @@ def _class_and_settings(chosen: str | Mapping[str, Any]) -> tuple[str, Callable[
     return path, _imported(path), dict(arguments)
 
 
-def _imported(path: str) -> Callable[..., Any]:
+def _imported(path: str) -> type[Metric]:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(import_module(module or "torchmetrics"), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"Expected the path of a torchmetrics class as metric, got {path!r}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"Expected the import path of a torchmetrics class as metric, got {path!r}.")
-    return cast(Callable[..., Any], found)
+    if not (isinstance(found, type) and issubclass(found, Metric)):
+        raise ValueError(f"Expected the path of a subclass of torchmetrics.Metric as metric, got {path!r}.")
+    return found
 
 
 def _keys_of(metric: Metric) -> list[str]:

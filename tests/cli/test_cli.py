@@ -74,7 +74,7 @@ def test_settings_of_older_versions_are_the_same():
 
 def test_report_compares_base_individual_and_merged(finished: Run):
     content = report(finished.folder)
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["tasks"] == list(KINDS)
     assert content["method"]["class_path"] == "lightning_drm.DRM"
     assert content["method"]["init_args"]["density"] == 0.2
@@ -83,6 +83,10 @@ def test_report_compares_base_individual_and_merged(finished: Run):
         assert values["average"] == pytest.approx((values["color"] + values["pet"]) / 2)
         assert all(0 <= value <= 1 for value in values.values())
     assert content["accuracy"]["individual"]["average"] > 0.9, "a telling word in each text is easily learned"
+    assert content["metrics"] == {task: {"name": "accuracy", "higher_is_better": True} for task in KINDS}
+    assert content["scores"] == content["accuracy"]
+    low, high = content["intervals"]["merged"]["pet"]
+    assert 0 <= low <= content["scores"]["merged"]["pet"] <= high <= 1
     ratio = content["accuracy"]["merged"]["pet"] / content["accuracy"]["individual"]["pet"]
     assert content["normalized"]["pet"] == pytest.approx(ratio)
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lightning_drm.deltas import TaskVector
+from lightning_drm.evaluation import Score
+from lightning_drm.kinds import MetricInfo
 from lightning_drm.storage import write_json, write_text
 from lightning_drm.training.run_folder import RunFolder
 
@@ -17,17 +19,18 @@ def test_a_task_is_done_once_its_metrics_are_there(tmp_path: Path, vectors: list
     assert folder.missing(tasks) == tasks
     folder.save_task_vector(vectors[0])
     assert not folder.is_done("zeta")
-    folder.write_metrics("zeta", {"individual": 0.5, "base": None})
+    half = Score(0.5, MetricInfo("perplexity", higher_is_better=False), (0.25, 0.75))
+    folder.write_metrics("zeta", {"individual": half, "base": None})
     assert folder.is_done("zeta")
     assert folder.missing(tasks) == ["alpha"]
-    assert folder.read_metrics("zeta") == {"individual": 0.5, "base": None}
+    assert folder.read_metrics("zeta") == {"individual": half, "base": None}
     assert json.loads((tmp_path / "run" / "tasks" / "zeta" / "metrics.json").read_text())["individual"] == 0.5
 
 
 def test_a_new_finetune_is_not_done_with_the_old_metrics(tmp_path: Path, vectors: list[TaskVector]) -> None:
     folder = RunFolder(tmp_path)
     folder.save_task_vector(vectors[0])
-    folder.write_metrics("zeta", {"individual": 0.5})
+    folder.write_metrics("zeta", {"individual": Score(0.5, MetricInfo("accuracy")), "base": None})
     folder.save_task_vector(vectors[0])
     assert not folder.is_done("zeta")
 
