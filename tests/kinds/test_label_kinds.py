@@ -21,11 +21,7 @@ def splits(**columns) -> DatasetDict:
         (MultiLabel(), [[10, 9], [], [100], [9]], ["9", "10", "100"]),
         (MultiLabel(separator=","), ["b, a", "", "c", "a"], ["a", "b", "c"]),
         (MultiLabel(multi_hot=True), [[1, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 0]], ["0", "1", "2"]),
-        (
-            MultiLabel(multi_hot=True),
-            [[True, True, False], [False] * 3, [False, False, True], [True, False, False]],
-            ["0", "1", "2"],
-        ),
+        (MultiLabel(multi_hot=True), [[True, True], [False, False], [False, True], [True, False]], ["0", "1"]),
     ],
 )
 def test_several_labels_become_zeros_and_ones(kind, rows, names):
@@ -86,10 +82,8 @@ def test_rare_labels_are_on_both_sides(tmp_path):
 
 
 def test_numbers_are_labels_as_they_are(tmp_path):
-    file = tmp_path / "rows.csv"
-    Dataset.from_dict({"text": [f"text {row}" for row in range(50)], "label": [row / 3 for row in range(50)]}).to_csv(
-        file
-    )
+    file, numbers = tmp_path / "rows.csv", [row / 3 for row in range(50)]
+    Dataset.from_dict({"text": [f"text {row}" for row in range(50)], "label": numbers}).to_csv(file)
     task = TextTask(str(file), BASE, kind=Regression())
     assert task.num_classes == 1
     assert list(task.metrics().metrics) == ["pearson", "spearman", "mse"]

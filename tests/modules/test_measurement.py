@@ -84,7 +84,7 @@ def numbers(num: int = 9) -> TensorDataset:
     return TensorDataset(torch.randn(num, 4), torch.randn(num))
 
 
-def tested(modules: dict[str, nn.Module], *sets: TensorDataset, record: bool = False):
+def measured(modules: dict[str, nn.Module], *sets: TensorDataset, record: bool = False):
     merged = MultiTaskModule(modules)
     merged.record_samples = record
     trainer = quiet_trainer()
@@ -96,7 +96,7 @@ def tested(modules: dict[str, nn.Module], *sets: TensorDataset, record: bool = F
 def test_every_task_is_judged_by_what_its_own_test_step_logs():
     data, values = classes(), numbers()
     modules = {"f": WithF1(), "r": Regressor(), "p": Plain(), "o": OtherName(), "a": WithAccuracy()}
-    merged, logged = tested(modules, data, values, data, data, data)
+    merged, logged = measured(modules, data, values, data, data, data)
     x, y = data.tensors
     guesses = modules["p"](x).argmax(1)
     accuracy = float((guesses == y).double().mean())
@@ -129,7 +129,7 @@ def test_every_task_is_judged_by_what_its_own_test_step_logs():
 
 def test_samples_are_recorded_where_a_metric_tells_them():
     data = classes()
-    merged, logged = tested({"f": WithF1(), "p": Plain(), "o": WithAccuracy()}, data, data, data, record=True)
+    merged, logged = measured({"f": WithF1(), "p": Plain(), "o": WithAccuracy()}, data, data, data, record=True)
     for task in ("f", "p"):
         samples = merged.samples(task)
         assert samples is not None
@@ -140,12 +140,12 @@ def test_samples_are_recorded_where_a_metric_tells_them():
 def test_a_metric_of_the_module_takes_its_logits():
     module = Plain()
     module.metric = MulticlassF1Score(3, average="macro")
-    with_own, by_logits = tested({"f": WithF1()}, classes())[1], tested({"m": module}, classes())[1]
+    with_own, by_logits = measured({"f": WithF1()}, classes())[1], measured({"m": module}, classes())[1]
     assert by_logits["score/m"] == by_logits["f1_score/m"] == pytest.approx(with_own["score/f"])
     module = Plain(1)
     module.classify = lambda batch: (Plain.forward(module, batch[0])[:, 0], batch[1])
     module.metric = TaskMetrics({"mse": MeanSquaredError(), "rmse": MeanSquaredError(squared=False)}, "rmse")
-    merged, logged = tested({"m": module}, numbers())
+    merged, logged = measured({"m": module}, numbers())
     assert logged["score/m"] == logged["rmse/m"] == pytest.approx(logged["mse/m"] ** 0.5)
     assert merged.metric_of("m").higher_is_better is False
 
@@ -188,7 +188,7 @@ class Language(Plain):
 )
 def test_what_cannot_be_measured_is_named(module, data, message):
     with pytest.raises(ValueError, match=message):
-        tested({"t": module}, data)
+        measured({"t": module}, data)
 
 
 def test_a_score_that_nothing_can_log_is_refused_by_the_class():
@@ -240,7 +240,7 @@ class Hooked(WithF1):
 
 def test_the_hooks_of_a_test_are_called():
     module = Hooked()
-    tested({"h": module}, classes(8))
+    measured({"h": module}, classes(8))
     once = ["start", "epoch start", "batch 0 start", "batch 0 end", "batch 1 start", "batch 1 end", "epoch end", "end"]
     assert module.called == once * 2
     assert "log" not in vars(module)
