@@ -30,16 +30,16 @@ def write_picture(comparison: Comparison, path: Path, title: str, method: str) -
     sizes = [len(groups) if len(groups) > 1 else 1.3 for groups in panels]
     figure = Figure(figsize=(max(6.4, 1.5 * sum(sizes) + 1.5), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), width_ratios=sizes, squeeze=False)[0]
-    for place, groups in enumerate(panels):
-        _draw(comparison, axes[place], groups, percent=bool(fractions) and place == 0)
+    for number, groups in enumerate(panels):
+        _draw(comparison, axes[number], groups, percent=bool(fractions) and number == 0)
     if fractions:
-        _label_percent(comparison, axes[0], title)
+        _label_percent(axes[0], title)
         if averages:
             axes[0].axvline(len(panels[0]) - 1.5, color="0.8", linewidth=1)
     for task, axis in zip(others, axes[len(axes) - len(others) :], strict=True):
         direction = "higher" if metrics[task].higher_is_better else "lower"
         axis.set_ylabel(f"{metrics[task].name} ({direction} is better)")
-        axis.margins(y=0.12)
+        axis.set_ylim(top=1.1 * axis.get_ylim()[1])
     figure.suptitle(f"{len(comparison.tasks)} tasks merged with {method}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(ROWS), frameon=False)
@@ -51,31 +51,27 @@ def _draw(comparison: Comparison, axes: Axes, groups: Sequence[str], *, percent:
     colors = dict(zip(ROWS, matplotlib.colormaps["viridis"]([0.85, 0.5, 0.15]), strict=True))
     factor = 100 if percent else 1
     for offset, row in enumerate(ROWS):
-        scores, intervals = comparison.scores[row], comparison.intervals[row]
+        label: str | None = row
         for index, group in enumerate(groups):
-            value, interval = scores[group], intervals[group]
+            value, interval = comparison.scores[row][group], comparison.intervals[row][group]
             if value is None:
                 continue
-            place = index + (offset - 1) * _WIDTH
-            known = row in axes.get_legend_handles_labels()[1]
-            bars = axes.bar(place, factor * value, _WIDTH, label=None if known else row, color=colors[row])
+            place, low, high = index + (offset - 1) * _WIDTH, *(interval or (value, value))
+            axes.bar(place, factor * value, _WIDTH, label=label, color=colors[row])
+            label = None
             if interval is not None:
-                errors = [[factor * max(0, value - interval[0])], [factor * max(0, interval[1] - value)]]
+                errors = [[factor * max(0, value - low)], [factor * max(0, high - value)]]
                 axes.errorbar(place, factor * value, errors, color="0.3", linewidth=0.8, capsize=2)
-            axes.bar_label(bars, fmt="%.1f" if percent else "%.3g", padding=_above(value, interval, factor), fontsize=7)
+            number = f"{100 * value:.1f}" if percent else f"{value:.3g}"
+            top = (place, factor * max(value, high, 0))
+            axes.annotate(number, top, (0, 2), textcoords="offset points", ha="center", fontsize=7)
     axes.set_xticks(range(len(groups)), [_name(comparison, group) for group in groups], fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _above(value: float, interval: tuple[float, float] | None, factor: float) -> float:
-    """Space in points between a bar and its number, which stands above the interval: 2.3 points to one percent."""
-    return 1 + (2.3 * factor * max(0, interval[1] - value) if interval is not None and factor > 1 else 2)
-
-
-def _label_percent(comparison: Comparison, axes: Axes, title: str) -> None:
-    values = [value for row in comparison.scores.values() for value in row.values() if value is not None]
-    lowest = min([0.0, *(100 * v for v in values if v >= -1)])
-    axes.set_ylim(lowest, 110)
+def _label_percent(axes: Axes, title: str) -> None:
+    lowest, _ = axes.get_ylim()
+    axes.set_ylim(min(0.0, lowest), 110)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel(f"{title[0].lower()}{title[1:]} (%)")
 

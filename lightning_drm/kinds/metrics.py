@@ -176,7 +176,7 @@ def make_metrics(chosen: MetricChoice | Metric | MetricCollection, sizes: Mappin
         {'matthews_corr_coef': MulticlassMatthewsCorrCoef()}
     """
     if isinstance(chosen, MetricCollection):
-        return {name: cast(Metric, metric).clone() for name, metric in chosen.items()}
+        return {name: metric.clone() for name, metric in chosen.items()}
     if isinstance(chosen, Metric):
         return {metric_name(type(chosen)): chosen.clone()}
     metrics: dict[str, Metric] = {}

@@ -39,7 +39,7 @@ class MultiLabel(Kind):
 
     @override
     def encode(self, splits: DatasetDict, column: str) -> DatasetDict:
-        rows = {name: self._rows(table, name, column) for name, table in splits.items()}
+        rows: dict[str, Any] = {name: self._rows(table, name, column) for name, table in splits.items()}
         if self.multi_hot:
             names, hot = _names_of_places(rows, column), rows
         else:
@@ -104,7 +104,7 @@ class MultiLabel(Kind):
                 f"Expected a list of labels in every row of column {column!r}, got {values[wrong[0]]!r} in row "
                 f"{wrong[0]} of {split!r}" + ("." if self.separator else "; for strings, give the kind a separator.")
             )
-        return values
+        return list(values)
 
 
 def _names_of_places(rows: Mapping[str, list[Sequence[Any]]], column: str) -> list[str]:

@@ -9,7 +9,7 @@ hooks log is logged too.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
@@ -110,7 +110,7 @@ class Measurement:
             if _has("test_step", self.module):
                 with _logs_of(self.module, trainer, found):
                     _call(self.module, "on_test_batch_start", batch, batch_idx)
-                    outputs = self.module.test_step(batch, batch_idx)
+                    outputs = cast(Any, self.module).test_step(batch, batch_idx)
                     _call(self.module, "on_test_batch_end", outputs, batch, batch_idx)
             if self._by_own is None:
                 self._by_own = self._score in found
@@ -130,7 +130,7 @@ class Measurement:
                 reduction.update(value)
             self._log(name, reduction, log)
 
-    def finish(self, log: Log, trainer: Any, all_gather: Callable[[Tensor], Tensor]) -> None:
+    def finish(self, log: Log, trainer: Any, all_gather: Callable[[Tensor], Any]) -> None:
         """Calls the module's own hook at the end of the test set, and checks that there is a score.
 
         Args:

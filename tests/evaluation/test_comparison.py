@@ -1,9 +1,12 @@
 """Averages and ratios of accuracies, with the gaps that they may have."""
 
-import pytest
-from helpers.scores import scores
+import math
 
-from lightning_drm.evaluation import Comparison
+import pytest
+from helpers.scores import ACCURACY, scores
+
+from lightning_drm.evaluation import Comparison, Score
+from lightning_drm.kinds import MetricInfo
 
 METHOD = {"class_path": "lightning_drm.DRM", "init_args": {"density": 0.2}}
 
@@ -43,3 +46,50 @@ def test_zero_accuracy_is_a_number_but_no_divisor() -> None:
     assert comparison.scores["individual"]["average"] == 0.25
     assert comparison.normalized == {"b": 0.0, "a": None, "average": 0.0}
     assert comparison.compared == ["b"]
+
+
+PERPLEXITY = MetricInfo("perplexity", higher_is_better=False)
+PEARSON = MetricInfo("pearson", is_fraction=True)
+
+
+def mixed() -> Comparison:
+    """An accuracy, a correlation and a perplexity."""
+
+    def row(accuracy: float, pearson: float, perplexity: float, half: float) -> dict[str, Score]:
+        values = {"acc": (accuracy, ACCURACY), "cor": (pearson, PEARSON), "ppl": (perplexity, PERPLEXITY)}
+        return {task: Score(v, metric, (v - half, v + half / 2)) for task, (v, metric) in values.items()}
+
+    return Comparison(["acc", "cor", "ppl"], {}, row(0.8, 0.9, 10.0, 0.04), row(0.6, 0.45, 16.0, 0.03), METHOD)
+
+
+def test_only_what_can_be_averaged_is():
+    comparison = mixed()
+    assert comparison.metrics == {"acc": ACCURACY, "cor": PEARSON, "ppl": PERPLEXITY}
+    assert comparison.averaged == ["acc", "cor"]
+    assert comparison.scores["individual"]["average"] == pytest.approx(0.85)
+    assert comparison.scores["merged"] == {"acc": 0.6, "cor": 0.45, "ppl": 16.0, "average": pytest.approx(0.525)}
+
+
+def test_where_lower_is_better_the_ratio_is_turned_round():
+    comparison = mixed()
+    ratios = {"acc": 0.75, "cor": 0.5, "ppl": 10 / 16}
+    assert comparison.normalized == pytest.approx({**ratios, "average": sum(ratios.values()) / 3})
+    worse_than_nothing = Comparison(["cor"], {}, scores({"cor": -0.1}, PEARSON), scores({"cor": 0.5}, PEARSON), METHOD)
+    assert worse_than_nothing.normalized == {"cor": None, "average": None}
+
+
+def test_intervals_of_tasks_make_that_of_the_average():
+    """Test sets are drawn apart, so the variances of their scores add up."""
+    intervals = mixed().intervals
+    assert intervals["merged"]["ppl"] == (15.97, 16.015)
+    below, above = math.sqrt(2 * 0.03**2) / 2, math.sqrt(2 * 0.015**2) / 2
+    assert intervals["merged"]["average"] == pytest.approx((0.525 - below, 0.525 + above))
+    assert intervals["base"] == dict.fromkeys(["acc", "cor", "ppl", "average"])
+
+
+def test_without_anything_to_average_there_is_no_average():
+    row = scores({"a": 3.0, "b": 4.0}, PERPLEXITY)
+    comparison = Comparison(["b", "a"], {}, row, row, METHOD)
+    assert comparison.averaged == []
+    assert comparison.scores["merged"]["average"] is None
+    assert comparison.normalized["average"] == 1.0

@@ -10,12 +10,14 @@ from rich.console import Console
 
 from lightning_drm.evaluation import (
     Comparison,
+    Score,
     logged_metrics,
     markdown,
     report_content,
     terminal_table,
     write_report,
 )
+from lightning_drm.kinds import MetricInfo
 
 TASKS = ["topic", "valence"]
 ACCURACY = {
@@ -154,3 +156,55 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
     assert name in console.export_text()
     line = next(line for line in markdown(comparison).splitlines() if "red" in line)
     assert line.replace(r"\|", "").count("|") == 6
+
+
+@pytest.fixture
+def mixed() -> Comparison:
+    """Tasks of several kinds, with intervals."""
+    metrics = {
+        "topic": MetricInfo("accuracy", is_fraction=True),
+        "cola": MetricInfo("matthews_corr_coef", is_fraction=True),
+        "lm": MetricInfo("perplexity", higher_is_better=False),
+    }
+
+    def row(**values: float) -> dict[str, Score]:
+        return {task: Score(value, metrics[task], (value - 0.04, value + 0.06)) for task, value in values.items()}
+
+    method = {"class_path": "lightning_drm.DRM", "init_args": {}}
+    base, individual = row(topic=0.5, cola=-0.1, lm=30.0), row(topic=0.8, cola=0.6, lm=12.0)
+    return Comparison(list(metrics), base, individual, row(topic=0.6, cola=0.3, lm=16.0), method)
+
+
+def test_tasks_of_several_kinds(mixed: Comparison, tmp_path: Path) -> None:
+    write_report(mixed, tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert "accuracy" not in content
+    assert content["metrics"]["lm"] == {"name": "perplexity", "higher_is_better": False}
+    assert content["intervals"]["merged"]["topic"] == pytest.approx([0.56, 0.66])
+    assert content["averaged"] == ["topic", "cola"]
+    text = (tmp_path / "report.md").read_text()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert table[0] == ["task", "metric", "base", "individual", "merged", "normalized"]
+    assert table[3] == ["cola", "matthews_corr_coef", "-10.0 ±5.0", "60.0 ±5.0", "30.0 ±5.0", "50.0"]
+    assert table[4] == ["lm", "perplexity", "30 ±0.05", "12 ±0.05", "16 ±0.05", "75.0"]
+    assert table[5][:5] == ["average", "", "20.0 ±3.5", "70.0 ±3.5", "45.0 ±3.5"]
+    assert "merged / individual, or individual / merged where lower is better" in text
+    assert "Scores are averaged over topic, cola, whose scores are percentages." in text
+    assert "Lower is better for lm." in text
+    assert "±: half of the 95 % interval over test samples." in text
+    console = Console(width=100, record=True, force_terminal=False)
+    console.print(terminal_table(mixed))
+    printed = console.export_text()
+    assert "Test scores, merged with DRM" in printed
+    assert "matthews_corr_coef" in printed
+    with Image.open(tmp_path / "report.png") as picture:
+        picture.load()
+        assert picture.size[0] > 1000, "two panels: fractions, and the perplexity"
+
+
+def test_a_run_without_fractions_has_a_picture_too(tmp_path: Path) -> None:
+    row = scores({"a": 3.0, "b": 5.0}, MetricInfo("perplexity", higher_is_better=False))
+    write_report(Comparison(["a", "b"], {}, row, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path)
+    assert "normalized*: individual / merged, as lower is better" in (tmp_path / "report.md").read_text()
+    with Image.open(tmp_path / "report.png") as picture:
+        picture.load()
