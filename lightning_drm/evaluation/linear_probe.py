@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_drm.kinds import IGNORE_INDEX
-from lightning_drm.modules import TransformerTask, classify
+from lightning_drm.modules import TransformerTask, can_classify, classify
 
 _WEIGHT_DECAY = 1e-4
 
@@ -44,7 +44,10 @@ def linear_probe(
     features, targets = _features(module, layer, itertools.islice(batches, max_batches))
     if features is None or targets is None:
         return None
-    weight, bias = _fitted(features, targets, layer.out_features, _loss_of(module))
+    loss = _loss_of(module)
+    if loss is _cross_entropy and (targets.is_floating_point() or int(targets.max()) >= layer.out_features):
+        return None  # these targets are no classes
+    weight, bias = _fitted(features, targets, layer.out_features, loss)
     state = {f"{head[0]}.weight": weight.to(layer.weight)}
     return {**state, f"{head[0]}.bias": bias.to(layer.weight)}
 
@@ -70,7 +73,8 @@ def _features(module: nn.Module, layer: nn.Linear, batches: Iterable[Any]) -> tu
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        targets = [classify(module, move_data_to_device(batch, layer.weight.device))[1] for batch in batches]
+        moved = (move_data_to_device(batch, layer.weight.device) for batch in batches)
+        targets = [classify(module, batch)[1] for batch in moved if can_classify(module, batch)]
     finally:
         hook.remove()
         for child, mode in modes.items():

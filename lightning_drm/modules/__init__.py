@@ -4,7 +4,7 @@ from lightning_drm.modules.duplicate import duplicate, with_buffers_of, without_
 from lightning_drm.modules.measurement import unmeasurable
 from lightning_drm.modules.multitask import MultiTaskModule
 from lightning_drm.modules.pooling import PooledClassifier
-from lightning_drm.modules.protocol import classify, head_names_of
+from lightning_drm.modules.protocol import can_classify, classify, head_names_of
 from lightning_drm.modules.sample_states import SampleStates
 from lightning_drm.modules.sharding import data_parallel, is_sharded
 from lightning_drm.modules.transformer import TransformerTask
@@ -14,6 +14,7 @@ __all__ = [
     "PooledClassifier",
     "SampleStates",
     "TransformerTask",
+    "can_classify",
     "classify",
     "data_parallel",
     "duplicate",

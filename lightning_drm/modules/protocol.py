@@ -21,6 +21,16 @@ class Classifies(Protocol):
         ...
 
 
+def can_classify(module: nn.Module, batch: Any) -> bool:
+    """Whether `classify` takes this batch.
+
+    Args:
+        module: A task's module.
+        batch: A batch of its data.
+    """
+    return isinstance(module, Classifies) or (isinstance(batch, list | tuple) and len(batch) == 2)
+
+
 def classify(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """Logits and targets of one batch.
 
@@ -36,7 +46,7 @@ def classify(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     """
     if isinstance(module, Classifies):
         return module.classify(batch)
-    if not isinstance(batch, list | tuple) or len(batch) != 2:
+    if not can_classify(module, batch):
         raise TypeError(
             f"{type(module).__name__} has no `classify(batch)` and its batch is a {type(batch).__name__}, not a pair "
             "(inputs, targets): define `classify(self, batch)` that returns logits and targets."

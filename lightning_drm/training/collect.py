@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lightning_drm.deltas import backbone_parameters
 from lightning_drm.deltas.wrappers import refuse_apart, refuse_flat
-from lightning_drm.modules import data_parallel, head_names_of
+from lightning_drm.modules import data_parallel, head_names_of, unmeasurable
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.strategies import (
     convert_precision,
@@ -66,6 +66,8 @@ class CollectTask(Callback):
                 f"This Trainer has already fitted {trainer.global_step} steps, and would train task {self.task!r} from "
                 "there or not at all: make a new Trainer for each task's fit."
             )
+        if problem := unmeasurable(pl_module):
+            raise ValueError(problem)
         strategy = trainer.strategy
         join_processes(self.session, trainer)
         refuse_flat(pl_module)

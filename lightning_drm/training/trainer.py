@@ -120,11 +120,13 @@ class MergeTrainer(Trainer):
             ValueError: If the module, the tasks, the callback and the run folder do not fit together, or tasks failed.
             ExceptionGroup: If tasks failed by a bug, with its traceback.
         """
-        if problem := problem_of_class(type(model)) or unmeasurable(model):
+        if problem := problem_of_class(type(model)):
             raise ValueError(problem)
         if not isinstance(datamodule, MultiTaskDataModule):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
             return
+        if problem := unmeasurable(model):
+            raise ValueError(problem)
         run = self._run_of(model, datamodule)
         session, folder = run.session, run.folder
         tasks = _chosen(session.tasks, only)
@@ -285,7 +287,7 @@ class MergeTrainer(Trainer):
         if not again and stamp.items() <= stored.items():
             return stored
         if not again:
-            self._say(f"{task}: its scores are of other test data, so it is measured again")
+            self._say(f"{task}: its scores are of other test data, or of another metric, so it is measured again")
         scores = {**stored, "individual": run.scoring.finetuned(task), "base": run.scoring.stored_base(task), **stamp}
         if is_writer():
             run.folder.write_metrics(task, scores)

@@ -89,7 +89,7 @@ def test_scores_of_another_test_set_are_measured_again(copied: Run, tmp_path: Pa
     metrics = json.loads((run / "tasks/pet/metrics.json").read_text())
     merge(copied, "--data.tasks.pet.init_args.max_eval_samples", "7")
     output = capsys.readouterr().out
-    assert "pet: its scores are of other test data, so it is measured again" in output
+    assert "pet: its scores are of other test data" in output
     assert "color: its scores" not in output
     scores = report(run)["accuracy"]
     assert all(scores[row]["color"] == before[row]["color"] for row in scores)
