@@ -14,6 +14,7 @@ from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.merging import DRM, Method
 from lightning_drm.modules import MultiTaskModule
+from lightning_drm.training.chosen_weights import Weights, require_choice, settings_of
 from lightning_drm.training.collect import CollectTask, join_processes
 from lightning_drm.training.delta_cache import Store
 from lightning_drm.training.run_folder import RunFolder
@@ -45,10 +46,13 @@ class DRMMergeCallback(Callback):
         store: Where deltas wait for the other tasks: on the ``device``, in host memory (``cpu``), or on ``disk``.
             ``auto`` takes the disk if there is a run folder, else the device while it has room, else host memory.
         head: Names of the submodules or parameters that are a task's head; the module's own ``head_names`` if left out.
+        weights: Which weights of a fit are merged, buffers and head included: the ``last`` step's, those of the
+            ``best`` checkpoint (of a ``ModelCheckpoint`` with a ``monitor``), or the ``averaged`` ones of Lightning's
+            ``WeightAveraging`` or ``EMAWeightAveraging``. A fit that lacks such a callback is refused before it begins.
 
     Raises:
-        ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks, or
-            ``store="disk"`` has no ``dirpath``.
+        ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks,
+            ``store="disk"`` has no ``dirpath``, or there is no such choice of ``weights``.
 
     Example:
         >>> merge = DRMMergeCallback(["topic", "valence"], method=DRM(density=0.2))
@@ -68,7 +72,10 @@ class DRMMergeCallback(Callback):
         overrides: Sequence[Override] = (),
         store: Store = "auto",
         head: Sequence[str] | None = None,
+        weights: Weights = "last",
     ) -> None:
+        require_choice(weights)
+        self.weights = weights
         self.session = MergeSession(
             tasks,
             method,
@@ -176,13 +183,15 @@ class DRMMergeCallback(Callback):
         join_processes(self.session, trainer)
         if self.run_folder is not None and (found := self.session.restore()):
             rank_zero_info(f"{self.run_folder.path} already has {', '.join(found)}.")
-        self._fit = CollectTask(self.session, self._task_of(pl_module, announced))
+        task = self._task_of(pl_module, announced)
+        self._refuse_other_weights(task)
+        self._fit = CollectTask(self.session, task, settings_of(self.weights, trainer.callbacks), self.weights)
         self._fit.setup(trainer, pl_module, stage)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._fit is not None, "setup comes before"
-        self._fit.on_fit_start(trainer, pl_module)
+        self._fit.note_start(trainer, pl_module, self)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -205,6 +214,16 @@ class DRMMergeCallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._fit = None
+
+    def _refuse_other_weights(self, task: str) -> None:
+        """Refuses to merge a fit with restored ones of which other weights were taken."""
+        stored = {other: str(vector.settings.get("weights", "last")) for other, vector in self.task_vectors.items()}
+        if mixed := {other: taken for other, taken in stored.items() if taken != self.weights and other != task}:
+            listed = ", ".join(f"{other} ({taken!r})" for other, taken in mixed.items())
+            raise ValueError(
+                f"Task {task!r} is to be merged with weights {self.weights!r}, but others were collected with other "
+                f"weights: {listed}; fit them again, or choose another dirpath."
+            )
 
     def _task_of(self, module: LightningModule, announced: str | None) -> str:
         """The task that a fit belongs to."""

@@ -22,7 +22,8 @@ _WITHOUT_INFLUENCE = {
     "limit_test_batches", "log_every_n_steps", "logger", "model_registry", "num_nodes", "num_sanity_val_steps",
     "plugins", "profiler", "strategy",
 }  # fmt: skip
-_ADDED = {"model.trust_remote_code": False, "data.trust_remote_code": False}  # what was so before it was a setting
+# What was so before it was a setting.
+_ADDED = {"model.trust_remote_code": False, "data.trust_remote_code": False, "weights": "last"}
 
 
 def finetune_settings(

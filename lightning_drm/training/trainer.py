@@ -30,6 +30,7 @@ from lightning_drm.evaluation import Comparison, logged_metrics, terminal_table,
 from lightning_drm.modules import MultiTaskModule
 from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
+from lightning_drm.training.chosen_weights import Weights, ends_with, settings_of
 from lightning_drm.training.collect import CollectTask
 from lightning_drm.training.failures import Failures
 from lightning_drm.training.finished import finished_tasks, require_done, require_merged_as_configured
@@ -57,6 +58,7 @@ class _Run:
     modules: TaskModules
     scoring: Scoring
     interruptible: Interruptible
+    weights: Weights
 
 
 class MergeTrainer(Trainer):
@@ -248,7 +250,7 @@ class MergeTrainer(Trainer):
         if checkpoint is not None:
             self._say(f"{task}: going on from {checkpoint}")
         trainer = fit.trainer(
-            [CollectTask(run.session, task, settings), *self._progress_bar(f"{task} · finetune")],
+            [CollectTask(run.session, task, settings, run.weights), *self._progress_bar(f"{task} · finetune")],
         )
         requeued = fit.requeued()
         try:
@@ -263,7 +265,8 @@ class MergeTrainer(Trainer):
     def _measure(self, run: _Run, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
         """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
         seconds = round(time.perf_counter() - start, 1) if module is not None else None
-        accuracy = run.scoring.finetuned(task, module)
+        ends_as_stored = ends_with(run.weights, self._task_callbacks)
+        accuracy = run.scoring.finetuned(task, module if ends_as_stored else None)
         run.interruptible.check()
         how = f"finetuned in {seconds:.0f} s" if seconds is not None else "finetuned before, measured now"
         self._say(f"{task}: accuracy {100 * accuracy:.1f} %, {how}")
@@ -323,7 +326,8 @@ class MergeTrainer(Trainer):
 
     def _settings(self, run: _Run, task: str) -> dict[str, Any]:
         seed = run.modules.seed
-        return dict(finetune_settings(run.modules.template, run.data.tasks[task], self._arguments, seed))
+        settings = finetune_settings(run.modules.template, run.data.tasks[task], self._arguments, seed)
+        return {**settings, **settings_of(run.weights, self._task_callbacks)}
 
     def _progress_bar(self, label: str) -> list[Callback]:
         shown = self._arguments.get("enable_progress_bar") is not False and is_writer()
@@ -343,7 +347,7 @@ class MergeTrainer(Trainer):
         modules = TaskModules(model, data, session, self.strategy)
         arguments, strategy, bar = self._arguments, self.strategy, self._progress_bar
         scoring = Scoring(session, session.run_folder, modules, data, arguments, strategy, bar)
-        return _Run(session, session.run_folder, data, modules, scoring, Interruptible("the run was"))
+        return _Run(session, session.run_folder, data, modules, scoring, Interruptible("the run was"), found[0].weights)
 
 
 def is_writer() -> bool:
