@@ -1,6 +1,6 @@
 """LightningModules: one task (full or LoRA), and the merged model of all tasks."""
 
-from lightning_drm.modules.duplicate import duplicate, with_buffers_of, without_weights
+from lightning_drm.modules.duplicate import duplicate, share_factories, with_buffers_of, without_weights
 from lightning_drm.modules.multitask import MultiTaskModule
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.protocol import IGNORE_INDEX, classify, head_names_of
@@ -17,6 +17,7 @@ __all__ = [
     "duplicate",
     "head_names_of",
     "is_sharded",
+    "share_factories",
     "with_buffers_of",
     "without_weights",
 ]

@@ -7,10 +7,11 @@
 | ``averaged`` | with `WeightAveraging`, which hands them to every checkpoint | one such callback |
 
 Chosen weights, buffers and head included, are put into the module while they are collected, and its own ones back
-after that, bit by bit: checkpoint callbacks run later, and store what the module has.
+after that, bit by bit: checkpoint callbacks run later, and store what the module has. Frozen weights stay where they
+are, as an average of equal numbers is equal to them only up to rounding.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -72,10 +73,10 @@ def refuse_fit(weights: Weights, trainer: Trainer, task: str) -> None:
 
 
 def come_before_averaging(callback: Callback, trainer: Trainer) -> None:
-    """Moves a callback in front of those that replace the last step's weights when training ends.
+    """Moves a callback in front of those that replace the last step's weights, and round frozen ones, in the end.
 
     Args:
-        callback: The callback, which collects the last step's weights.
+        callback: The callback, which collects a task.
         trainer: Its Trainer. Lightning itself moves checkpoint callbacks to the end in the same way.
     """
     callbacks = trainer.callbacks
@@ -95,8 +96,21 @@ def ends_with(weights: Weights, callbacks: Sequence[Callback]) -> bool:
     return weights == "last" and not _averaging(callbacks)
 
 
+def frozen_tensors(module: nn.Module) -> set[str]:
+    """The parameters that will not be trained, by the names that they have in a checkpoint.
+
+    Args:
+        module: The module before its training.
+    """
+    return {
+        name
+        for name, tensor in _tensors_of(module).items()
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+    }
+
+
 def chosen_weights(
-    weights: Weights, trainer: Trainer, module: LightningModule, task: str, ranks: Ranks
+    weights: Weights, trainer: Trainer, module: LightningModule, task: str, frozen: Set[str], ranks: Ranks
 ) -> AbstractContextManager[None]:
     """While it lasts, a trained module has the chosen weights; all ranks enter it together.
 
@@ -105,15 +119,16 @@ def chosen_weights(
         trainer: The Trainer whose training has ended.
         module: The module; under FSDP1, while every rank has all weights.
         task: The task's name.
+        frozen: What `frozen_tensors` said of the module.
         ranks: The processes that trained it together.
 
     Raises:
         ValueError: If nothing was saved or averaged, or the checkpoint is not of this module.
     """
     if weights == "best":
-        return _with_checkpoint(trainer, module, task, ranks)
+        return _with_checkpoint(trainer, module, task, frozen, ranks)
     if weights == "averaged":
-        return _with_average(trainer, module, task)
+        return _with_average(trainer, module, task, frozen)
     return nullcontext()
 
 
@@ -173,7 +188,9 @@ def _problem_of_averaged(trainer: Trainer) -> str | None:
     return None
 
 
-def _with_average(trainer: Trainer, module: LightningModule, task: str) -> AbstractContextManager[None]:
+def _with_average(
+    trainer: Trainer, module: LightningModule, task: str, frozen: Set[str]
+) -> AbstractContextManager[None]:
     (averaging,) = _averaging(trainer.callbacks)
     checkpoint: dict[str, Any] = {"state_dict": {}}
     averaging.on_save_checkpoint(trainer, module, checkpoint)  # its own way of handing the average on
@@ -183,24 +200,23 @@ def _with_average(trainer: Trainer, module: LightningModule, task: str) -> Abstr
             "nothing: the training ended before its first update."
         )
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
-    return _filled(module, state.__getitem__, state)
+    return _filled({n: t for n, t in _tensors_of(module).items() if n not in frozen}, state.__getitem__)
 
 
 def _with_checkpoint(
-    trainer: Trainer, module: LightningModule, task: str, ranks: Ranks
+    trainer: Trainer, module: LightningModule, task: str, frozen: Set[str], ranks: Ranks
 ) -> AbstractContextManager[None]:
     """Rank 0 reads, since the others may not see its files; nothing in the file is executed."""
     (saving,) = _monitoring(trainer.callbacks)
+    live = {name: tensor for name, tensor in _tensors_of(module).items() if name not in frozen}
     problem, held = None, None
     if ranks.is_first:
         try:
-            held = _opened(saving, module)
+            held = _opened(saving, live)
         except ValueError as error:
             problem = str(error)
-    problem, names = ranks.gather((problem, list(held.headers) if held is not None else []))[0]
-    if problem is not None:
+    if (problem := ranks.gather(problem)[0]) is not None:
         raise ValueError(f"Task {task!r} is to be merged with weights 'best', but {problem}")
-    live = _tensors_of(module)
 
     def read(name: str) -> Tensor:
         if held is not None:
@@ -209,10 +225,11 @@ def _with_checkpoint(
             tensor = torch.empty(live[name].shape, dtype=live[name].dtype)
         return ranks.copy_from(tensor, 0)
 
-    return _filled(module, read, names)
+    return _filled(live, read)
 
 
-def _opened(saving: ModelCheckpoint, module: nn.Module) -> PickleFiles:
+def _opened(saving: ModelCheckpoint, live: Mapping[str, Tensor]) -> PickleFiles:
+    """The best checkpoint, which has at least these tensors; users may leave frozen ones out."""
     path = Path(saving.best_model_path)
     if not saving.best_model_path:
         raise ValueError(
@@ -221,21 +238,10 @@ def _opened(saving: ModelCheckpoint, module: nn.Module) -> PickleFiles:
     if not path.is_file():
         raise ValueError(f"{path}, which ModelCheckpoint calls the best, is no file that is there.")
     held = PickleFiles([path])
-    live = _tensors_of(module)
-    misfits = [
-        name
-        for name, tensor in live.items()
-        # Users leave frozen weights out of their checkpoints, which training did not change.
-        if (name in held.headers or _may_change(tensor))
-        and (name not in held.headers or held.headers[name].shape != tuple(tensor.shape))
-    ]
-    if misfits:
+    shapes = {name: header.shape for name, header in held.headers.items()}
+    if misfits := [name for name, tensor in live.items() if shapes.get(name) != tuple(tensor.shape)]:
         raise ValueError(f"{path} is not of this module: {', '.join(misfits[:3])} missing or of another shape.")
     return held
-
-
-def _may_change(tensor: Tensor) -> bool:
-    return tensor.requires_grad or not isinstance(tensor, nn.Parameter)
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -252,11 +258,8 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 @torch.no_grad()
-def _filled(
-    module: nn.Module, read: Callable[[str], Tensor], names: Sequence[str] | Mapping[str, Tensor]
-) -> Iterator[None]:
-    """While it lasts, a module holds other values in the same tensors."""
-    live = {name: tensor for name, tensor in _tensors_of(module).items() if name in set(names)}
+def _filled(live: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> Iterator[None]:
+    """While it lasts, a module's tensors hold other values."""
     own: dict[str, Tensor] = {}
     try:
         for name, tensor in live.items():

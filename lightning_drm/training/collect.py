@@ -13,7 +13,7 @@ end, and so had nothing left to train, `on_fit_end` is the one hook of the two t
 it was, since checkpoints are written after it; `chosen_weights` says how that goes with other weights than the last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -28,6 +28,7 @@ from lightning_drm.training.chosen_weights import (
     chosen_weights,
     come_before_averaging,
     ends_with,
+    frozen_tensors,
     refuse_fit,
 )
 from lightning_drm.training.session import MergeSession
@@ -71,6 +72,7 @@ class CollectTask(Callback):
         self.settings = settings
         self.weights = weights
         self._collected = False
+        self._frozen: Set[str] = frozenset()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -99,7 +101,7 @@ class CollectTask(Callback):
             head = head_names_of(pl_module, self.session.head)
             refuse_rounded_buffers(strategy, backbone_parameters(pl_module, head))
         if not isinstance(strategy, ModelParallelStrategy):
-            self.session.note_base(pl_module, self.task)
+            self._note_base(pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,10 +115,9 @@ class CollectTask(Callback):
             pl_module: The module.
             callback: The one of the Trainer's callbacks that collects the task.
         """
-        if self.weights == "last":
-            come_before_averaging(callback, trainer)
+        come_before_averaging(callback, trainer)
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            self.session.note_base(pl_module, self.task)
+            self._note_base(pl_module)
         elif isinstance(trainer.strategy, FSDPStrategy):
             refuse_apart(pl_module)
 
@@ -153,7 +154,11 @@ class CollectTask(Callback):
                 f"batches, and do the Trainer's limits leave some (max_steps, max_epochs, limit_train_batches)?"
             )
         self._collected = True
-        with chosen_weights(self.weights, trainer, module, self.task, self.session.ranks):
+        with chosen_weights(self.weights, trainer, module, self.task, self._frozen, self.session.ranks):
             self.session.collect(module, self.task, settings=self.settings)
         num_tasks = len(self.session.tasks)
         rank_zero_info(f"Collected task {self.task!r} ({num_tasks - len(self.session.missing)} of {num_tasks}).")
+
+    def _note_base(self, module: LightningModule) -> None:
+        self.session.note_base(module, self.task)
+        self._frozen = frozen_tensors(module)

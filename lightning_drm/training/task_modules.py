@@ -7,7 +7,7 @@ from lightning import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.strategies import Strategy
 
 from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.modules import duplicate
+from lightning_drm.modules import duplicate, share_factories
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.strategies import convert_precision
 
@@ -52,6 +52,7 @@ class TaskModules:
         """
         seed_everything(self.seed, workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))), verbose=False)
         module = duplicate(self._template)
+        share_factories(module)
         if hasattr(module, "configure_task"):
             data = self._data.tasks[task]
             self._prepare(data)

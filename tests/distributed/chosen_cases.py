@@ -61,8 +61,9 @@ class Steps(L.Callback):
 def fit(kind: type[Normed], strategy: object, weights: Any, *callbacks: L.Callback) -> DRMMergeCallback:
     L.seed_everything(0, verbose=False)
     merge = DRMMergeCallback(["a"], Average(), weights=weights)
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     trainer = quiet_trainer(
-        strategy=strategy, devices=2, max_epochs=3, callbacks=[merge, *callbacks], enable_checkpointing=True
+        strategy=strategy, devices=2, max_epochs=3, callbacks=[merge, *callbacks], enable_checkpointing=saves
     )
     trainer.fit(kind(), Validated(0))
     return merge

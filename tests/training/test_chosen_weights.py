@@ -242,6 +242,22 @@ def test_a_checkpoint_without_frozen_weights_is_enough_and_without_others_is_ref
         fit(DRMMergeCallback(["a"], weights="best"), [Partial("head.bias"), monitoring(dirpath=tmp_path / "trained")])
 
 
+def test_an_average_of_frozen_weights_is_no_change():
+    class Frozen(Callback):
+        def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+            pl_module.backbone[0].requires_grad_(False)
+
+    merge = DRMMergeCallback(["a"], Average(), weights="averaged")
+    averaging = EMAWeightAveraging(decay=DECAY)
+    module = fit(merge, [Frozen(), averaging])
+    assert not torch.equal(module.backbone[0].weight, Normed().backbone[0].weight), (
+        "rounding, or the case shows nothing"
+    )
+    assert "backbone.0.weight" not in merge.task_vectors["a"].deltas
+    assert torch.equal(merge.merged_module.task_module("a").backbone[0].weight, Normed().backbone[0].weight)
+    torch.testing.assert_close(collected(merge, "head.weight"), module.head.weight.double(), rtol=0, atol=1e-6)
+
+
 def test_tied_weights_come_back(tmp_path: Path):
     class Tied(Normed):
         def __init__(self) -> None:
