@@ -1,5 +1,6 @@
 """LightningModules: one task (full or LoRA), and the merged model of all tasks."""
 
+from lightning_drm.modules.batch_norm import batch_norms, of_all_tasks
 from lightning_drm.modules.duplicate import duplicate, share_factories, with_buffers_of, without_weights
 from lightning_drm.modules.multitask import MultiTaskModule
 from lightning_drm.modules.pooling import PooledClassifier
@@ -12,11 +13,13 @@ __all__ = [
     "MultiTaskModule",
     "PooledClassifier",
     "TransformerTask",
+    "batch_norms",
     "classify",
     "data_parallel",
     "duplicate",
     "head_names_of",
     "is_sharded",
+    "of_all_tasks",
     "share_factories",
     "with_buffers_of",
     "without_weights",

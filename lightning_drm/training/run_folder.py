@@ -21,6 +21,7 @@ from lightning_drm.storage import only_one, write_json, writing
 from lightning_drm.storage.json_files import read_object, shown
 
 RECORD_FILE = "merge.json"
+BATCH_NORM = "batch_norm"  # in the record of models with batch norms: what their statistics were estimated on
 REPORT_FILES = ("report.json", "report.md", "report.png")
 
 

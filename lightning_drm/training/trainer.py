@@ -297,7 +297,11 @@ class MergeTrainer(Trainer):
 
     def _merge_and_report(self, run: _Run) -> None:
         earlier = run.folder.merge_record
-        merged = run.session.fuse(module=run.modules.make_known(), device=self.strategy.root_device)
+        merged = run.session.fuse(
+            module=run.modules.make_known(),
+            device=self.strategy.root_device,
+            batch_norm=run.modules.training_batches(self),
+        )
         if earlier is not None and earlier != run.folder.merge_record:
             self._say(f"The merge before this one, with its report: {run.folder.history_of(earlier)}")
         scores = {task: self._scores(run, task) for task in run.session.tasks}
