@@ -233,6 +233,7 @@ class MultiTaskModule(LightningModule):
             for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
                 if id(parameter) in names:
                     places[names[id(parameter)]].append((child, key))
+        self._part_placeholders(set(names))
         self.shard(_mesh_of(backbone))
         for name, tensor in backbone.items():
             entire = whole(tensor)  # one at a time; the mesh may be divided in another way than it was for training
@@ -241,6 +242,24 @@ class MultiTaskModule(LightningModule):
                 live = getattr(child, key)
                 sharded = isinstance(live, DTensor)
                 setattr(child, key, nn.Parameter(shard_like(entire, live), False) if sharded else unsharded)
+
+    def _part_placeholders(self, placeholders: Set[int]) -> None:
+        """Gives layers that are a task's own, such as blocks with its batch norms, placeholders that are their own.
+
+        A parameter can be sharded with one block only.
+        """
+        layers: set[int] = set()
+        taken: set[int] = set()
+        for module in self.task_modules:
+            own = [child for child in module.modules() if id(child) not in layers]
+            held = [(child, n, p) for child in own for n, p in child.named_parameters(recurse=False)]
+            apart = {id(p): p for _, _, p in held if id(p) in placeholders & taken}
+            new = {place: nn.Parameter(torch.empty_like(p), requires_grad=False) for place, p in apart.items()}
+            for child, name, parameter in held:
+                if id(parameter) in new:
+                    setattr(child, name, new[id(parameter)])
+            layers |= {id(child) for child in own}
+            taken |= {id(parameter) for _, _, parameter in held}
 
 
 def _mesh_of(backbone: Mapping[str, DTensor]) -> DeviceMesh:

@@ -385,6 +385,8 @@ class MergeSession:
         device: torch.device,
     ) -> dict[str, dict[str, Tensor]]:
         """Estimates the statistics of batch norms on batches of the tasks."""
+        for task in batches:
+            self._require_task(task)
         without = [task for task in self.tasks if task not in batches]
         if without and self.ranks.is_first:
             warnings.warn(
@@ -392,8 +394,6 @@ class MergeSession:
                 "were merged like all other buffers. Give fuse(batch_norm=…) batches of all tasks.",
                 stacklevel=3,
             )
-        for task in batches:
-            self._require_task(task)
         limited = {task: itertools.islice(iter(own), self.batch_norm_batches) for task, own in batches.items()}
         merged.to(device)
         return merged.estimate_batch_norm(limited, layers=learned, ranks=self.ranks)
