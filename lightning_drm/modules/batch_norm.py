@@ -12,7 +12,7 @@ normalized. They are summed in float64, over all processes. Other layers, such a
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.plugins import TorchSyncBatchNorm
@@ -95,8 +95,9 @@ def estimated(
 
     def note(layer: nn.Module, inputs: Any, output: Any) -> None:
         if layer.training:  # else a module keeps it from that
-            name, place = places[layer]  # type: ignore[index]
-            sums[name] += torch.stack([layer.running_mean, layer.running_var]).to("cpu", torch.float64)
+            name, place = places[cast(_BatchNorm, layer)]
+            of_batch = torch.stack([layer.get_buffer("running_mean"), layer.get_buffer("running_var")])
+            sums[name] += of_batch.to("cpu", torch.float64)
             counts[place] += 1
 
     with _of_one_batch(module, places, note):

@@ -15,7 +15,7 @@ from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.merging import DRM, Method
 from lightning_drm.modules import MultiTaskModule, batch_norms
-from lightning_drm.training.chosen_weights import Weights, require_choice, settings_of
+from lightning_drm.training.chosen_weights import Weights, callbacks_of, require_choice, settings_of
 from lightning_drm.training.collect import CollectTask, join_processes
 from lightning_drm.training.delta_cache import Store
 from lightning_drm.training.run_folder import RunFolder
@@ -201,7 +201,7 @@ class DRMMergeCallback(Callback):
             rank_zero_info(f"{self.run_folder.path} already has {', '.join(found)}.")
         task = self._task_of(pl_module, announced)
         self._refuse_other_weights(task)
-        self._fit = CollectTask(self.session, task, settings_of(self.weights, trainer.callbacks), self.weights)
+        self._fit = CollectTask(self.session, task, settings_of(self.weights, callbacks_of(trainer)), self.weights)
         self._fit.setup(trainer, pl_module, stage)
 
     @override

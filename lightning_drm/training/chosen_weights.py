@@ -14,7 +14,7 @@ are, as an average of equal numbers is equal to them only up to rounding.
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -79,11 +79,16 @@ def come_before_averaging(callback: Callback, trainer: Trainer) -> None:
         callback: The callback, which collects a task.
         trainer: Its Trainer. Lightning itself moves checkpoint callbacks to the end in the same way.
     """
-    callbacks = trainer.callbacks
+    callbacks = callbacks_of(trainer)
     places = [place for place, other in enumerate(callbacks) if isinstance(other, WeightAveraging)]
     if places and places[0] < callbacks.index(callback):
         others = [other for other in callbacks if other is not callback]
-        trainer.callbacks = [*others[: places[0]], callback, *others[places[0] :]]
+        cast(Any, trainer).callbacks = [*others[: places[0]], callback, *others[places[0] :]]
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """All callbacks of a Trainer, which Lightning's own types leave out."""
+    return list(cast(Any, trainer).callbacks)
 
 
 def ends_with(weights: Weights, callbacks: Sequence[Callback]) -> bool:
@@ -141,7 +146,7 @@ def _averaging(callbacks: Sequence[Callback]) -> list[WeightAveraging]:
 
 
 def _has_swa(trainer: Trainer) -> bool:
-    return any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks)
+    return any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer))
 
 
 def _problem_of_last(trainer: Trainer) -> str | None:
@@ -154,7 +159,7 @@ def _problem_of_last(trainer: Trainer) -> str | None:
 
 
 def _problem_of_best(trainer: Trainer) -> str | None:
-    found = _monitoring(trainer.callbacks)
+    found = _monitoring(callbacks_of(trainer))
     if not found:
         return "its fit has no ModelCheckpoint with a monitor, by which a checkpoint would be the best one"
     if len(found) > 1:
@@ -163,7 +168,7 @@ def _problem_of_best(trainer: Trainer) -> str | None:
         )
     if found[0].save_top_k == 0:
         return "its ModelCheckpoint has save_top_k=0, which saves no best checkpoint"
-    if trainer.fast_dev_run:
+    if cast(Any, trainer).fast_dev_run:
         return "no checkpoint is saved in a fast_dev_run"
     strategy = trainer.strategy
     if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
@@ -176,7 +181,7 @@ def _problem_of_best(trainer: Trainer) -> str | None:
 
 
 def _problem_of_averaged(trainer: Trainer) -> str | None:
-    found = _averaging(trainer.callbacks)
+    found = _averaging(callbacks_of(trainer))
     if _has_swa(trainer):
         return "StochasticWeightAveraging does not keep its averages apart; take WeightAveraging in its place"
     if not found:
@@ -191,7 +196,7 @@ def _problem_of_averaged(trainer: Trainer) -> str | None:
 def _with_average(
     trainer: Trainer, module: LightningModule, task: str, frozen: Set[str]
 ) -> AbstractContextManager[None]:
-    (averaging,) = _averaging(trainer.callbacks)
+    (averaging,) = _averaging(callbacks_of(trainer))
     checkpoint: dict[str, Any] = {"state_dict": {}}
     averaging.on_save_checkpoint(trainer, module, checkpoint)  # its own way of handing the average on
     if not int(checkpoint["averaging_state"]["n_averaged"]):
@@ -207,7 +212,7 @@ def _with_checkpoint(
     trainer: Trainer, module: LightningModule, task: str, frozen: Set[str], ranks: Ranks
 ) -> AbstractContextManager[None]:
     """Rank 0 reads, since the others may not see its files; nothing in the file is executed."""
-    (saving,) = _monitoring(trainer.callbacks)
+    (saving,) = _monitoring(callbacks_of(trainer))
     live = {name: tensor for name, tensor in _tensors_of(module).items() if name not in frozen}
     problem, held = None, None
     if ranks.is_first:

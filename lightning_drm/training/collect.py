@@ -25,6 +25,7 @@ from lightning_drm.deltas.wrappers import refuse_apart, refuse_flat
 from lightning_drm.modules import data_parallel, head_names_of
 from lightning_drm.training.chosen_weights import (
     Weights,
+    callbacks_of,
     chosen_weights,
     come_before_averaging,
     ends_with,
@@ -135,7 +136,7 @@ class CollectTask(Callback):
                 f"Task {self.task!r} went on from a checkpoint of its last step, from which no deltas can be taken "
                 f"under {type(trainer.strategy).__name__}: train it from the start, with --resume false."
             )
-        if self.weights == "last" and not ends_with(self.weights, trainer.callbacks):
+        if self.weights == "last" and not ends_with(self.weights, callbacks_of(trainer)):
             raise ValueError(
                 f"Task {self.task!r} went on from a checkpoint of its last step, which may hold averaged weights in "
                 "place of the last step's: train it from the start, with --resume false, or take weights 'averaged'."

@@ -64,8 +64,8 @@ def write_merged(
             write_tensors(partial / MODEL_FILE, tensors, {"format": "pt"})
         for task, head_tensors in heads.items():
             write_tensors(partial / "heads" / f"{task}.safetensors", head_tensors, {"task": task})
-        for task, tensors in (statistics or {}).items():
-            write_tensors(partial / _STATISTICS / f"{task}.safetensors", tensors, {"task": task})
+        for task, own in (statistics or {}).items():
+            write_tensors(partial / _STATISTICS / f"{task}.safetensors", own, {"task": task})
         (partial / "README.md").write_text(card, encoding="utf-8")
         finish(partial)
 

@@ -30,7 +30,7 @@ from lightning_drm.evaluation import Comparison, logged_metrics, terminal_table,
 from lightning_drm.modules import MultiTaskModule
 from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
-from lightning_drm.training.chosen_weights import Weights, ends_with, settings_of
+from lightning_drm.training.chosen_weights import Weights, callbacks_of, ends_with, settings_of
 from lightning_drm.training.collect import CollectTask
 from lightning_drm.training.failures import Failures
 from lightning_drm.training.finished import finished_tasks, require_done, require_merged_as_configured
@@ -265,7 +265,7 @@ class MergeTrainer(Trainer):
     def _measure(self, run: _Run, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
         """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
         seconds = round(time.perf_counter() - start, 1) if module is not None else None
-        ends_as_stored = ends_with(run.weights, self._task_callbacks)
+        ends_as_stored = module is not None and ends_with(run.weights, callbacks_of(module.trainer))
         accuracy = run.scoring.finetuned(task, module if ends_as_stored else None)
         run.interruptible.check()
         how = f"finetuned in {seconds:.0f} s" if seconds is not None else "finetuned before, measured now"

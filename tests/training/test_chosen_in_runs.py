@@ -72,6 +72,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Averaging(Template):
+    """Brings its own callback."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [EMAWeightAveraging(decay=0.95)]
+
+
+def test_callbacks_of_the_module_count_too(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(globals(), "Template", Averaging)
+    for weights in ("last", "averaged"):
+        run(tmp_path / weights, weights, [])
+        ours, theirs = (
+            json.loads((folder / weights / "report.json").read_text())["accuracy"] for folder in (tmp_path, runs)
+        )
+        assert ours == theirs
+
+
 @pytest.mark.parametrize("weights", CHOICES)
 def test_the_individual_score_is_of_the_weights_that_were_stored(runs: Path, weights: str):
     scores = json.loads((runs / weights / "report.json").read_text())["accuracy"]["individual"]
