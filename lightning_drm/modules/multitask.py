@@ -132,8 +132,8 @@ class MultiTaskModule(LightningModule):
             raise ValueError(
                 "Statistics of a sharded merged model cannot be taken apart: give the batches to MergeSession.fuse."
             )
-        limited = {task: itertools.islice(iter(found), max_batches) for task, found in batches.items()}
-        for task, statistics in self.estimate_batch_norm(limited, ranks=Ranks.of_process_group()).items():
+        found = self.estimate_batch_norm(batches, max_batches=max_batches, ranks=Ranks.of_process_group())
+        for task, statistics in found.items():
             module = self.task_module(task)
             tensors = [*module.parameters(), *module.buffers()]
             own = duplicate(module, {id(tensor): tensor for tensor in tensors})
@@ -144,6 +144,7 @@ class MultiTaskModule(LightningModule):
         self,
         batches: Mapping[str, Iterable[Any]],
         *,
+        max_batches: int | None = None,
         layers: Mapping[str, Set[str]] | None = None,
         ranks: Ranks = ALONE,
     ) -> dict[str, dict[str, Tensor]]:
@@ -151,6 +152,7 @@ class MultiTaskModule(LightningModule):
 
         Args:
             batches: By task, batches of its training data.
+            max_batches: How many batches of each may be used; all if left out.
             layers: By task, the names of the running means that are wanted; all if left out.
             ranks: The processes, each with batches of its own.
 
@@ -173,7 +175,7 @@ class MultiTaskModule(LightningModule):
                 continue
             device = next(self.parameters()).device
             try:
-                here = (move_data_to_device(batch, device) for batch in own)
+                here = (move_data_to_device(batch, device) for batch in itertools.islice(own, max_batches))
                 found[task] = estimated(self.task_module(task), wanted, here, ranks)
             except ValueError as error:
                 raise ValueError(f"Task {task!r}: {error}") from error

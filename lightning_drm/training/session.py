@@ -7,7 +7,6 @@ task's module what the merged model needs beside its weights. It needs no Traine
 Fabric, `DRMMergeCallback` and `MergeTrainer` all talk to it in the same way.
 """
 
-import itertools
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -394,9 +393,10 @@ class MergeSession:
                 "were merged like all other buffers. Give fuse(batch_norm=…) batches of all tasks.",
                 stacklevel=3,
             )
-        limited = {task: itertools.islice(iter(own), self.batch_norm_batches) for task, own in batches.items()}
         merged.to(device)
-        return merged.estimate_batch_norm(limited, layers=learned, ranks=self.ranks)
+        return merged.estimate_batch_norm(
+            batches, max_batches=self.batch_norm_batches, layers=learned, ranks=self.ranks
+        )
 
     def _write(
         self,

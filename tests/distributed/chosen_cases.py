@@ -60,7 +60,7 @@ class Steps(L.Callback):
 
 def fit(kind: type[Normed], strategy: object, weights: Any, *callbacks: L.Callback) -> DRMMergeCallback:
     L.seed_everything(0, verbose=False)
-    merge = DRMMergeCallback(["a"], Average(), weights=weights)
+    merge = DRMMergeCallback(["a"], Average(), weights=weights, batch_norm_batches=0)
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     trainer = quiet_trainer(
         strategy=strategy, devices=2, max_epochs=3, callbacks=[merge, *callbacks], enable_checkpointing=saves

@@ -179,9 +179,9 @@ def test_a_layer_that_is_kept_fixed_is_left_alone():
     assert layers["features.4"].running_mean.abs().min() > 1e-4
 
 
-def unread() -> Iterator[Any]:
-    raise AssertionError("nobody asks for these batches")
-    yield
+class Unread:
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("nobody asks for these batches")
 
 
 def test_a_model_without_batch_norms_costs_nothing():
@@ -194,7 +194,7 @@ def test_a_model_without_batch_norms_costs_nothing():
 
     module = MultiTaskModule({"one": Bare()})
     layers = list(module.modules())
-    module.reestimate_batch_norm({"one": unread()})
+    module.reestimate_batch_norm({"one": Unread()})
     assert list(module.modules()) == layers
 
 
