@@ -1,6 +1,7 @@
 """LightningModules: one task (full or LoRA), and the merged model of all tasks."""
 
-from lightning_drm.modules.duplicate import duplicate, with_buffers_of, without_weights
+from lightning_drm.modules.batch_norm import batch_norms, of_all_tasks
+from lightning_drm.modules.duplicate import duplicate, share_factories, with_buffers_of, without_weights
 from lightning_drm.modules.measurement import unmeasurable
 from lightning_drm.modules.multitask import MultiTaskModule
 from lightning_drm.modules.pooling import PooledClassifier
@@ -14,12 +15,15 @@ __all__ = [
     "PooledClassifier",
     "SampleStates",
     "TransformerTask",
+    "batch_norms",
     "can_classify",
     "classify",
     "data_parallel",
     "duplicate",
     "head_names_of",
     "is_sharded",
+    "of_all_tasks",
+    "share_factories",
     "unmeasurable",
     "with_buffers_of",
     "without_weights",

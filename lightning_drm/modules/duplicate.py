@@ -3,12 +3,19 @@
 import copy
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class _SharedFactory(partial[Any]):
+    """A factory that is its own copy."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
 
 
 def duplicate(module: M, replacements: Mapping[int, Any] | None = None) -> M:
@@ -26,6 +33,17 @@ def duplicate(module: M, replacements: Mapping[int, Any] | None = None) -> M:
         shared = [value for name, value in named.items() if isinstance(value, partial) or name == "_instantiator"]
         memo |= {id(value): value for value in shared}
     return copy.deepcopy(module, memo)
+
+
+def share_factories(module: nn.Module) -> None:
+    """Lets copies that others make of a module share its factories, too: Lightning's averaging callbacks make one.
+
+    Args:
+        module: The module, which is changed.
+    """
+    for name, value in list(vars(module).items()):
+        if isinstance(value, partial):
+            setattr(module, name, _SharedFactory(value.func, *value.args, **value.keywords))
 
 
 def without_weights(module: M) -> M:

@@ -4,11 +4,13 @@ Under a strategy that shards, the blocks of the backbone are sharded and the res
 rank.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Self
 
 import torch
 from lightning import LightningModule
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -19,7 +21,9 @@ from lightning_drm.data.sharing import Share, exactness_problem, num_replicas
 from lightning_drm.deltas import backbone_parameters, head_state, remove_adapters
 from lightning_drm.deltas.sharded import shard_like, whole
 from lightning_drm.deltas.wrappers import refuse_divided, refuse_flat
+from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.kinds import MetricInfo
+from lightning_drm.modules.batch_norm import batch_norms, estimated, plain_batch_norms, set_statistics
 from lightning_drm.modules.duplicate import duplicate
 from lightning_drm.modules.measurement import EQUAL, Measurement
 from lightning_drm.modules.protocol import classify, head_names_of
@@ -62,6 +66,7 @@ class MultiTaskModule(LightningModule):
         heads: Mapping[str, Mapping[str, Tensor]] | None = None,
         *,
         head: Sequence[str] | None = None,
+        statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> Self:
         """Builds the module from copies of the tasks' modules; the modules themselves stay as they are.
 
@@ -76,12 +81,14 @@ class MultiTaskModule(LightningModule):
                 ranks call this together.
             heads: By task, its head's tensors by name, which are copied; each module's own if left out.
             head: Names of the head; each module's own ``head_names`` if left out.
+            statistics: By task, running statistics of its batch norms by name, which are copied; those of the backbone
+                and the head if left out.
 
         Returns:
             A module with one backbone in memory, without adapters.
 
         Raises:
-            ValueError: If a head's tensors are not those of its module's head.
+            ValueError: If a head's tensors are not those of its module's head, or statistics fit no batch norm.
         """
         backbone, heads = backbone or {}, heads or {}
         sharded = {name: tensor for name, tensor in backbone.items() if isinstance(tensor, DTensor)}
@@ -93,6 +100,7 @@ class MultiTaskModule(LightningModule):
         copies: dict[str, nn.Module] = {}
         for task, module in modules.items():
             copies[task] = _copy_with(module, head_names_of(module, head), shared, heads.get(task))
+            set_statistics(copies[task], (statistics or {}).get(task, {}))
             if len(copies) > 1:
                 reuse_layers(next(iter(copies.values())), copies[task])
         assembled = cls(copies)
@@ -112,6 +120,73 @@ class MultiTaskModule(LightningModule):
         if task not in self.task_names:
             raise KeyError(f"No task {task!r}; tasks: {', '.join(self.task_names)}.")
         return self.task_modules[self.task_names.index(task)]
+
+    def reestimate_batch_norm(self, batches: Mapping[str, Iterable[Any]], *, max_batches: int | None = None) -> None:
+        """Gives batch norms the running statistics of tasks' own batches, which those of the merge do not fit.
+
+        Each named task has statistics of its own from then on, as `task_module` then gives a new module. Under several
+        processes all of them call it, each with batches of its own.
+
+        Args:
+            batches: By task, batches of its training data, such as a `torch.utils.data.DataLoader`.
+            max_batches: How many batches of each may be used; all if left out.
+
+        Raises:
+            KeyError: If there is no such task.
+            ValueError: If there are no batches, or the module is sharded.
+        """
+        if is_sharded(self):
+            raise ValueError(
+                "Statistics of a sharded merged model cannot be taken apart: give the batches to MergeSession.fuse."
+            )
+        found = self.estimate_batch_norm(batches, max_batches=max_batches, ranks=Ranks.of_process_group())
+        for task, statistics in found.items():
+            module = self.task_module(task)
+            tensors = [*module.parameters(), *module.buffers()]
+            own = duplicate(module, {id(tensor): tensor for tensor in tensors})
+            set_statistics(own, statistics)
+            self.task_modules[self.task_names.index(task)] = own
+
+    def estimate_batch_norm(
+        self,
+        batches: Mapping[str, Iterable[Any]],
+        *,
+        max_batches: int | None = None,
+        layers: Mapping[str, Set[str]] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Estimates what `reestimate_batch_norm` sets; see `batch_norm`. The module stays as it is.
+
+        Args:
+            batches: By task, batches of its training data.
+            max_batches: How many batches of each may be used; all if left out.
+            layers: By task, the names of the running means that are wanted; all if left out.
+            ranks: The processes, each with batches of its own.
+
+        Returns:
+            By task, its statistics by name of the buffer; nothing of tasks with nothing to estimate, whose batches are
+            not asked for.
+
+        Raises:
+            KeyError: If there is no such task.
+            ValueError: If there are no batches.
+        """
+        found = {}
+        for task, own in batches.items():
+            wanted = {
+                name: layer
+                for name, layer in batch_norms(self.task_module(task)).items()
+                if layers is None or f"{name}.running_mean" in layers.get(task, ())
+            }
+            if not wanted:
+                continue
+            device = next(self.parameters()).device
+            try:
+                here = (move_data_to_device(batch, device) for batch in itertools.islice(own, max_batches))
+                found[task] = estimated(self.task_module(task), wanted, here, ranks)
+            except ValueError as error:
+                raise ValueError(f"Task {task!r}: {error}") from error
+        return found
 
     @override
     def configure_model(self) -> None:
@@ -216,6 +291,7 @@ class MultiTaskModule(LightningModule):
             for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
                 if id(parameter) in names:
                     places[names[id(parameter)]].append((child, key))
+        self._part_placeholders(set(names))
         self.shard(_mesh_of(backbone))
         for name, tensor in backbone.items():
             entire = whole(tensor)  # one at a time; the mesh may be divided in another way than it was for training
@@ -224,6 +300,24 @@ class MultiTaskModule(LightningModule):
                 live = getattr(child, key)
                 sharded = isinstance(live, DTensor)
                 setattr(child, key, nn.Parameter(shard_like(entire, live), False) if sharded else unsharded)
+
+    def _part_placeholders(self, placeholders: Set[int]) -> None:
+        """Gives layers that are a task's own, such as blocks with its batch norms, placeholders that are their own.
+
+        A parameter can be sharded with one block only.
+        """
+        layers: set[int] = set()
+        taken: set[int] = set()
+        for module in self.task_modules:
+            own = [child for child in module.modules() if id(child) not in layers]
+            held = [(child, n, p) for child in own for n, p in child.named_parameters(recurse=False)]
+            apart = {id(p): p for _, _, p in held if id(p) in placeholders & taken}
+            new = {place: nn.Parameter(torch.empty_like(p), requires_grad=False) for place, p in apart.items()}
+            for child, name, parameter in held:
+                if id(parameter) in new:
+                    setattr(child, name, new[id(parameter)])
+            layers |= {id(child) for child in own}
+            taken |= {id(parameter) for _, _, parameter in held}
 
 
 def _mesh_of(backbone: Mapping[str, DTensor]) -> DeviceMesh:
@@ -259,6 +353,7 @@ def _copy_with(
     memo |= {id(live): _as_parameter(head_tensors[name].detach().clone(), live) for name, live in head_live.items()}
     copied = duplicate(module, memo)
     remove_adapters(copied)
+    copied = plain_batch_norms(copied)
     for child in copied.modules():
         if isinstance(child, nn.Linear):  # where one module serves tasks whose heads have other numbers of classes
             child.out_features = child.weight.shape[0]

@@ -23,7 +23,7 @@ def reuse_layers(origin: nn.Module, other: nn.Module) -> None:
             continue
         if any(True for _ in _tensors(layer)) and _computes_alike(there, layer):
             setattr(other, name, there)
-        else:
+        elif not isinstance(other, nn.ModuleList):  # whose elements are sharded as wholes
             reuse_layers(there, layer)
 
 

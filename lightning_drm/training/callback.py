@@ -7,18 +7,21 @@ from typing import Literal, Self
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_drm.deltas import TaskVector
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.merging import DRM, Method
-from lightning_drm.modules import MultiTaskModule
+from lightning_drm.modules import MultiTaskModule, batch_norms
+from lightning_drm.training.chosen_weights import Weights, callbacks_of, require_choice, settings_of
 from lightning_drm.training.collect import CollectTask, join_processes
 from lightning_drm.training.delta_cache import Store
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.strategies import whole_weights
+from lightning_drm.training.training_batches import TrainingBatches, is_one_loader
 
 
 class DRMMergeCallback(Callback):
@@ -45,10 +48,17 @@ class DRMMergeCallback(Callback):
         store: Where deltas wait for the other tasks: on the ``device``, in host memory (``cpu``), or on ``disk``.
             ``auto`` takes the disk if there is a run folder, else the device while it has room, else host memory.
         head: Names of the submodules or parameters that are a task's head; the module's own ``head_names`` if left out.
+        weights: Which weights of a fit are merged, buffers and head included: the ``last`` step's, those of the
+            ``best`` checkpoint (of a ``ModelCheckpoint`` with a ``monitor``), or the ``averaged`` ones of Lightning's
+            ``WeightAveraging`` or ``EMAWeightAveraging``. A fit that lacks such a callback is refused before it begins.
+        batch_norm_batches: How many training batches of each task (of each process) estimate the running statistics of
+            the merged model's batch norms again, for each task its own; 0 leaves them merged like all other buffers.
+            It costs nothing where there are none, or where training has kept their statistics fixed.
 
     Raises:
-        ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks, or
-            ``store="disk"`` has no ``dirpath``.
+        ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks,
+            ``store="disk"`` has no ``dirpath``, ``batch_norm_batches`` is negative, or there is no such choice of
+            ``weights``.
 
     Example:
         >>> merge = DRMMergeCallback(["topic", "valence"], method=DRM(density=0.2))
@@ -68,7 +78,11 @@ class DRMMergeCallback(Callback):
         overrides: Sequence[Override] = (),
         store: Store = "auto",
         head: Sequence[str] | None = None,
+        weights: Weights = "last",
+        batch_norm_batches: int = 100,
     ) -> None:
+        require_choice(weights)
+        self.weights = weights
         self.session = MergeSession(
             tasks,
             method,
@@ -79,7 +93,9 @@ class DRMMergeCallback(Callback):
             non_matrix=non_matrix,
             overrides=overrides,
             store=store,
+            batch_norm_batches=batch_norm_batches,
         )
+        self._batches: dict[str, TrainingBatches] = {}
         self._announced: str | None = None
         self._fit: CollectTask | None = None
 
@@ -121,6 +137,11 @@ class DRMMergeCallback(Callback):
         return self.session.store
 
     @property
+    def batch_norm_batches(self) -> int:
+        """How many batches of a task estimate the statistics of batch norms again."""
+        return self.session.batch_norm_batches
+
+    @property
     def head(self) -> Sequence[str] | None:
         """Names of a task's head, where they were given."""
         return self.session.head
@@ -160,9 +181,11 @@ class DRMMergeCallback(Callback):
     def fuse(self, module: LightningModule | None = None, *, device: torch.device | None = None) -> MultiTaskModule:
         """Merges all task vectors, which also happens by itself when the last task has arrived.
 
-        See `MergeSession.fuse`, which takes another method too.
+        See `MergeSession.fuse`, which takes another method too. Batch norms are estimated on the training data of the
+        tasks that were fitted here.
         """
-        return self.session.fuse(module=module, device=device)
+        with isolate_rng():  # other fits may go on
+            return self.session.fuse(module=module, device=device, batch_norm=self._batches)
 
     def finetuned_module(self, module: LightningModule, task: str) -> MultiTaskModule:
         """Rebuilds one task's finetuned model from its task vector; see `MergeSession.finetuned`."""
@@ -176,21 +199,24 @@ class DRMMergeCallback(Callback):
         join_processes(self.session, trainer)
         if self.run_folder is not None and (found := self.session.restore()):
             rank_zero_info(f"{self.run_folder.path} already has {', '.join(found)}.")
-        self._fit = CollectTask(self.session, self._task_of(pl_module, announced))
+        task = self._task_of(pl_module, announced)
+        self._refuse_other_weights(task)
+        self._fit = CollectTask(self.session, task, settings_of(self.weights, callbacks_of(trainer)), self.weights)
         self._fit.setup(trainer, pl_module, stage)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._fit is not None, "setup comes before"
-        self._fit.on_fit_start(trainer, pl_module)
+        self._fit.note_start(trainer, pl_module, self)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._fit is not None, "setup comes before"
         with whole_weights(trainer.strategy):
             self._fit.collect(trainer, pl_module)
+            self._keep_batches(self._fit.task, trainer, pl_module)
             if not self.missing:
-                self.session.fuse()
+                self.fuse()
         self._fit = None
 
     @override
@@ -198,13 +224,32 @@ class DRMMergeCallback(Callback):
         if self._fit is None:  # collected when its training ended
             return
         self._fit.on_fit_end(trainer, pl_module)
+        self._keep_batches(self._fit.task, trainer, pl_module)
         if not self.missing:
-            self.session.fuse()
+            self.fuse()
         self._fit = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._fit = None
+
+    def _keep_batches(self, task: str, trainer: Trainer, module: LightningModule) -> None:
+        """Keeps hold of a task's training data where the merged model will need them: its fit has them, nobody else."""
+        loader = trainer.train_dataloader
+        if self.batch_norm_batches and batch_norms(module) and is_one_loader(loader):
+            data = getattr(trainer, "datamodule", None)
+            device = trainer.strategy.root_device
+            self._batches[task] = TrainingBatches(lambda: loader, trainer, data, device)
+
+    def _refuse_other_weights(self, task: str) -> None:
+        """Refuses to merge a fit with restored ones of which other weights were taken."""
+        stored = {other: str(vector.settings.get("weights", "last")) for other, vector in self.task_vectors.items()}
+        if mixed := {other: taken for other, taken in stored.items() if taken != self.weights and other != task}:
+            listed = ", ".join(f"{other} ({taken!r})" for other, taken in mixed.items())
+            raise ValueError(
+                f"Task {task!r} is to be merged with weights {self.weights!r}, but others were collected with other "
+                f"weights: {listed}; fit them again, or choose another dirpath."
+            )
 
     def _task_of(self, module: LightningModule, announced: str | None) -> str:
         """The task that a fit belongs to."""

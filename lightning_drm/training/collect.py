@@ -9,11 +9,11 @@
 The base is not noted later than that, as a resumed fit has trained weights from then on. It is noted in the precision
 in which it trains: what `precision="bf16-true"` rounds is the base's, not a delta. Deltas are not taken later than
 `on_train_end`: Lightning tears its strategy down before `on_fit_end`. Only where a fit went on from a checkpoint of its
-end, and so had nothing left to train, `on_fit_end` is the one hook of the two that comes. The module itself is never
-changed, since checkpoints are written after it.
+end, and so had nothing left to train, `on_fit_end` is the one hook of the two that comes. The module itself is left as
+it was, since checkpoints are written after it; `chosen_weights` says how that goes with other weights than the last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -23,6 +23,15 @@ from typing_extensions import override
 from lightning_drm.deltas import backbone_parameters
 from lightning_drm.deltas.wrappers import refuse_apart, refuse_flat
 from lightning_drm.modules import data_parallel, head_names_of, unmeasurable
+from lightning_drm.training.chosen_weights import (
+    Weights,
+    callbacks_of,
+    chosen_weights,
+    come_before_averaging,
+    ends_with,
+    frozen_tensors,
+    refuse_fit,
+)
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.strategies import (
     convert_precision,
@@ -49,13 +58,22 @@ class CollectTask(Callback):
         session: Where they go.
         task: The task that the fit belongs to.
         settings: Hyper-parameters of the finetune, to be stored with its deltas.
+        weights: Which of its weights the deltas are taken from.
     """
 
-    def __init__(self, session: MergeSession, task: str, settings: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        session: MergeSession,
+        task: str,
+        settings: Mapping[str, object] | None = None,
+        weights: Weights = "last",
+    ) -> None:
         self.session = session
         self.task = task
         self.settings = settings
+        self.weights = weights
         self._collected = False
+        self._frozen: Set[str] = frozenset()
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -70,6 +88,7 @@ class CollectTask(Callback):
             raise ValueError(problem)
         strategy = trainer.strategy
         join_processes(self.session, trainer)
+        refuse_fit(self.weights, trainer, self.task)
         refuse_flat(pl_module)
         convert_precision(strategy, pl_module)
         if isinstance(strategy, ModelParallelStrategy):
@@ -85,12 +104,23 @@ class CollectTask(Callback):
             head = head_names_of(pl_module, self.session.head)
             refuse_rounded_buffers(strategy, backbone_parameters(pl_module, head))
         if not isinstance(strategy, ModelParallelStrategy):
-            self.session.note_base(pl_module, self.task)
+            self._note_base(pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.note_start(trainer, pl_module, self)
+
+    def note_start(self, trainer: Trainer, pl_module: LightningModule, callback: Callback) -> None:
+        """What `on_fit_start` does.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            callback: The one of the Trainer's callbacks that collects the task.
+        """
+        come_before_averaging(callback, trainer)
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            self.session.note_base(pl_module, self.task)
+            self._note_base(pl_module)
         elif isinstance(trainer.strategy, FSDPStrategy):
             refuse_apart(pl_module)
 
@@ -108,13 +138,18 @@ class CollectTask(Callback):
                 f"Task {self.task!r} went on from a checkpoint of its last step, from which no deltas can be taken "
                 f"under {type(trainer.strategy).__name__}: train it from the start, with --resume false."
             )
+        if self.weights == "last" and not ends_with(self.weights, callbacks_of(trainer)):
+            raise ValueError(
+                f"Task {self.task!r} went on from a checkpoint of its last step, which may hold averaged weights in "
+                "place of the last step's: train it from the start, with --resume false, or take weights 'averaged'."
+            )
         self.collect(trainer, pl_module)
 
     def collect(self, trainer: Trainer, module: LightningModule) -> None:
         """Collects the task, where the strategy gives every rank the weights that it needs.
 
         Raises:
-            ValueError: If nothing was trained.
+            ValueError: If nothing was trained, or the chosen weights are not there.
         """
         if trainer.global_step == 0:
             raise ValueError(
@@ -122,6 +157,11 @@ class CollectTask(Callback):
                 f"batches, and do the Trainer's limits leave some (max_steps, max_epochs, limit_train_batches)?"
             )
         self._collected = True
-        self.session.collect(module, self.task, settings=self.settings)
+        with chosen_weights(self.weights, trainer, module, self.task, self._frozen, self.session.ranks):
+            self.session.collect(module, self.task, settings=self.settings)
         num_tasks = len(self.session.tasks)
         rank_zero_info(f"Collected task {self.task!r} ({num_tasks - len(self.session.missing)} of {num_tasks}).")
+
+    def _note_base(self, module: LightningModule) -> None:
+        self.session.note_base(module, self.task)
+        self._frozen = frozen_tensors(module)

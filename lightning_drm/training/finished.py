@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lightning_drm.training.run_folder import RunFolder
+from lightning_drm.training.run_folder import BATCH_NORM, RunFolder
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.settings import changed_settings, flatten
 
@@ -21,8 +21,11 @@ def require_merged_as_configured(folder: RunFolder, session: MergeSession) -> No
     record = folder.merge_record
     if record is None:
         return
-    asked = session.recipe.description(session.tasks)
-    if changes := changed_settings(dict(flatten(record["method"])), dict(flatten(asked))):
+    merged, asked = (dict(flatten(method)) for method in (record["method"], session.recipe.description(session.tasks)))
+    if BATCH_NORM in record:  # not for models without batch norms, nor in records of older versions
+        setting = "batch_norm_batches"
+        merged[setting], asked[setting] = record[BATCH_NORM]["batches"], session.batch_norm_batches
+    if changes := changed_settings(merged, asked):
         raise ValueError(
             f"{folder.merged} was not merged as the configuration says ({'; '.join(changes)}): run `merge` to merge"
             " with this configuration, or give `test` the one of the merge, such as its --drm.method."

@@ -1,11 +1,14 @@
 """The merged model on disk: a folder that ``from_pretrained`` loads, every task's head, and a model card.
 
+Where batch norms have statistics of their own for each task, they have a file beside the head's. The backbone's file
+then has those of all tasks together.
+
 The folder is written beside its place and moved there when it is whole.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -14,6 +17,8 @@ from lightning_drm.deltas import backbone_parameters, load_tensors, remove_adapt
 from lightning_drm.storage import write_tensors, written_whole
 
 MODEL_FILE = "model.safetensors"
+
+_STATISTICS = "batch_norm"
 
 
 @runtime_checkable
@@ -36,6 +41,7 @@ def write_merged(
     heads: Mapping[str, Mapping[str, Tensor]],
     card: str,
     finish: Callable[[Path], None] = lambda partial: None,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Writes a merged model.
 
@@ -47,6 +53,7 @@ def write_merged(
         heads: By task, its head's tensors by name.
         card: The model card, in Markdown.
         finish: Called with the written folder before it takes its place.
+        statistics: By task, the running statistics of its batch norms by name, where it has its own.
     """
     with written_whole(folder) as partial:
         partial.mkdir()
@@ -57,6 +64,8 @@ def write_merged(
             write_tensors(partial / MODEL_FILE, tensors, {"format": "pt"})
         for task, head_tensors in heads.items():
             write_tensors(partial / "heads" / f"{task}.safetensors", head_tensors, {"task": task})
+        for task, own in (statistics or {}).items():
+            write_tensors(partial / _STATISTICS / f"{task}.safetensors", own, {"task": task})
         (partial / "README.md").write_text(card, encoding="utf-8")
         finish(partial)
 
@@ -97,3 +106,24 @@ def read_merged(
         for name, parameter in parameters.items():
             parameter.tensor.data.copy_(tensors[name])
     return {task: load_tensors(folder / "heads" / f"{task}.safetensors", "a head") for task in tasks}
+
+
+def read_statistics(folder: Path, record: Mapping[str, Any] | None) -> dict[str, dict[str, Tensor]]:
+    """Reads the running statistics of batch norms.
+
+    Args:
+        folder: What `write_merged` wrote.
+        record: What the record of the merge says of them; nothing for a model without batch norms.
+
+    Returns:
+        By task that has its own, its statistics by name.
+
+    Raises:
+        FileNotFoundError: If some are missing.
+        ValueError: If a file is damaged.
+    """
+    tasks = record["tasks"] if record is not None else []
+    files = {task: folder / _STATISTICS / f"{task}.safetensors" for task in tasks}
+    if missing := [str(file.relative_to(folder)) for file in files.values() if not file.is_file()]:
+        raise FileNotFoundError(f"{folder} is damaged: it lacks {', '.join(missing)}; merge again.")
+    return {task: load_tensors(file, "batch norm statistics") for task, file in files.items()}

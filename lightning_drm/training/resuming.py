@@ -91,10 +91,12 @@ def last_checkpoint(folders: Iterable[Path]) -> Path | None:
         folders: Where a task's checkpoints are.
 
     Returns:
-        The checkpoint; ``None`` if there is none, or none is whole.
+        The checkpoint; ``None`` if there is none, or none is whole. Of several, the one that was written last, as it
+        knows what the others' callbacks called the best.
     """
     steps = {path: _usable_step(path) for folder in folders for path in sorted(folder.glob("*.ckpt"))}
-    return max((path for path, step in steps.items() if step), key=lambda path: steps[path] or 0, default=None)
+    usable = {path: (step, path.stat().st_mtime_ns) for path, step in steps.items() if step}
+    return max(usable, key=usable.__getitem__, default=None)
 
 
 def _usable_step(path: Path) -> int | None:

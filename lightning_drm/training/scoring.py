@@ -18,8 +18,8 @@ from lightning_drm.evaluation import Score, linear_probe, measure
 from lightning_drm.kinds import metrics_of
 from lightning_drm.modules import MultiTaskModule, data_parallel, head_names_of, without_weights
 from lightning_drm.storage import write_tensors
-from lightning_drm.training.merged_folder import read_merged
-from lightning_drm.training.run_folder import RunFolder
+from lightning_drm.training.merged_folder import read_merged, read_statistics
+from lightning_drm.training.run_folder import BATCH_NORM, RunFolder
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.task_modules import TaskModules
 from lightning_drm.training.test_sets import fingerprint_of_test_set
@@ -164,8 +164,10 @@ class Scoring:
         head = head_names_of(module, self._session.head)
         heads = read_merged(self._folder.merged, module, head, tasks)
         backbone = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
+        statistics = read_statistics(self._folder.merged, (self._folder.merge_record or {}).get(BATCH_NORM))
         own = {task: without_weights(self._modules.fresh(task)) for task in tasks}
-        return self.merged(MultiTaskModule.assemble(own, backbone, heads, head=self._session.head))
+        merged = MultiTaskModule.assemble(own, backbone, heads, head=self._session.head, statistics=statistics)
+        return self.merged(merged)
 
     def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, Score]:
         # FSDP1 would take the module over for good, and the merged one is the user's.

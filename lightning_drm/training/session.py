@@ -8,10 +8,11 @@ Fabric, `DRMMergeCallback` and `MergeTrainer` all talk to it in the same way.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.distributed.watch import watched
 from lightning_drm.fusion import Fusion, Override, Recipe, model_card
 from lightning_drm.merging import DRM, LowRank, Method
-from lightning_drm.modules import MultiTaskModule, head_names_of
+from lightning_drm.modules import MultiTaskModule, batch_norms, head_names_of, of_all_tasks
 from lightning_drm.names import check_task_name
 from lightning_drm.storage import write_json
 from lightning_drm.training.delta_cache import DeltaCache, Store
@@ -34,7 +35,7 @@ from lightning_drm.training.exchange import Owners, merge_together
 from lightning_drm.training.kept_modules import KeptModules
 from lightning_drm.training.merged_folder import write_merged
 from lightning_drm.training.progress import merging_bar
-from lightning_drm.training.run_folder import RECORD_FILE, RunFolder
+from lightning_drm.training.run_folder import BATCH_NORM, RECORD_FILE, RunFolder
 
 
 class MergeSession:
@@ -55,10 +56,13 @@ class MergeSession:
         overrides: Exceptions by name; the first that matches a parameter counts.
         store: Where deltas wait for the other tasks: on the ``device``, in host memory (``cpu``), or on ``disk``.
             ``auto`` takes the disk if there is a run folder, else the device while it has room, else host memory.
+        batch_norm_batches: How many training batches of each task (of each process) estimate the running statistics of
+            the merged model's batch norms again, where `fuse` is given batches; 0 leaves them merged like all other
+            buffers. It costs nothing where there are none, or where training has kept their statistics fixed.
 
     Raises:
-        ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks, or
-            ``store="disk"`` has no ``dirpath``.
+        ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks,
+            ``store="disk"`` has no ``dirpath``, or ``batch_norm_batches`` is negative.
 
     Example:
         >>> import copy
@@ -87,6 +91,7 @@ class MergeSession:
         non_matrix: Literal["average", "elect"] = "average",
         overrides: Sequence[Override] = (),
         store: Store = "auto",
+        batch_norm_batches: int = 100,
     ) -> None:
         self.tasks = list(tasks)
         for task in self.tasks:
@@ -95,6 +100,7 @@ class MergeSession:
         self.run_folder = RunFolder(dirpath) if dirpath is not None else None
         self.store = store
         self.head = head
+        self.batch_norm_batches = batch_norm_batches
         problems = []
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             problems.append(f"tasks must be different names, at least one, got {self.tasks}")
@@ -102,6 +108,8 @@ class MergeSession:
             problems.append(f"store must be auto, device, cpu or disk, got {store!r}")
         if store == "disk" and dirpath is None:
             problems.append("store='disk' needs a dirpath to write to")
+        if batch_norm_batches < 0:
+            problems.append(f"batch_norm_batches must be 0 or more, got {batch_norm_batches}")
         if problems:
             raise ValueError(f"{'; '.join(problems)}.")
         self.recipe.check(self.tasks)
@@ -262,6 +270,7 @@ class MergeSession:
         recipe: Recipe | None = None,
         module: nn.Module | None = None,
         device: torch.device | str | None = None,
+        batch_norm: Mapping[str, Iterable[Any]] | None = None,
     ) -> MultiTaskModule:
         """Merges all task vectors, and writes the merged model if there is a run folder.
 
@@ -273,6 +282,10 @@ class MergeSession:
             module: Any module of this base, trained or not. It is needed where nothing was collected here, and stands
                 in for the modules of tasks that were only restored; else the one that was collected last does.
             device: Where to compute; where the last task was collected, or else the given module's, if left out.
+            batch_norm: By task, batches of its training data (a `torch.utils.data.DataLoader`, say), on which the
+                running statistics of batch norms are estimated again: ``batch_norm_batches`` of each. Each of these
+                tasks then has statistics of its own; others share those that are merged like all other buffers. They
+                are not asked for where no batch norm has learned statistics.
 
         Returns:
             The merged model, on the device of the given or the last collected module, or sharded as that module is.
@@ -307,8 +320,13 @@ class MergeSession:
                         written[name] = own.cpu()
             here = {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()}
             assembled = MultiTaskModule.assemble(modules, merged, here, head=self.head)
+            learned = self._learned_statistics(assembled)
+            statistics: dict[str, dict[str, Tensor]] = {}
+            if learned and batch_norm is not None and self.batch_norm_batches:
+                statistics = self._estimate(assembled, batch_norm, learned, torch.device(device or home))
+                assembled = MultiTaskModule.assemble(modules, merged, here, head=self.head, statistics=statistics)
             if writes:
-                self._write(recipe, modules, written, heads)
+                self._write(recipe, modules, written, heads, statistics, learned.keys())
         self._merged = assembled
         return assembled
 
@@ -349,16 +367,52 @@ class MergeSession:
             reduce=self.ranks.sum,
         )
 
+    def _learned_statistics(self, merged: MultiTaskModule) -> dict[str, set[str]]:
+        """By task that has some, the running means in its head, and those of the backbone that any task has changed."""
+        shared = {name for vector in self.task_vectors.values() for name in vector.deltas}
+        learned = {
+            task: {f"{name}.running_mean" for name in batch_norms(merged.task_module(task))} & {*shared, *vector.head}
+            for task, vector in self.task_vectors.items()
+        }
+        return {task: means for task, means in learned.items() if means}
+
+    def _estimate(
+        self,
+        merged: MultiTaskModule,
+        batches: Mapping[str, Iterable[Any]],
+        learned: Mapping[str, Set[str]],
+        device: torch.device,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Estimates the statistics of batch norms on batches of the tasks."""
+        for task in batches:
+            self._require_task(task)
+        without = [task for task in self.tasks if task not in batches]
+        if without and self.ranks.is_first:
+            warnings.warn(
+                f"No training data of {', '.join(without)} are at hand here, so their batch norms have statistics that "
+                "were merged like all other buffers. Give fuse(batch_norm=…) batches of all tasks.",
+                stacklevel=3,
+            )
+        merged.to(device)
+        return merged.estimate_batch_norm(
+            batches, max_batches=self.batch_norm_batches, layers=learned, ranks=self.ranks
+        )
+
     def _write(
         self,
         recipe: Recipe,
         modules: Mapping[str, nn.Module],
         backbone: Mapping[str, Tensor],
         heads: Mapping[str, Mapping[str, Tensor]],
+        statistics: Mapping[str, Mapping[str, Tensor]],
+        learned: Set[str],
     ) -> None:
         run_folder = self.run_folder
         assert run_folder is not None
         first = self.tasks[0]
+        if statistics:
+            common = {name: tensor for name, tensor in of_all_tasks(statistics).items() if name in backbone}
+            backbone = {**backbone, **{name: tensor.to(backbone[name].dtype) for name, tensor in common.items()}}
         alone = MultiTaskModule.assemble({first: modules[first]}, backbone, {first: heads[first]}, head=self.head)
         module = alone.task_module(first)
         card = model_card(
@@ -366,18 +420,22 @@ class MergeSession:
             {task: {"parameters with a delta": len(vector.deltas)} for task, vector in self.task_vectors.items()},
             base=getattr(module, "backbone_name", None),
             base_fingerprint=fingerprint(self._base.hashes),
+            facts=[_STATISTICS_FACT] if statistics else [],
         )
-        record = {
+        record: dict[str, Any] = {
             "method": recipe.description(self.tasks),
             "base_fingerprint": fingerprint(self._base.hashes),
             "deltas": {task: run_folder.fingerprint(task) for task in self.tasks},
         }
+        if learned:  # else no setting can change them, and the record is that of versions without one
+            number = self.batch_norm_batches if statistics.keys() == set(learned) else 0
+            record[BATCH_NORM] = {"batches": number, "tasks": sorted(statistics)}
 
         def finish(partial: Path) -> None:
             write_json(partial / RECORD_FILE, record)
             run_folder.put_aside(record)
 
-        write_merged(run_folder.merged, module, head_names_of(module, self.head), heads, card, finish)
+        write_merged(run_folder.merged, module, head_names_of(module, self.head), heads, card, finish, statistics)
 
     def _require_task(self, task: str) -> None:
         if task not in self.tasks:
@@ -386,6 +444,11 @@ class MergeSession:
     @property
     def _cache(self) -> DeltaCache:
         return DeltaCache(self.store, self.run_folder, self._owners, self.ranks)
+
+
+_STATISTICS_FACT = (
+    "batch norms: running statistics of all tasks' training data; `batch_norm/<task>.safetensors` holds those of a task"
+)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -28,6 +28,7 @@ _ADDED = {  # what was so before it was a setting
     "model.kind": None,
     "data.trust_remote_code": False,
     "data.kind": None,
+    "weights": "last",
 }
 
 

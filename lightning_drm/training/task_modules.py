@@ -1,16 +1,18 @@
 """Fresh modules of the tasks, made from one template: the same weights each time, and each task's own head."""
 
 import os
+from functools import partial
 from typing import Any, cast
 
-from lightning import LightningDataModule, LightningModule, seed_everything
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import Strategy
 
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.kinds import metrics_of
-from lightning_drm.modules import duplicate
+from lightning_drm.modules import duplicate, share_factories
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.strategies import convert_precision
+from lightning_drm.training.training_batches import TrainingBatches
 
 
 class TaskModules:
@@ -51,8 +53,9 @@ class TaskModules:
         Raises:
             ValueError: If the module asks for a number of classes, and the task's data has none.
         """
-        seed_everything(self.seed, workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))), verbose=False)
+        self._seed_everything()
         module = duplicate(self._template)
+        share_factories(module)
         data = self._data.tasks[task]
         if hasattr(module, "configure_for"):
             self._prepare(data)
@@ -87,6 +90,27 @@ class TaskModules:
             if not self._session.knows_module(task):
                 self._session.keep_module(self.fresh(task), task)
         return module
+
+    def training_batches(self, trainer: Trainer) -> dict[str, TrainingBatches]:
+        """By task, its training batches on the Trainer's device; all ranks see the same ones.
+
+        Args:
+            trainer: The Trainer.
+        """
+
+        def loader_of(task: str) -> Any:
+            self._seed_everything()
+            self._prepare(self._data.tasks[task])
+            return self._data.tasks[task].train_dataloader()
+
+        device = self._strategy.root_device
+        return {
+            task: TrainingBatches(partial(loader_of, task), trainer, data, device)
+            for task, data in self._data.tasks.items()
+        }
+
+    def _seed_everything(self) -> None:
+        seed_everything(self.seed, workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))), verbose=False)
 
     def _prepare(self, data: LightningDataModule) -> None:
         ranks = self._session.ranks

@@ -30,6 +30,7 @@ from lightning_drm.evaluation import Comparison, Score, logged_metrics, terminal
 from lightning_drm.modules import MultiTaskModule, unmeasurable
 from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
+from lightning_drm.training.chosen_weights import Weights, callbacks_of, ends_with, settings_of
 from lightning_drm.training.collect import CollectTask
 from lightning_drm.training.failures import Failures
 from lightning_drm.training.finished import finished_tasks, require_done, require_merged_as_configured
@@ -57,6 +58,7 @@ class _Run:
     modules: TaskModules
     scoring: Scoring
     interruptible: Interruptible
+    weights: Weights
 
 
 class MergeTrainer(Trainer):
@@ -252,7 +254,7 @@ class MergeTrainer(Trainer):
         if checkpoint is not None:
             self._say(f"{task}: going on from {checkpoint}")
         trainer = fit.trainer(
-            [CollectTask(run.session, task, settings), *self._progress_bar(f"{task} · finetune")],
+            [CollectTask(run.session, task, settings, run.weights), *self._progress_bar(f"{task} · finetune")],
         )
         requeued = fit.requeued()
         try:
@@ -267,7 +269,8 @@ class MergeTrainer(Trainer):
     def _measure(self, run: _Run, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
         """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
         seconds = round(time.perf_counter() - start, 1) if module is not None else None
-        score = run.scoring.finetuned(task, module)
+        ends_as_stored = module is not None and ends_with(run.weights, callbacks_of(module.trainer))
+        score = run.scoring.finetuned(task, module if ends_as_stored else None)
         run.interruptible.check()
         how = f"finetuned in {seconds:.0f} s" if seconds is not None else "finetuned before, measured now"
         self._say(f"{task}: {score}, {how}")
@@ -298,7 +301,11 @@ class MergeTrainer(Trainer):
 
     def _merge_and_report(self, run: _Run) -> None:
         earlier = run.folder.merge_record
-        merged = run.session.fuse(module=run.modules.make_known(), device=self.strategy.root_device)
+        merged = run.session.fuse(
+            module=run.modules.make_known(),
+            device=self.strategy.root_device,
+            batch_norm=run.modules.training_batches(self),
+        )
         if earlier is not None and earlier != run.folder.merge_record:
             self._say(f"The merge before this one, with its report: {run.folder.history_of(earlier)}")
         scores = {task: self._scores(run, task) for task in run.session.tasks}
@@ -327,7 +334,8 @@ class MergeTrainer(Trainer):
 
     def _settings(self, run: _Run, task: str) -> dict[str, Any]:
         seed = run.modules.seed
-        return dict(finetune_settings(run.modules.template, run.data.tasks[task], self._arguments, seed))
+        settings = finetune_settings(run.modules.template, run.data.tasks[task], self._arguments, seed)
+        return {**settings, **settings_of(run.weights, self._task_callbacks)}
 
     def _progress_bar(self, label: str) -> list[Callback]:
         shown = self._arguments.get("enable_progress_bar") is not False and is_writer()
@@ -347,7 +355,7 @@ class MergeTrainer(Trainer):
         modules = TaskModules(model, data, session, self.strategy)
         arguments, strategy, bar = self._arguments, self.strategy, self._progress_bar
         scoring = Scoring(session, session.run_folder, modules, data, arguments, strategy, bar)
-        return _Run(session, session.run_folder, data, modules, scoring, Interruptible("the run was"))
+        return _Run(session, session.run_folder, data, modules, scoring, Interruptible("the run was"), found[0].weights)
 
 
 def is_writer() -> bool:

@@ -31,9 +31,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def variant(config: Path, folder: Path, callbacks: list[dict[str, Any]], **trainer: object) -> list[str]:
+def variant(
+    config: Path, folder: Path, callbacks: list[dict[str, Any]], weights: str = "last", **trainer: object
+) -> list[str]:
     """The words of a fit with other settings of the Trainer, in a run folder of its own."""
-    content = {"trainer": {**trainer, "callbacks": callbacks}, "drm": {"dirpath": str(folder / "run")}}
+    drm = {"dirpath": str(folder / "run"), "weights": weights}
+    content = {"trainer": {**trainer, "callbacks": callbacks}, "drm": drm}
     folder.mkdir(exist_ok=True)
     (folder / "overlay.yaml").write_text(yaml.safe_dump(content))
     return ["fit", "--config", str(config), "--config", str(folder / "overlay.yaml")]
@@ -41,6 +44,10 @@ def variant(config: Path, folder: Path, callbacks: list[dict[str, Any]], **train
 
 def checkpoint(**arguments: object) -> dict[str, Any]:
     return {"class_path": CHECKPOINT, "init_args": arguments}
+
+
+def averaging(**arguments: object) -> dict[str, Any]:
+    return {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.8, **arguments}}
 
 
 def signals(folder: Path, names: list[str], **when: object) -> dict[str, Any]:
@@ -63,6 +70,18 @@ CASES: dict[str, tuple[list[dict[str, Any]], dict[str, object], str]] = {
     "after the validation of each epoch": ([], {"limit_val_batches": 1.0}, "step=12"),
     "epochs instead of steps": ([], {"max_steps": -1, "max_epochs": 4}, "step=12"),
     "save_last": ([checkpoint(save_last=True)], {}, "(step=12|last)"),
+    "the best of all": (
+        [checkpoint(monitor="train_loss", mode="max", save_top_k=-1)],
+        {"weights": "best"},
+        "step=12",
+    ),
+    "the best, written after the last": (
+        [checkpoint(filename="{step}-last"), checkpoint(monitor="train_loss", filename="{step}-best")],
+        {"weights": "best"},
+        "step=12-best",
+    ),
+    "averages": ([averaging()], {"weights": "averaged"}, "step=12"),
+    "the last step's beside averages": ([averaging()], {}, "step=12"),
     "two of them": ([checkpoint(every_n_train_steps=4, save_top_k=-1), checkpoint(every_n_epochs=2)], {}, "step=12"),
 }
 
