@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from lightning_drm.checkpoints.architecture.alignment import Alignment
-from lightning_drm.deltas import Kind, backbone_parameters
+from lightning_drm.deltas import Kind, backbone_parameters, guess_kind
 from lightning_drm.storage.json_files import field as field_of
 from lightning_drm.storage.json_files import read_object, shown
 
@@ -136,21 +136,6 @@ class Architecture:
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
         """What a parameter is to its layer: known from the layer, or else guessed from name and shape."""
         return self.kinds.get(name) or guess_kind(name, shape)
-
-
-def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
-    """What a parameter probably is, where no layer is known.
-
-    Example:
-        >>> guess_kind("layers.0.fc.weight", (4, 4)), guess_kind("token_embedding.weight", (9, 4))
-        ('matrix', 'embedding')
-    """
-    parts = name.lower().split(".")
-    if len(shape) == 2 and any("embed" in part or part in ("wte", "wpe", "shared") for part in parts):
-        return "embedding"
-    if len(shape) == 2 and parts[-1].endswith("weight"):
-        return "matrix"
-    return "convolution" if len(shape) > 2 and parts[-1] == "weight" else "other"
 
 
 def _meta_model(folder: Path, named: list[Any], num_tensors: int) -> PreTrainedModel | None:
