@@ -4,13 +4,13 @@ Everything that needs to know asks here: for live modules, and for files through
 Only where no layer is known at all, `guess_kind` goes by name and shape.
 
 **Experts.** transformers keeps the experts of a layer in one 3-D weight, such as ``gate_up_proj`` (E, 2 i, h) and
-``down_proj`` (E, h, i). Each expert is a matrix of its own, and a method on matrices takes them one by one. A
-convolution's kernel may be 3-D, too, but is one matrix (out, in·k). A 3-D weight that is neither, such as a class token,
+``down_proj`` (E, h, i). Each expert is a matrix of its own, and a method on matrices takes them one by one. The kernel
+of a convolution may be 3-D, too, but is one matrix (out, in·k). A 3-D weight that is neither, such as a class token,
 has no matrices in it.
 
 **Output embeddings.** The ``lm_head`` of a language model has one row for each token, as its input embedding has, and
-follows the same rule: DRM on 128,256 rows and eight tasks is an eigenproblem of size 32,768, and what a row means is the
-same in all tasks. transformers says which layer it is. A classification head is none.
+follows the same rule. What a row means is the same in all tasks, and DRM on 128,256 rows and eight tasks would be an
+eigenproblem of size 32,768. transformers says which layer it is. A classification head is none.
 """
 
 from collections.abc import Iterator

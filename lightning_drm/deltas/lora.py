@@ -4,8 +4,8 @@ A LoRA layer computes ``W + s · B A`` with ``A`` of shape ``(r, in)``, ``B`` of
 from alpha, the rank and rsLoRA. Its delta therefore *is* the pair ``(s · B, A)``: no dense product is formed.
 The scaling is read from the layer, where peft keeps the number it really multiplies with, and never recomputed.
 
-LoRA on the experts of a layer, which are one 3-D weight, has a pair for each expert: peft's ``ParamWrapper`` keeps their
-factors side by side in one A and one B. Several of them are nested where a layer has several such weights.
+LoRA on the experts of a layer, which are one 3-D weight, has a pair for each expert: peft's ``ParamWrapper`` keeps
+their factors side by side in one A and one B. Several of them are nested where a layer has several such weights.
 
 Variants whose effective weight is not ``W + s · B A`` (DoRA, …), or whose initialization moves the base weight
 (PiSSA, OLoRA, …), would be silently wrong here, so they are refused by name.
@@ -143,8 +143,8 @@ def _refuse_inexact(layer: LoraLayer, adapter: str, name: str) -> None:
     if not isinstance(layer, exact):
         raise ValueError(
             f"{name}: LoRA around a {type(layer.get_base_layer()).__name__} ({type(layer).__name__}) is not supported, "
-            "only around linear, embedding, convolution and experts' weights that are not quantized; leave it out of the "
-            "targets."
+            "only around linear, embedding and convolution weights and those of experts that are not quantized; leave "
+            "it out of the targets."
         )
     if isinstance(layer, lora_layers.ParamWrapper) and layer.num_experts == 1 and _is_stored_in_out(layer):
         raise ValueError(

@@ -84,11 +84,12 @@ class Treatment:
 class Recipe:
     """What is done to each parameter of the backbone. Heads are never merged.
 
-    A method on matrices (DRM, Iso-C, Iso-CTS, TSV-M) merges the weights of linear layers, and those of experts one expert
-    after another. Embeddings, biases, norms and buffers get the average weighted by the coefficients, times the method's
-    ``scale`` (arXiv 2505.23117 gives them the average; its published code elects signs there). So do the output
-    embeddings of a language model (``lm_head``), unless an override gives them the rule ``"method"``. An elementwise
-    method (averaging, task arithmetic, TIES, DARE-TIES) is defined on whole task vectors and merges every parameter.
+    A method on matrices (DRM, Iso-C, Iso-CTS, TSV-M) merges the weights of linear layers, and those of experts one
+    expert after another. Embeddings, biases, norms and buffers get the average weighted by the coefficients, times the
+    method's ``scale`` (arXiv 2505.23117 gives them the average; its published code elects signs there). The same holds
+    for the output embeddings of a language model (``lm_head``), unless an override gives them the rule ``"method"``. An
+    elementwise method (averaging, task arithmetic, TIES, DARE-TIES) is defined on whole task vectors and merges every
+    parameter.
 
     Attributes:
         method: The merging method.

@@ -19,13 +19,14 @@ DENSITY = 0.4
 
 
 def independent_merge(base, finetunes, found, noise=0.0):
-    """DRM on linear weights and the average elsewhere, in float64, on live modules.
+    """DRM on linear weights except the output embeddings, and the average elsewhere, in float64, on live modules.
 
     The few weights that rounding decides are those of `found`, which was merged from deltas with errors of `noise`.
     """
     method, weights = DRM(density=DENSITY), dict(found.named_parameters())
     merged = copy.deepcopy(base).double()
     linear = {f"{key}.weight" for key, child in base.named_modules() if isinstance(child, nn.Linear)}
+    linear -= {"lm_head.weight"}
     tied = dict(base.named_parameters())
     states = [dict(model.named_parameters()) for model in finetunes]
     with torch.no_grad():

@@ -28,9 +28,9 @@ def read_bytes(plan: Plan) -> int:
     """How many bytes are read from all files."""
     total = 0
     for task in plan.tasks:
-        for raw in task.names.values():
+        for raw in task.raw_names():
             entry = task.input.entries[raw]
-            numel = entry.rank * sum(entry.shape) if entry.rank else prod(entry.shape)
+            numel = entry.rank * prod(entry.shape[:-2]) * sum(entry.shape[-2:]) if entry.rank else prod(entry.shape)
             total += numel * entry.dtype.itemsize
     return total + sum(prod(header.shape) * header.dtype.itemsize for header in plan.base.tensors.headers.values())
 
