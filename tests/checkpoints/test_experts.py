@@ -1,12 +1,10 @@
 """Mixtures of experts on disk: each expert is merged alone, in whatever layout the base and the finetunes are."""
 
 import copy
-import re
 
 import pytest
 import torch
 from helpers import experts, models
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lightning_drm import DRM, TIES, Average, IsoC, MergeSession, TaskArithmetic, merge_checkpoints
@@ -109,7 +107,7 @@ def test_lora_on_experts(name, layout, targets, form, tmp_path):
         torch.testing.assert_close(merged[key], expected, rtol=1e-6, atol=1e-6)  # factors are read in float32
 
 
-@pytest.mark.parametrize("method", [experts.METHOD, IsoC(), TIES(0.4), Average()])
+@pytest.mark.parametrize("method", [experts.METHOD, IsoC(), TIES(0.4, scope="tensor"), Average()])
 def test_lora_gives_what_dense_deltas_give(method, tmp_path):
     base = experts.base_model("qwen3_moe")
     save(base, tmp_path / "base", "fused")
