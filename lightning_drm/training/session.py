@@ -24,7 +24,7 @@ from lightning_drm.deltas.sharded import shard_like
 from lightning_drm.deltas.wrappers import refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.distributed.watch import watched
-from lightning_drm.fusion import Fusion, Override, Recipe, model_card
+from lightning_drm.fusion import Fusion, Override, Recipe, facts_on_kinds, model_card
 from lightning_drm.merging import DRM, LowRank, Method
 from lightning_drm.modules import MultiTaskModule, head_names_of
 from lightning_drm.names import check_task_name
@@ -308,7 +308,9 @@ class MergeSession:
             here = {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()}
             assembled = MultiTaskModule.assemble(modules, merged, here, head=self.head)
             if writes:
-                self._write(recipe, modules, written, heads)
+                shapes = {name: tuple(weight.shape) for name, weight in written.items()}
+                facts = facts_on_kinds(fusion.treatments, fusion.kinds, shapes)
+                self._write(recipe, modules, written, heads, facts)
         self._merged = assembled
         return assembled
 
@@ -355,6 +357,7 @@ class MergeSession:
         modules: Mapping[str, nn.Module],
         backbone: Mapping[str, Tensor],
         heads: Mapping[str, Mapping[str, Tensor]],
+        facts: Sequence[str],
     ) -> None:
         run_folder = self.run_folder
         assert run_folder is not None
@@ -366,6 +369,7 @@ class MergeSession:
             {task: {"parameters with a delta": len(vector.deltas)} for task, vector in self.task_vectors.items()},
             base=getattr(module, "backbone_name", None),
             base_fingerprint=fingerprint(self._base.hashes),
+            facts=facts,
         )
         record = {
             "method": recipe.description(self.tasks),
