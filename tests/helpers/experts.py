@@ -81,7 +81,7 @@ def deltas_of(tuned: nn.Module, base: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def assert_merged(found: Tensor, matrices: Sequence[Tensor], tolerance: float, noise: float = 0.0) -> None:
-    """One expert's merged delta is DRM of the tasks' deltas of that expert alone: by a reference, and by this package."""
+    """One expert's merged delta is DRM of the tasks' deltas of it alone: by a reference, and by this package."""
     expected = ties.settled(found, reference.drm(matrices, density=METHOD.density), METHOD, matrices, noise=noise)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
     if not noise:
