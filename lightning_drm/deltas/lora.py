@@ -52,7 +52,7 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
 
     adapter = _single_adapter(layer, name)
     _refuse_inexact(layer, adapter, name)
-    if isinstance(layer, lora_layers.ParamWrapper) and layer.get_param().ndim == 3:
+    if isinstance(layer, lora_layers.ParamWrapper) and _wrapped(layer).ndim == 3:
         a, b = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
         scaling = float(layer.scaling[adapter])
         stack = expert_factors(a.detach().float(), b.detach().float() * scaling, layer.num_experts)
@@ -101,11 +101,10 @@ def adapters_of(module: nn.Module) -> dict[str, LoraLayer]:
     if not _peft_is_imported():
         return {}
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
 
     found: dict[str, LoraLayer] = {}
     while isinstance(module, LoraLayer):
-        found[module.parameter_name if isinstance(module, ParamWrapper) else "weight"] = module
+        found[getattr(module, "parameter_name", "weight")] = module  # a ParamWrapper's
         module = module.base_layer
     return found
 
@@ -160,6 +159,10 @@ def _refuse_inexact(layer: LoraLayer, adapter: str, name: str) -> None:
         raise ValueError(f"{name}: DoRA is not W + s·B·A, so it has no exact delta; use plain LoRA (use_dora: false).")
     if layer.lora_bias.get(adapter, False):
         raise ValueError(f"{name}: lora_bias adds a bias that the delta cannot hold; use lora_bias: false.")
+
+
+def _wrapped(layer: ParamWrapper) -> Tensor:
+    return cast(Tensor, getattr(layer.get_base_layer(), layer.parameter_name))
 
 
 def _is_stored_in_out(layer: ParamWrapper) -> bool:

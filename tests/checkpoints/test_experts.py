@@ -294,6 +294,8 @@ def test_the_plan_and_the_card_say_what_they_are(tmp_path, capsys, monkeypatch):
         "--output",
         str(tmp_path / "out"),
     ]
+    for side in ("COLUMNS", "LINES"):  # of the terminal; one alone would not count where it is a dumb one
+        monkeypatch.setenv(side, "200")
     main([*options, "--dry_run"])
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("│ 3 experts of (24, 16) ", "│ output embeddings ", "┃ work "))
