@@ -214,6 +214,15 @@ def test_nested_factors_need_the_class_of_the_base(tmp_path):
         torch.testing.assert_close(merged[key], value + deltas[key], rtol=1e-6, atol=1e-6)
 
 
+def test_square_experts_need_the_class_of_the_base(tmp_path):
+    base = experts.base_model("gpt_oss")
+    save_file({name: value.detach() for name, value in base.named_parameters()}, tmp_path / "base.safetensors")
+    model = experts.train(experts.with_lora(base, target_parameters=experts.TARGETS[1:]), 1)
+    save(model, tmp_path / "a", "adapter")
+    with pytest.raises(ValueError, match=r"a: .*down_proj has square experts, .* give a base with a config.json"):
+        merge_checkpoints(tmp_path / "base.safetensors", {"a": tmp_path / "a"}, tmp_path / "out", experts.METHOD)
+
+
 def test_a_base_without_a_configuration(tmp_path):
     """Names and shapes tell experts and output embeddings."""
     base = experts.base_model("qwen3_moe")

@@ -34,6 +34,17 @@ class Fitting:
             entry: What the task says of it.
         """
         header, shape = self._headers[name], entry.shape
+        if (
+            entry.form == "low_rank_linear"
+            and len(shape) == 3
+            and shape[1] == shape[2]
+            and not self._architecture.known
+        ):
+            self._refuse(
+                f"{name} has square experts, and how they are stored follows from the model's class; give a base with a "
+                "config.json that transformers knows"
+            )
+            return False
         if entry.form == "low_rank_linear" and self._is_turned(name, shape, header.shape):
             self._planned.transposed.add(name)
             shape = _turned(shape)

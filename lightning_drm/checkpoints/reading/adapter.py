@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.lora_settings import ranks_of, scalings, wrong_settings
@@ -58,6 +59,10 @@ class LoraInput(TaskInput):
         return self._tensors.is_mapped  # factors are read once for all pieces
 
     def _add_value(self, name: str, raw: str) -> None:
+        """Takes in a value; that of an adapted weight is what the weight was before, which peft saves of embeddings."""
+        if name in self._factors:
+            self._frozen[name] = raw
+            return
         header = self._tensors.headers[raw]
         self._values[name] = raw
         self.entries[name] = Entry(header.shape, header.dtype)
@@ -115,8 +120,7 @@ class LoraInput(TaskInput):
             self._problems.append(f"{name} has factors in {header_a.dtype} and {header_b.dtype}, which are not floats")
             return
         self._factors[name], self._ranks[name], self._num_experts[name] = (raw_a, raw_b), rank, a[0] // rank
-        if name in self._values:
-            self._frozen[name] = self._values.pop(name)
+        self._freeze(name)
         self.entries[name] = Entry((a[0] // rank, b[0], a[1]), header_a.dtype, "low_rank_linear", rank)
 
     def _add_layer(self, module: str, raw_a: str, raw_b: str, is_embedding: bool) -> None:
@@ -131,12 +135,21 @@ class LoraInput(TaskInput):
             return
         name = f"{module}.weight"
         self._factors[name], self._ranks[module] = (raw_a, raw_b), a[0]
+        self._freeze(name)
         if is_embedding:
             self.entries[name] = Entry((a[1], b[0]), dtype, "low_rank", a[0])
         elif is_conv:
             self.entries[name] = Entry((b[0], *a[1:]), dtype, "delta")
         else:
             self.entries[name] = Entry((b[0], a[1]), dtype, "low_rank_linear", a[0])
+
+    def _freeze(self, name: str) -> None:
+        if name in self._values:
+            self._frozen[name] = self._values.pop(name)
+
+    @override
+    def base_value(self, name: str) -> Tensor | None:
+        return self._tensors.read(self._frozen[name]) if name in self._frozen else None
 
     def _require_agreement(self) -> None:
         """Refuses factors that do not fit each other or the configuration; to be called when all are taken in."""

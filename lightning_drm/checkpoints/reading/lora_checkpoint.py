@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.adapter import LoraInput
@@ -80,10 +79,6 @@ class LoraCheckpoint(LoraInput):
                 own = plain_module(name.replace(f".modules_to_save.{adapter}.", "."))
                 if self._tensors.headers[raw].dtype.is_floating_point:
                     self._add_value(own, raw)
-
-    @override
-    def base_value(self, name: str) -> Tensor | None:
-        return self._tensors.read(self._frozen[name]) if name in self._frozen else None
 
 
 def _config(path: Path, hyperparameters: object) -> dict[str, Any]:

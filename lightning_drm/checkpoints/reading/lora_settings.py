@@ -53,10 +53,10 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, f
     rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank_keys = matched_keys(rank_pattern, ranks, "rank_pattern")
     alpha_keys = matched_keys(alpha_pattern, ranks, "alpha_pattern")
-    expected_ranks = ranks_of(config, ranks)
     different, found = [], {}
     for module, rank in ranks.items():
-        key, expected = rank_keys.get(module), expected_ranks[module]
+        key = rank_keys.get(module)
+        expected = _default(config, "r") if key is None else rank_pattern[key]
         if rank != expected:
             field = "r" if key is None else f"rank_pattern {shown(key)}"
             different.append(f"{module} has rank {rank}, but {field} says {expected}")
