@@ -34,15 +34,11 @@ class Fitting:
             entry: What the task says of it.
         """
         header, shape = self._headers[name], entry.shape
-        if (
-            entry.form == "low_rank_linear"
-            and len(shape) == 3
-            and shape[1] == shape[2]
-            and not self._architecture.known
-        ):
+        are_square = len(shape) == 3 and shape[1] == shape[2]
+        if entry.form == "low_rank_linear" and are_square and not self._architecture.known:
             self._refuse(
-                f"{name} has square experts, and how they are stored follows from the model's class; give a base with a "
-                "config.json that transformers knows"
+                f"{name} has square experts, and how they are stored follows from the model's class; give a base with "
+                "a config.json that transformers knows"
             )
             return False
         if entry.form == "low_rank_linear" and self._is_turned(name, shape, header.shape):
