@@ -9,9 +9,9 @@ from typing_extensions import override
 
 from lightning_drm.checkpoints.planning.planned_task import PlannedTask
 from lightning_drm.checkpoints.reading import Tensors
-from lightning_drm.deltas import hash_tensor
+from lightning_drm.deltas.fingerprint import hash_pieces
 from lightning_drm.merging import Delta, LowRank
-from lightning_drm.merging.low_rank import rows_of
+from lightning_drm.merging.low_rank import densify, rows_of
 
 
 class BaseValues:
@@ -27,7 +27,7 @@ class BaseValues:
         self._tensors = tensors
         self._last = threading.local()
         self._lock = threading.Lock()
-        self._hashes: dict[str, str] = {}
+        self._hashes: dict[tuple[str, ...], str] = {}
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A parameter's value, or some rows of it."""
@@ -39,12 +39,22 @@ class BaseValues:
         value: Tensor = self._last.value
         return value
 
-    def hash(self, name: str) -> str:
-        """The hash of a parameter's stored value, which is computed once for all tasks."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A parameter's shape."""
+        return self._tensors.headers[name].shape
+
+    def hash(self, *names: str, shape: tuple[int, ...]) -> str:
+        """The hash of a parameter's stored value, which is computed once for all tasks.
+
+        Args:
+            names: Its name, or those of the tensors that make it up, in their order.
+            shape: Its shape.
+        """
         with self._lock:
-            if name not in self._hashes:
-                self._hashes[name] = hash_tensor(self._tensors.read(name))
-            return self._hashes[name]
+            if names not in self._hashes:
+                dtype = self._tensors.headers[names[0]].dtype
+                self._hashes[names] = hash_pieces(shape, dtype, map(self._tensors.read, names))
+            return self._hashes[names]
 
 
 class FileDeltas(Mapping[str, Delta]):
@@ -58,6 +68,7 @@ class FileDeltas(Mapping[str, Delta]):
     def __init__(self, task: PlannedTask, base: BaseValues) -> None:
         self._task = task
         self._base = base
+        self._stacks = task.stacks
         self._last = threading.local()
 
     @override
@@ -68,11 +79,16 @@ class FileDeltas(Mapping[str, Delta]):
         """A parameter's delta, or some rows of it; only these are computed."""
         task = self._task
         raw = task.names[name]
-        found = self._found(raw)
+        if name in task.stacked:
+            return precise(self._stacked(name, rows)) - self._base.read(name, rows)
+        found, part = self._found(raw), task.parts.get(name)
         self._check_base(name, raw, rows)
+        if isinstance(found, LowRank) and name in task.transposed:
+            found = found.T
+        if part is not None:
+            found = part.of(found)
         if isinstance(found, LowRank):
-            turned = found.T if name in task.transposed else found
-            return turned if rows is None else rows_of(turned, rows)
+            return found if rows is None else rows_of(found, rows)
         if task.input.entries[raw].form == "delta":
             return precise(_rows(found, rows))
         base = self._base.read(name, rows)
@@ -84,6 +100,14 @@ class FileDeltas(Mapping[str, Delta]):
         known = sources >= 0
         delta[known] = precise(found[sources[known]]) - base[known]
         return delta
+
+    def _stacked(self, name: str, rows: slice | None) -> Tensor:
+        """The values of all experts, or of some, which the task has in tensors of their own; only these are read."""
+        raws, shape = self._task.stacked[name], self._base.shape(name)
+        each = len(raws) // shape[0]
+        wanted = rows or slice(0, shape[0])
+        found = [densify(self._task.input.read(raw)) for raw in raws[wanted.start * each : wanted.stop * each]]
+        return torch.cat(found).view(-1, *shape[1:])
 
     def _found(self, raw: str) -> Delta:
         """What the finetune says of a parameter; a computed delta is kept for the next pieces."""
@@ -98,11 +122,14 @@ class FileDeltas(Mapping[str, Delta]):
 
     def _check_base(self, name: str, raw: str, rows: slice | None) -> None:
         expected = self._task.input.base_hashes.get(raw)
-        if expected is not None and self._base.hash(name) != expected:
+        names = self._stacks.get(raw, [name])
+        if expected is not None and self._base.hash(*names, shape=self._task.input.entries[raw].shape) != expected:
             raise ValueError(
                 f"{self._task.name}: its stored delta of {name} was taken from another value than this base's."
             )
         frozen = self._task.input.base_value(raw)
+        if frozen is not None and name in self._task.parts:
+            frozen = densify(self._task.parts[name].of(frozen))
         if frozen is not None and not torch.equal(precise(_rows(frozen, rows)), self._base.read(name, rows)):
             raise ValueError(f"{self._task.name}: its adapter was trained on another value of {name} than this base's.")
 

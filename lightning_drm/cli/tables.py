@@ -18,9 +18,11 @@ def print_plan(console: Console, plan: Plan, ranks: Ranks, memory: int) -> None:
         ranks: The processes that would share the work.
         memory: Bytes of memory that it needs.
     """
-    rules = Table("rule", "method", "parameters", "values", "such as")
-    for rule, method, count, values, example in table(plan):
-        rules.add_row(rule, method, str(count), f"{values:,}", example)
+    costs = plan_costs(plan)
+    rules, total = Table("rule", "method", "for", "parameters", "values", "work", "such as"), sum(costs.values())
+    for row in table(plan, costs):
+        work = f"{100 * row.cost / total:.1f} %" if total else "–"
+        rules.add_row(row.rule, row.method, row.what, str(len(row.names)), f"{row.num_values:,}", work, row.names[0])
     console.print(rules)
     tasks = Table("task", "format", "parameters", "head", "source")
     for task in plan.tasks:
@@ -29,7 +31,7 @@ def print_plan(console: Console, plan: Plan, ranks: Ranks, memory: int) -> None:
     size = f"writes {written_bytes(plan) / 1e9:.2f} GB" if plan.output_format == "full" else "writes an adapter"
     console.print(f"Reads {read_bytes(plan) / 1e9:.2f} GB, {size}, needs about {memory / 1e9:.2f} GB of memory.")
     if ranks.size > 1 and not plan.problems:
-        reached = balance(plan_costs(plan), ranks.size)
+        reached = balance(costs, ranks.size)
         console.print(
             f"The largest of {ranks.size} shares of the work is {reached.largest:.2f} × the mean; "
             f"as parameters stay whole, it cannot be less than {reached.possible:.2f} ×."

@@ -2,8 +2,9 @@
 
 from lightning_drm.deltas.collect import Base
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
+from lightning_drm.deltas.kinds import Kind, guess_kind
 from lightning_drm.deltas.lora import remove_adapters
-from lightning_drm.deltas.parameters import Kind, Parameter, backbone_parameters, head_state
+from lightning_drm.deltas.parameters import Parameter, backbone_parameters, head_state
 from lightning_drm.deltas.store import (
     DELTAS_FILE,
     HEAD_FILE,
@@ -25,6 +26,7 @@ __all__ = [
     "backbone_parameters",
     "describe_difference",
     "fingerprint",
+    "guess_kind",
     "hash_tensor",
     "head_state",
     "load_task_vector",

@@ -4,6 +4,9 @@ A LoRA layer computes ``W + s · B A`` with ``A`` of shape ``(r, in)``, ``B`` of
 from alpha, the rank and rsLoRA. Its delta therefore *is* the pair ``(s · B, A)``: no dense product is formed.
 The scaling is read from the layer, where peft keeps the number it really multiplies with, and never recomputed.
 
+LoRA on the experts of a layer, which are one 3-D weight, has a pair for each expert: peft's ``ParamWrapper`` keeps
+their factors side by side in one A and one B. Several of them are nested where a layer has several such weights.
+
 Variants whose effective weight is not ``W + s · B A`` (DoRA, …), or whose initialization moves the base weight
 (PiSSA, OLoRA, …), would be silently wrong here, so they are refused by name.
 
@@ -16,14 +19,16 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_drm.deltas.sharded import whole
-from lightning_drm.merging import Delta, LowRank
+from lightning_drm.merging import Delta, LowRank, LowRankStack
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
 # Initializations that leave the base weight as it was; every other one subtracts something from it.
 INITS_KEEPING_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -33,12 +38,12 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
     """The delta that a LoRA layer adds to the weight it wraps.
 
     Args:
-        layer: A peft LoRA layer around a linear, embedding or convolution weight.
+        layer: A peft LoRA layer around a linear, embedding or convolution weight, or around a parameter.
         name: The weight's name, for messages.
 
     Returns:
-        A `LowRank` pair in float32 with the scaling folded into ``up``, of the shape of the wrapped weight; a dense
-        tensor for convolutions, whose kernels are not a product of two matrices.
+        A `LowRank` pair in float32 with the scaling folded into ``up``, of the shape of the wrapped weight; a
+        `LowRankStack` for experts; a dense tensor for convolutions, whose kernels are not a product of two matrices.
 
     Raises:
         ValueError: If the layer's variant has no exact delta.
@@ -47,7 +52,12 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
 
     adapter = _single_adapter(layer, name)
     _refuse_inexact(layer, adapter, name)
-    if isinstance(layer, lora_layers.Linear):
+    if isinstance(layer, lora_layers.ParamWrapper) and _wrapped(layer).ndim == 3:
+        a, b = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
+        scaling = float(layer.scaling[adapter])
+        stack = expert_factors(a.detach().float(), b.detach().float() * scaling, layer.num_experts)
+        return stack.T if _is_stored_in_out(layer) else stack
+    if isinstance(layer, lora_layers.Linear | lora_layers.ParamWrapper):
         down, up = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
         transposed = bool(layer.fan_in_fan_out)  # transformers' Conv1D stores (in, out)
     elif isinstance(layer, lora_layers.Embedding):
@@ -61,17 +71,46 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
     return LowRank(down.T.contiguous(), up.T.contiguous()) if transposed else LowRank(up, down)
 
 
-def lora_layer(module: nn.Module) -> LoraLayer | None:
-    """The module, where it is a LoRA layer of peft's."""
+def expert_factors(a: Tensor, b: Tensor, num_experts: int) -> LowRankStack:
+    """The factors of each expert, from those that peft keeps side by side.
+
+    Args:
+        a: All experts' A, one below the other, of shape (E r, in).
+        b: All experts' B, of shape (out, r E): column j E + e is column j of expert e's.
+        num_experts: E.
+
+    Returns:
+        Copies of the factors; the products have the shape (E, out, in).
+
+    Example:
+        >>> import torch
+        >>> stack = expert_factors(torch.ones(4, 3), torch.tensor([[1.0, 10.0, 2.0, 20.0]]), num_experts=2)
+        >>> stack.up[0], stack.up[1], stack.shape
+        (tensor([[1., 2.]]), tensor([[10., 20.]]), torch.Size([2, 1, 3]))
+    """
+    up = b.reshape(b.shape[0], -1, num_experts).permute(2, 0, 1)
+    return LowRankStack(up.clone(memory_format=torch.contiguous_format), a.reshape(num_experts, -1, a.shape[1]).clone())
+
+
+def adapters_of(module: nn.Module) -> dict[str, LoraLayer]:
+    """The LoRA layers around a layer, by the name of the parameter that each adapts.
+
+    Args:
+        module: A layer, with the wrappers of peft's that are around it.
+    """
     if not _peft_is_imported():
-        return None
+        return {}
     from peft.tuners.lora import LoraLayer
 
-    return module if isinstance(module, LoraLayer) else None
+    found: dict[str, LoraLayer] = {}
+    while isinstance(module, LoraLayer):
+        found[getattr(module, "parameter_name", "weight")] = module  # a ParamWrapper's
+        module = module.base_layer
+    return found
 
 
 def adapter_rank(layer: LoraLayer) -> int | None:
-    """The rank of what `adapted_weight_delta` gives; ``None`` where that is dense.
+    """The rank of what `adapted_weight_delta` gives, of each expert's pair in a stack; ``None`` where that is dense.
 
     Args:
         layer: A peft LoRA layer with one active adapter.
@@ -99,10 +138,17 @@ def _single_adapter(layer: LoraLayer, name: str) -> str:
 def _refuse_inexact(layer: LoraLayer, adapter: str, name: str) -> None:
     from peft.tuners.lora import layer as lora_layers
 
-    if not isinstance(layer, lora_layers.Linear | lora_layers.Embedding | lora_layers._ConvNd):
+    exact = lora_layers.Linear | lora_layers.Embedding | lora_layers._ConvNd | lora_layers.ParamWrapper
+    if not isinstance(layer, exact):
         raise ValueError(
             f"{name}: LoRA around a {type(layer.get_base_layer()).__name__} ({type(layer).__name__}) is not supported, "
-            "only around linear, embedding and convolution weights that are not quantized; leave it out of the targets."
+            "only around linear, embedding and convolution weights and those of experts that are not quantized; leave "
+            "it out of the targets."
+        )
+    if isinstance(layer, lora_layers.ParamWrapper) and layer.num_experts == 1 and _is_stored_in_out(layer):
+        raise ValueError(
+            f"{name}: peft adds the transposed product to a single expert that is stored (in, out), so "
+            f"{layer.parameter_name} has no exact delta; leave it out of target_parameters."
         )
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
@@ -113,6 +159,15 @@ def _refuse_inexact(layer: LoraLayer, adapter: str, name: str) -> None:
         raise ValueError(f"{name}: DoRA is not W + s·B·A, so it has no exact delta; use plain LoRA (use_dora: false).")
     if layer.lora_bias.get(adapter, False):
         raise ValueError(f"{name}: lora_bias adds a bias that the delta cannot hold; use lora_bias: false.")
+
+
+def _wrapped(layer: ParamWrapper) -> Tensor:
+    return cast(Tensor, getattr(layer.get_base_layer(), layer.parameter_name))
+
+
+def _is_stored_in_out(layer: ParamWrapper) -> bool:
+    """Whether experts are stored (in, out) each, as peft decides it."""
+    return bool(getattr(layer.get_base_layer(), "is_transposed", False))
 
 
 def refuse_unsupported_adapters(module: nn.Module) -> None:

@@ -9,20 +9,17 @@ parameter and has one name, its first.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lightning_drm.deltas.lora import adapter_rank, lora_layer, strip_adapter
+from lightning_drm.deltas.kinds import Kind, kind_of, output_embeddings
+from lightning_drm.deltas.lora import adapter_rank, adapters_of, strip_adapter
 from lightning_drm.deltas.wrappers import unwrapped
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
-
-Kind = Literal["matrix", "convolution", "embedding", "other"]
-"""The role of a parameter in its layer, which decides the rule that merges it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,10 @@ def backbone_parameters(module: nn.Module, head: Sequence[str]) -> dict[str, Par
     """
     backbone: dict[str, Parameter] = {}
     in_head: dict[int, str] = {}
+    outputs = output_embeddings(module)
     for name, parameter in _walk(module):
+        if id(parameter.tensor) in outputs and parameter.kind == "matrix":
+            parameter = replace(parameter, kind="output_embedding")
         if _is_head(name, head):
             in_head[id(parameter.tensor)] = name
         elif parameter.tensor.is_floating_point():
@@ -99,27 +99,15 @@ def head_state(module: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
     module = unwrapped(module)
-    adapter = lora_layer(module)
+    adapters = adapters_of(module)
     module = unwrapped(strip_adapter(module))
     for name, tensor in module.named_parameters(recurse=False):
-        yield prefix + name, Parameter(tensor, _kind(module, name, tensor), adapter if name == "weight" else None)
+        yield prefix + name, Parameter(tensor, kind_of(module, name, tensor), adapters.get(name))
     for name, buffer in module.named_buffers(recurse=False):
         if name not in module._non_persistent_buffers_set:
             yield prefix + name, Parameter(buffer, "other")
     for name, child in module.named_children():
         yield from _walk(child, f"{prefix}{name}.")
-
-
-def _kind(module: nn.Module, name: str, tensor: Tensor) -> Kind:
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding"
-    if isinstance(module, nn.modules.conv._ConvNd) and name == "weight":
-        return "convolution"
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return "other"  # also where it normalizes over two dimensions
-    if tensor.ndim == 2 and (name.endswith("weight") or isinstance(module, nn.Linear | Conv1D)):
-        return "matrix"
-    return "other"
 
 
 def _is_head(name: str, head: Sequence[str]) -> bool:

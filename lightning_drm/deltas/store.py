@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_drm.deltas.fingerprint import fingerprint, hash_pieces, hash_tensor
-from lightning_drm.deltas.parameters import Kind
+from lightning_drm.deltas.kinds import Kind
 from lightning_drm.deltas.task_vector import TaskVector
-from lightning_drm.merging import Delta, LowRank
+from lightning_drm.merging import Delta, LowRank, LowRankStack
 from lightning_drm.storage import write_tensors
 from lightning_drm.storage.json_files import parse_object, shown
 
@@ -254,11 +254,12 @@ class StoredDeltas(Mapping[str, Delta]):
         if len(tensors) == 1:
             return tensors[0]
         up, down = tensors
-        if up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
+        try:
+            return LowRankStack(up, down) if up.dim() == 3 else LowRank(up, down)
+        except ValueError as error:
             raise ValueError(
                 f"{self.path} is damaged: {name} has factors of shapes {tuple(up.shape)}, {tuple(down.shape)}."
-            )
-        return LowRank(up, down)
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lightning_drm.deltas.parameters import Kind
+from lightning_drm.deltas.kinds import Kind
 from lightning_drm.merging import Delta
 from lightning_drm.merging.low_rank import rows_of
 

@@ -1,17 +1,18 @@
 """Showing a method whole task vectors before it merges any parameter: TIES takes its threshold over all of one.
 
 Every rank shows the method its own share of the parameters, and where parameters come in pieces, several threads show
-it some pieces each. What the method counts is summed over all of them, so all merge with the same threshold.
+it some pieces each. What the method counts is summed over all of them, so all merge with the same threshold. A method
+on matrices is shown one expert after another.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import starmap
 
+from lightning_drm.fusion.parameter import experts
 from lightning_drm.fusion.recipe import Treatment
 from lightning_drm.fusion.task_deltas import Piece, TaskDeltas
 from lightning_drm.fusion.threads import num_threads, summed_over_threads
-from lightning_drm.merging import Method
+from lightning_drm.merging import Delta, Method
 from lightning_drm.merging.inputs import check_deltas
 from lightning_drm.merging.linalg.selection import Reduce
 
@@ -50,18 +51,32 @@ def calibrated_methods(
     for method, names in names_of.items():
         own = [piece for name in names for piece in pieces.get(name, ())]
         try:
-            ready = _calibrated(method, own, deltas, reduce, in_threads and method.works_in_pieces)
+            one_by_one = {name for name in names if treatments[name].expert_by_expert}
+            ready = _calibrated(method, own, deltas, one_by_one, reduce, in_threads and method.works_in_pieces)
         except ValueError:
-            _refuse_first(method, own, deltas)
+            _refuse_first(method, own, deltas, one_by_one)
             raise
         methods.update(dict.fromkeys(names, ready))
     return methods
 
 
-def _calibrated(method: Method, pieces: Sequence[Piece], deltas: TaskDeltas, reduce: Reduce, threads: bool) -> Method:
+def _calibrated(
+    method: Method,
+    pieces: Sequence[Piece],
+    deltas: TaskDeltas,
+    one_by_one: Set[str],
+    reduce: Reduce,
+    threads: bool,
+) -> Method:
     num_tasks = len(deltas.tasks)
+
+    def stream() -> Iterator[Sequence[Delta]]:
+        for (name, _), found in zip(pieces, deltas.stream(pieces), strict=True):
+            yield from experts(found) if name in one_by_one else [found]
+            del found  # before the next ones come
+
     if not threads:
-        return method.calibrate(partial(deltas.stream, pieces), reduce=reduce, num_tasks=num_tasks)
+        return method.calibrate(stream, reduce=reduce, num_tasks=num_tasks)
 
     def of_thread(own: Callable[[], Iterator[Piece]], add_up: Reduce) -> Method:
         return method.calibrate(lambda: starmap(deltas.read, own()), reduce=add_up, num_tasks=num_tasks)
@@ -69,10 +84,11 @@ def _calibrated(method: Method, pieces: Sequence[Piece], deltas: TaskDeltas, red
     return summed_over_threads(of_thread, pieces, reduce, num_threads(deltas.device))
 
 
-def _refuse_first(method: Method, pieces: Sequence[Piece], deltas: TaskDeltas) -> None:
+def _refuse_first(method: Method, pieces: Sequence[Piece], deltas: TaskDeltas, one_by_one: Set[str]) -> None:
     """Refuses the first delta that the method cannot take, by name; threads meet deltas in any order."""
     for (name, _), found in zip(pieces, deltas.stream(pieces), strict=True):
         try:
-            check_deltas(type(method).__name__, found, matrices=not method.elementwise)
+            for matrices in experts(found) if name in one_by_one else [found]:
+                check_deltas(type(method).__name__, matrices, matrices=not method.elementwise)
         except ValueError as error:
             raise deltas.explained(error, name) from error

@@ -7,8 +7,8 @@
 3. `TaskDeltas` reads the deltas of a parameter, and `merge_parameter` merges them.
 
 Deltas are read when their turn comes and dropped afterwards. So no more than two parameters' deltas are on the device
-at any time: those that are merged, and the next ones, which a thread reads ahead. Where entries are merged one by one
-and deltas can be read in part, a piece of a parameter takes the place of the whole.
+at any time: those that are merged, and the next ones, which a thread reads ahead. Where entries are merged one by one,
+or the experts of a layer are, and deltas can be read in part, a piece of a parameter takes the place of the whole.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -27,7 +27,6 @@ from lightning_drm.fusion.recipe import Recipe
 from lightning_drm.fusion.task_deltas import Piece, TaskDeltas
 from lightning_drm.merging import Delta, LowRank, Method
 from lightning_drm.merging.linalg.selection import Reduce, identity
-from lightning_drm.merging.scaling import peak
 
 
 @dataclass(frozen=True)
@@ -171,8 +170,6 @@ class Fusion:
         keyed = method.keyed([f"{task}/{name}" for task in self.tasks], start=start)
         try:
             merged = merge_parameter(keyed, deltas, treatment, transposed=name in self._transposed)
-            if not method.elementwise:
-                _require_some(method, merged, deltas, treatment.coefficients)
         except ValueError as error:
             raise self.deltas.explained(error, name) from error
         return Merged(name, merged, deltas, rows)
@@ -188,20 +185,3 @@ class Fusion:
     def _pieces(self, name: str) -> list[Piece]:
         shape = self._in_pieces.get(name)
         return [(name, rows) for rows in (pieces(shape, self.device) if shape is not None else [None])]
-
-
-def _require_some(method: Method, merged: Tensor, deltas: Sequence[Delta], coefficients: Sequence[float]) -> None:
-    """Refuses to lose what all tasks did to a matrix."""
-    if merged.any() or not method.scale:
-        return
-    lost = [
-        str(task)
-        for task, (delta, coefficient) in enumerate(zip(deltas, coefficients, strict=True))
-        if coefficient and float(peak(delta))
-    ]
-    if lost:
-        raise ValueError(
-            f"nothing is left of what task {', '.join(lost)} changed: the changes cancel each other, or {method!r} has "
-            f"no room for {len(deltas)} tasks in a matrix of shape {tuple(merged.shape)}; an override can name another"
-            " method for it"
-        )

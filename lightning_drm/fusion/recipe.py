@@ -1,8 +1,9 @@
 """A recipe: the method, the parameters it applies to, one coefficient per task, and the exceptions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Literal, TypeAlias
 
 from lightning_drm import merging
@@ -26,7 +27,7 @@ class Override:
         density: The method's density for them.
         coefficients: By task, another coefficient.
         split: Merge the matrix in parts, as for a fused ``[Q; K; V]``: a number of equal parts, or the rows of each
-            part (the columns, in a Conv1D).
+            part (the columns, in a Conv1D). Of experts, each one's matrix.
     """
 
     match: str
@@ -45,27 +46,50 @@ class Treatment:
         method: The method that merges it; ``None`` keeps the base's value.
         coefficients: One per task.
         split: The parts of the matrix, if it is merged in parts.
+        expert_by_expert: Whether the parameter is a stack of matrices (E, m, n), each of which is merged by itself.
     """
 
     rule: Rule
     method: Method | None
     coefficients: tuple[float, ...]
     split: Split | None = None
+    expert_by_expert: bool = False
 
     @property
     def works_in_pieces(self) -> bool:
-        """Whether some rows can be merged without the others."""
+        """Whether some rows can be merged without the others; a stack's rows are its matrices."""
+        if self.expert_by_expert:
+            return True
         return self.split is None and (self.method is None or self.method.works_in_pieces)
+
+    def matrix_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes of what the method merges one after another.
+
+        Args:
+            shape: The parameter's shape. Where the parts of a split do not add up to its rows, they are columns.
+        """
+        if self.expert_by_expert:
+            return shape[0] * replace(self, expert_by_expert=False).matrix_shapes(shape[1:])
+        if self.split is not None and len(shape) == 2:
+            rows, columns = shape
+            if isinstance(self.split, list) and sum(self.split) != rows:
+                return [(rows, size) for size in self.split]
+            return [(size, columns) for size in split_sizes(self.split, rows)]
+        if self.method is not None and not self.method.elementwise and len(shape) > 2:
+            return [(shape[0], prod(shape[1:]))]
+        return [shape]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is done to each parameter of the backbone. Heads are never merged.
 
-    A method on matrices (DRM, Iso-C, Iso-CTS, TSV-M) merges the weights of linear layers. Embeddings, biases, norms and
-    buffers get the average weighted by the coefficients, times the method's ``scale`` (arXiv 2505.23117 gives them the
-    average; its published code elects signs there). An elementwise method (averaging, task arithmetic, TIES, DARE-TIES)
-    is defined on whole task vectors and merges every parameter.
+    A method on matrices (DRM, Iso-C, Iso-CTS, TSV-M) merges the weights of linear layers, and those of experts one
+    expert after another. Embeddings, biases, norms and buffers get the average weighted by the coefficients, times the
+    method's ``scale`` (arXiv 2505.23117 gives them the average; its published code elects signs there). The same holds
+    for the output embeddings of a language model (``lm_head``), unless an override gives them the rule ``"method"``. An
+    elementwise method (averaging, task arithmetic, TIES, DARE-TIES) is defined on whole task vectors and merges every
+    parameter.
 
     Attributes:
         method: The merging method.
@@ -85,9 +109,9 @@ class Recipe:
 
     def rule(self, kind: Kind) -> Rule:
         """The rule for a parameter of some kind, exceptions aside."""
-        if self.method.elementwise or kind == "matrix" or (kind == "convolution" and self.convolutions == "matrix"):
+        if self.method.elementwise or kind in ("matrix", "experts"):
             return "method"
-        return self.non_matrix
+        return "method" if kind == "convolution" and self.convolutions == "matrix" else self.non_matrix
 
     def override_of(self, name: str) -> Override:
         """The exception that applies to a parameter; an empty one if none does."""
@@ -108,11 +132,12 @@ class Recipe:
         if rule == "base":
             return Treatment(rule, None, coefficients)
         if rule == "average":
-            return Treatment(rule, TaskArithmetic(self.method.scale / len(tasks)), coefficients, override.split)
-        if rule == "elect":
-            return Treatment(rule, TIES(1.0, "tensor", self.method.scale), coefficients, override.split)
-        method = self.method if override.density is None else with_density(self.method, override.density)
-        return Treatment(rule, method, coefficients, override.split)
+            method: Method = TaskArithmetic(self.method.scale / len(tasks))
+        elif rule == "elect":
+            method = TIES(1.0, "tensor", self.method.scale)
+        else:
+            method = self.method if override.density is None else with_density(self.method, override.density)
+        return Treatment(rule, method, coefficients, override.split, kind == "experts" and not method.elementwise)
 
     def coefficients_of(self, tasks: Sequence[str]) -> list[float]:
         """The coefficients of some tasks, in their order, exceptions aside."""
@@ -189,7 +214,8 @@ class Recipe:
             if rule == "method" and not self.method.elementwise and len(shape) < 2:
                 method = type(self.method).__name__
                 found.append(f"{name} has shape {shape}, but {method} merges matrices: give it rule average or elect.")
-            if override.split is not None and (problem := _split_problem(override.split, shape)):
+            matrix = shape[1:] if kind == "experts" else shape
+            if override.split is not None and (problem := _split_problem(override.split, matrix)):
                 found.append(f"{name} of shape {shape} cannot be split: {problem}.")
         return found
 

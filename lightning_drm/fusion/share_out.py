@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from lightning_drm.fusion.recipe import Treatment, split_sizes
+from lightning_drm.fusion.recipe import Treatment
 from lightning_drm.merging.method import COST_PER_VALUE
 
 
@@ -26,7 +26,8 @@ def costs(
         treatments: By name, what is done to each parameter; ``None`` for one that is only copied.
         shapes: By name, its shape.
         num_tasks: Number of tasks N.
-        ranks: By name, the sum of the deltas' inner dimensions, where all of a parameter's deltas are low-rank.
+        ranks: By name, the sum of the deltas' inner dimensions, where all of a parameter's deltas are low-rank; of
+            experts, for one of them.
 
     Returns:
         By name, the cost.
@@ -45,15 +46,7 @@ def costs(
 def _cost(treatment: Treatment | None, shape: tuple[int, ...], num_tasks: int, rank: int | None) -> float:
     if treatment is None or treatment.method is None:
         return COST_PER_VALUE * prod(shape)
-    method = treatment.method
-    if treatment.split is not None:
-        rows, columns = shape
-        if isinstance(treatment.split, list) and sum(treatment.split) != rows:  # a Conv1D's, split along its columns
-            return sum(method.cost((rows, size), num_tasks, rank) for size in treatment.split)
-        return sum(method.cost((size, columns), num_tasks, rank) for size in split_sizes(treatment.split, rows))
-    if not method.elementwise and len(shape) > 2:
-        shape = (shape[0], prod(shape[1:]))
-    return method.cost(shape, num_tasks, rank)
+    return sum(treatment.method.cost(part, num_tasks, rank) for part in treatment.matrix_shapes(shape))
 
 
 def share_out(costs: Mapping[str, float], num_ranks: int) -> list[list[str]]:

@@ -77,9 +77,9 @@ class TaskDeltas:
 
     def _zeros_like(self, delta: Delta) -> Delta:
         if isinstance(delta, LowRank):
-            rows, columns = delta.shape
-            up = torch.zeros(rows, 0, dtype=delta.up.dtype, device=self.device)
-            return LowRank(up, torch.zeros(0, columns, dtype=delta.down.dtype, device=self.device))
+            *stack, rows, columns = delta.shape
+            up = torch.zeros(*stack, rows, 0, dtype=delta.up.dtype, device=self.device)
+            return type(delta)(up, torch.zeros(*stack, 0, columns, dtype=delta.down.dtype, device=self.device))
         return torch.zeros(delta.shape, dtype=delta.dtype, device=self.device)
 
 

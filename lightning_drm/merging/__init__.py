@@ -5,7 +5,7 @@ from lightning_drm.merging.drm import DRM
 from lightning_drm.merging.iso import IsoC, IsoCTS
 from lightning_drm.merging.joint_basis import JointBasis
 from lightning_drm.merging.linear import Average, TaskArithmetic
-from lightning_drm.merging.low_rank import Delta, LowRank
+from lightning_drm.merging.low_rank import Delta, LowRank, LowRankStack
 from lightning_drm.merging.method import Method
 from lightning_drm.merging.ties import TIES
 from lightning_drm.merging.tsvm import TSVM
@@ -21,6 +21,7 @@ __all__ = [
     "IsoCTS",
     "JointBasis",
     "LowRank",
+    "LowRankStack",
     "Method",
     "TaskArithmetic",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.low_rank import Delta, LowRank
+from lightning_drm.merging.low_rank import Delta, LowRank, LowRankStack
 from lightning_drm.merging.scaling import peak
 
 
@@ -58,7 +58,8 @@ def check_deltas(owner: str, deltas: Sequence[Delta], *, matrices: bool) -> list
         matrices: Whether the method needs two dimensions.
 
     Returns:
-        The deltas in one precision: float32 for half-precision inputs, else the widest among the inputs'.
+        The deltas in one precision: float32 for half-precision inputs, else the widest among the inputs'. A stack of
+        products is dense, since its entries are all that such a method looks at.
 
     Raises:
         ValueError: If there are no deltas, if one is not a real tensor or `LowRank`, is not finite or too large to be
@@ -76,7 +77,8 @@ def check_deltas(owner: str, deltas: Sequence[Delta], *, matrices: bool) -> list
     for delta in deltas:
         dtype = torch.promote_types(dtype, delta.dtype)
     refuse(owner, _value_problems(deltas, dtype))
-    return [delta.to(dtype) for delta in deltas]
+    plain = [delta.dense() if isinstance(delta, LowRankStack) else delta for delta in deltas]
+    return [delta.to(dtype) for delta in plain]
 
 
 def check_coefficients(owner: str, coefficients: Sequence[float] | None, num_tasks: int) -> list[float]:

@@ -123,6 +123,59 @@ class LowRank:
         return LowRank(up, down).to(self.dtype), error
 
 
+@dataclass(frozen=True, eq=False)
+class LowRankStack(LowRank):
+    r"""E matrices of one shape, each as a product of two factors, :math:`D_e = \mathrm{up}_e \cdot \mathrm{down}_e`.
+
+    The delta of LoRA on the experts of a layer, which live in one 3-D weight. Methods on matrices take one `matrix`
+    after another, those that work entry by entry the dense tensor.
+
+    Args:
+        up: Left factors of shape (E, m, r).
+        down: Right factors of shape (E, r, n).
+
+    Raises:
+        ValueError: If the factors are not two stacks of equally many matrices whose inner dimensions agree.
+
+    Example:
+        >>> stack = LowRankStack(torch.ones(3, 4, 1), torch.ones(3, 1, 2))
+        >>> stack.shape, stack.matrix(0).shape
+        (torch.Size([3, 4, 2]), torch.Size([4, 2]))
+    """
+
+    def __post_init__(self) -> None:
+        up, down = tuple(self.up.shape), tuple(self.down.shape)
+        if len(up) != 3 or len(down) != 3 or up[0] != down[0] or up[2] != down[1]:
+            raise ValueError(f"LowRankStack needs up (E, m, r) and down (E, r, n), got up {up} and down {down}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (E, m, n) of the products."""
+        return torch.Size((*self.up.shape[:2], self.down.shape[2]))
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension r of each product."""
+        return self.up.shape[2]
+
+    @property
+    def T(self) -> LowRankStack:  # noqa: N802 - the name torch and numpy use
+        """Each matrix transposed, as views of the same factors."""
+        return LowRankStack(self.down.mT, self.up.mT)
+
+    def to(self, target: torch.dtype | torch.device | str) -> LowRankStack:
+        """Both factors moved or converted, as `Tensor.to`."""
+        return LowRankStack(self.up.to(target), self.down.to(target))
+
+    def truncate(self, rank: int) -> tuple[LowRank, float]:
+        """Refused: each matrix has a closest one of its own; truncate these."""
+        raise ValueError("a stack is not truncated as a whole; truncate each matrix")
+
+    def matrix(self, index: int) -> LowRank:
+        """One of the products, as views of the same factors."""
+        return LowRank(self.up[index], self.down[index])
+
+
 Delta: TypeAlias = Tensor | LowRank
 """One task's change of one parameter: finetuned minus base."""
 
@@ -133,7 +186,9 @@ def densify(delta: Delta) -> Tensor:
 
 
 def rows_of(delta: Delta, rows: slice) -> Delta:
-    """Some rows of a delta, as views."""
+    """Some rows of a delta, as views; of a stack, some of its matrices."""
+    if isinstance(delta, LowRankStack):
+        return LowRankStack(delta.up[rows], delta.down[rows])
     return LowRank(delta.up[rows], delta.down) if isinstance(delta, LowRank) else delta[rows]
 
 

@@ -89,7 +89,7 @@ class DeltaCache:
             own = torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor.cpu().contiguous()
             return self.ranks.copy_from(own, self.owners[name])
 
-        return LowRank(copied(delta.up), copied(delta.down)) if isinstance(delta, LowRank) else copied(delta)
+        return type(delta)(copied(delta.up), copied(delta.down)) if isinstance(delta, LowRank) else copied(delta)
 
     def _is_own(self, name: str) -> bool:
         return self.owners[name] == self.ranks.rank

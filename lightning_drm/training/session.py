@@ -25,7 +25,7 @@ from lightning_drm.deltas.sharded import shard_like
 from lightning_drm.deltas.wrappers import refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.distributed.watch import watched
-from lightning_drm.fusion import Fusion, Override, Recipe, model_card
+from lightning_drm.fusion import Fusion, Override, Recipe, facts_on_kinds, model_card
 from lightning_drm.merging import DRM, LowRank, Method
 from lightning_drm.modules import MultiTaskModule, batch_norms, head_names_of, of_all_tasks
 from lightning_drm.names import check_task_name
@@ -326,7 +326,9 @@ class MergeSession:
                 statistics = self._estimate(assembled, batch_norm, learned, torch.device(device or home))
                 assembled = MultiTaskModule.assemble(modules, merged, here, head=self.head, statistics=statistics)
             if writes:
-                self._write(recipe, modules, written, heads, statistics, learned.keys())
+                shapes = {name: tuple(weight.shape) for name, weight in written.items()}
+                facts = facts_on_kinds(fusion.treatments, fusion.kinds, shapes)
+                self._write(recipe, modules, written, heads, statistics, learned.keys(), facts)
         self._merged = assembled
         return assembled
 
@@ -406,6 +408,7 @@ class MergeSession:
         heads: Mapping[str, Mapping[str, Tensor]],
         statistics: Mapping[str, Mapping[str, Tensor]],
         learned: Set[str],
+        facts: Sequence[str],
     ) -> None:
         run_folder = self.run_folder
         assert run_folder is not None
@@ -420,7 +423,7 @@ class MergeSession:
             {task: {"parameters with a delta": len(vector.deltas)} for task, vector in self.task_vectors.items()},
             base=getattr(module, "backbone_name", None),
             base_fingerprint=fingerprint(self._base.hashes),
-            facts=[_STATISTICS_FACT] if statistics else [],
+            facts=[*facts, *([_STATISTICS_FACT] if statistics else [])],
         )
         record: dict[str, Any] = {
             "method": recipe.description(self.tasks),

@@ -19,13 +19,14 @@ DENSITY = 0.4
 
 
 def independent_merge(base, finetunes, found, noise=0.0):
-    """DRM on linear weights and the average elsewhere, in float64, on live modules.
+    """DRM on linear weights except the output embeddings, and the average elsewhere, in float64, on live modules.
 
     The few weights that rounding decides are those of `found`, which was merged from deltas with errors of `noise`.
     """
     method, weights = DRM(density=DENSITY), dict(found.named_parameters())
     merged = copy.deepcopy(base).double()
     linear = {f"{key}.weight" for key, child in base.named_modules() if isinstance(child, nn.Linear)}
+    linear -= {"lm_head.weight"}
     tied = dict(base.named_parameters())
     states = [dict(model.named_parameters()) for model in finetunes]
     with torch.no_grad():
@@ -109,6 +110,33 @@ def test_adapters(name, rslora, tmp_path):
     adapter = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").merge_and_unload().eval()
     for merged in (full, adapter):
         close(merged, independent_merge(base, finetunes, merged), name)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "q_proj"]])
+def test_adapters_of_embeddings_which_peft_saves_with_their_base(targets, tmp_path):
+    """Beside the factors, the file has the frozen weight, which is not what the task learned."""
+    base = models.base_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = models.adapter("llama", base, 1, target_modules=targets)
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert any(".base_layer." in key for key in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    for form in ("full", "adapter"):
+        out = tmp_path / form
+        paths = {"a": str(tmp_path / "a")}
+        merge_checkpoints(tmp_path / "base", paths, out, TaskArithmetic(scale=1.0), output_format=form)
+        if form == "full":
+            merged = load_file(out / "model.safetensors")
+        else:
+            merged = PeftModel.from_pretrained(copy.deepcopy(base), out).merge_and_unload().state_dict()
+        for key, value in expected.items():
+            torch.testing.assert_close(merged[key], value, rtol=1e-6, atol=1e-6)
+    other = models.base_model("llama")
+    with torch.no_grad():
+        (other.lm_head if "lm_head" in targets else other.model.embed_tokens).weight[3, 2] += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"a: its deltas were taken from another base: (lm_head|model.embed_tokens)"):
+        merge_checkpoints(tmp_path / "other", {"a": str(tmp_path / "a")}, tmp_path / "out", TaskArithmetic(scale=1.0))
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])

@@ -261,22 +261,12 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(16, 2)
-        self.experts = nn.Module()
-        self.experts.weights = nn.Parameter(torch.randn(3, 8, 8))
-        self.dense = nn.Linear(16, 16)
 
 
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        ({"target_modules": ["attention"]}, "attention: LoRA around a MultiheadAttention"),
-        ({"target_modules": ["dense"], "target_parameters": ["experts.weights"]}, "experts: .*ParamWrapper"),
-    ],
-)
-def test_adapters_around_several_or_raw_parameters_are_refused(targets: dict[str, list[str]], message: str) -> None:
+def test_adapters_around_several_parameters_are_refused() -> None:
     """Their deltas would be lost: the weight that they adapt is not the layer's `weight`."""
-    module = WithHead(get_peft_model(Attention(), LoraConfig(r=2, **targets)))
-    with pytest.raises(ValueError, match=message):
+    module = WithHead(get_peft_model(Attention(), LoraConfig(r=2, target_modules=["attention"])))
+    with pytest.raises(ValueError, match="attention: LoRA around a MultiheadAttention"):
         Base().remember(module, ["head"], "task")
 
 

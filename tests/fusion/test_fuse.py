@@ -294,15 +294,11 @@ def test_coefficients_belong_to_names(vectors: list[TaskVector]) -> None:
 
 
 def test_rules() -> None:
-    kinds = ("matrix", "convolution", "embedding", "other")
-    assert [Recipe(DRM()).rule(kind) for kind in kinds] == ["method", "average", "average", "average"]
-    assert [Recipe(DRM(), convolutions="matrix").rule(kind) for kind in kinds] == [
-        "method",
-        "method",
-        "average",
-        "average",
-    ]
-    assert [Recipe(TIES()).rule(kind) for kind in kinds] == ["method"] * 4
+    kinds = ("matrix", "experts", "convolution", "embedding", "output_embedding", "other")
+    assert [Recipe(DRM()).rule(kind) for kind in kinds] == ["method", "method", *["average"] * 4]
+    assert [Recipe(DRM(), convolutions="matrix").rule(kind) for kind in kinds] == [*["method"] * 3, *["average"] * 3]
+    assert [Recipe(DRM(), non_matrix="elect").rule(kind) for kind in kinds] == ["method", "method", *["elect"] * 4]
+    assert [Recipe(TIES()).rule(kind) for kind in kinds] == ["method"] * 6
 
 
 @pytest.mark.parametrize("method", [TaskArithmetic(0.3), Average(), TIES(0.3), DARETIES(0.5)], ids=repr)

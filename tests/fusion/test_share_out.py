@@ -18,21 +18,21 @@ def llama():
 
 
 @pytest.mark.parametrize("num_ranks", [8, 64, 512])
+@pytest.mark.parametrize("rule", ["average", "method"])
 @pytest.mark.parametrize(
-    "recipe",
-    [
-        *map(Recipe, (DRM(), DRM("vertical"), TIES(), DARETIES(), Average(), IsoC(), IsoCTS(), TSVM())),
-        Recipe(DRM(), overrides=[Override("lm_head.weight", rule="average")]),
-    ],
+    "method", [DRM(), DRM("vertical"), TIES(), DARETIES(), Average(), IsoC(), IsoCTS(), TSVM()], ids=repr
 )
-def test_llama_is_shared_out_evenly(recipe, num_ranks, llama):
-    """Within a tenth of the mean, unless one parameter alone takes more than that."""
+def test_llama_is_shared_out_evenly(method, rule, num_ranks, llama):
+    """Within a tenth of the mean, unless whole parameters do not allow it: then within Graham's 4/3 of the best."""
+    recipe = Recipe(method, overrides=[Override("lm_head.weight", rule=rule)])
     kinds, shapes = llama
     found = costs({name: recipe.treatment(name, kind, TASKS) for name, kind in kinds.items()}, shapes, len(TASKS))
     shares = share_out(found, num_ranks)
     loads = [sum(found[name] for name in share) for share in shares]
     mean = sum(found.values()) / num_ranks
-    assert max(loads) <= max(1.1 * mean, max(found.values()))
+    possible = balance(found, num_ranks).possible * mean
+    crowded = len(found) < 8 * num_ranks  # few large parameters for each rank
+    assert max(loads) <= max((4 / 3 if crowded else 1.1) * possible, max(found.values()))
     assert sorted(name for share in shares for name in share) == sorted(kinds)
     assert balance(found, num_ranks).largest == pytest.approx(max(loads) / mean)
 

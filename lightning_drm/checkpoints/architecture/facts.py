@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 
 from lightning_drm.checkpoints.architecture.alignment import Alignment
-from lightning_drm.deltas import Kind, backbone_parameters
+from lightning_drm.checkpoints.architecture.experts import ExpertFiles, ExpertPart
+from lightning_drm.deltas import Kind, backbone_parameters, guess_kind
 from lightning_drm.storage.json_files import field as field_of
 from lightning_drm.storage.json_files import read_object, shown
 
@@ -35,11 +36,12 @@ class Architecture:
         name: The model's class.
         kinds: By name, what each parameter is to its layer.
         ties: By the name of a tied tensor, the name of the one that is stored.
-        transposed: Names of the linear weights that are stored (in, out).
+        transposed: Names of the linear weights that are stored (in, out), and of such experts' weights.
         vocabulary: Names of the parameters with one row for each token.
         backbone: Prefix of the part that the tasks share; empty if they share everything.
         live_name: From a tensor's name in a file to the live model's, since transformers renames some.
         files: From the live model's names to the file's, where they differ; known after `named_like`.
+        experts: By the name of a tensor of a file, the part of the live model's weight with experts that it may hold.
     """
 
     name: str = "a model without a known architecture"
@@ -50,6 +52,7 @@ class Architecture:
     backbone: str = ""
     live_name: Callable[[str], str] = str
     files: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, ExpertPart] = field(default_factory=dict)
 
     @property
     def known(self) -> bool:
@@ -100,7 +103,10 @@ class Architecture:
             vocabulary |= {f"{name}.{part}" for name in owned for part in ("weight", "bias")}
         vocabulary |= {ties[name] for name in vocabulary & ties.keys()}
         transposed = {f"{name}.weight" for name, child in model.named_modules() if isinstance(child, Conv1D)}
+        transposed |= _experts_stored_in_out(model)
         kinds = {name: parameter.kind for name, parameter in backbone_parameters(model, []).items()}
+        saved = ExpertFiles.of_model(model, [name for name, kind in kinds.items() if kind == "experts"])
+        kinds |= dict.fromkeys(sorted(saved.whole), "experts")
         has_tokens = model.get_input_embeddings() is not None
         return cls(
             type(model).__name__,
@@ -110,6 +116,7 @@ class Architecture:
             frozenset(vocabulary & kinds.keys()) if has_tokens else frozenset(),
             _backbone_prefix(model),
             _renaming(model),
+            experts=saved.parts,
         )
 
     def named_like(self, names: set[str]) -> "Architecture":
@@ -131,26 +138,12 @@ class Architecture:
             self.backbone.removeprefix(align.strip) and align.add + self.backbone.removeprefix(align.strip),
             self.live_name,
             files,
+            {align(name): replace(part, stack=rename(part.stack)) for name, part in self.experts.items()},
         )
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
         """What a parameter is to its layer: known from the layer, or else guessed from name and shape."""
         return self.kinds.get(name) or guess_kind(name, shape)
-
-
-def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
-    """What a parameter probably is, where no layer is known.
-
-    Example:
-        >>> guess_kind("layers.0.fc.weight", (4, 4)), guess_kind("token_embedding.weight", (9, 4))
-        ('matrix', 'embedding')
-    """
-    parts = name.lower().split(".")
-    if len(shape) == 2 and any("embed" in part or part in ("wte", "wpe", "shared") for part in parts):
-        return "embedding"
-    if len(shape) == 2 and parts[-1].endswith("weight"):
-        return "matrix"
-    return "convolution" if len(shape) > 2 and parts[-1] == "weight" else "other"
 
 
 def _meta_model(folder: Path, named: list[Any], num_tensors: int) -> PreTrainedModel | None:
@@ -201,6 +194,14 @@ def _backbone_prefix(model: PreTrainedModel) -> str:
         sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
         prefix = max(sizes, key=lambda name: sizes[name])
     return f"{prefix}."
+
+
+def _experts_stored_in_out(model: PreTrainedModel) -> set[str]:
+    """Names of the 3-D weights of experts that are stored (E, in, out), as transformers marks them."""
+    layers = [(name, child) for name, child in model.named_modules() if getattr(child, "is_transposed", False)]
+    return {
+        f"{name}.{own}" for name, child in layers for own, p in child.named_parameters(recurse=False) if p.ndim == 3
+    }
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:

@@ -4,7 +4,7 @@
 parameter. `sizes` estimates how much will be read, written and held in memory.
 """
 
-from lightning_drm.checkpoints.planning.plan import Plan, refuse, table
+from lightning_drm.checkpoints.planning.plan import Plan, PlannedRule, refuse, table
 from lightning_drm.checkpoints.planning.planner import make_plan
 from lightning_drm.checkpoints.planning.policy import MismatchPolicy, MissingPolicy, OutputDtype, OutputFormat
 from lightning_drm.checkpoints.planning.sizes import disk_bytes, memory_bytes, plan_costs, read_bytes, written_bytes
@@ -15,6 +15,7 @@ __all__ = [
     "OutputDtype",
     "OutputFormat",
     "Plan",
+    "PlannedRule",
     "disk_bytes",
     "make_plan",
     "memory_bytes",

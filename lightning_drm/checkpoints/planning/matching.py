@@ -1,15 +1,16 @@
 """Holding one task against the base, from headers alone: which parameter is which, what is a head, what is missing."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from lightning_drm.checkpoints.architecture import Architecture
+from lightning_drm.checkpoints.architecture import Architecture, ExpertPart
 from lightning_drm.checkpoints.architecture.alignment import Alignment
 from lightning_drm.checkpoints.planning.fitting import Fitting
 from lightning_drm.checkpoints.planning.planned_task import PlannedTask
 from lightning_drm.checkpoints.planning.policy import MismatchPolicy
 from lightning_drm.checkpoints.planning.same_base import check_same_base
 from lightning_drm.checkpoints.reading import BaseModel, Entry, TaskInput, note_on_ignored
+from lightning_drm.deltas import Kind, guess_kind
 
 
 class Matcher:
@@ -30,6 +31,12 @@ class Matcher:
         headers = base.tensors.headers
         self.ties = {tied: source for tied, source in architecture.ties.items() if source in headers}
         self.names = {name for name in headers if name not in self.ties and headers[name].dtype.is_floating_point}
+        by_stack: dict[str, dict[str, ExpertPart]] = {}
+        for name, part in sorted(architecture.experts.items(), key=lambda item: (item[1].expert, item[1].start)):
+            by_stack.setdefault(part.stack, {})[name] = part
+        # Where the base has single experts, but a task may have all in one; and where it is the other way around.
+        self._parts = {stack: parts for stack, parts in by_stack.items() if parts.keys() <= self.names}
+        self._stacked = {stack: parts for stack, parts in by_stack.items() if stack in self.names}
 
     def match(self, task: str, found: TaskInput) -> PlannedTask:
         """Holds one task against the base.
@@ -46,7 +53,10 @@ class Matcher:
         return planned
 
     def _match(self, planned: PlannedTask, found: TaskInput) -> None:
-        align = Alignment.between(found.entries, self.names | self.ties.keys() | self._architecture.files.keys())
+        found.resolve(self._kinds(), in_order=self._architecture.known)
+        single = {name for parts in self._stacked.values() for name in parts}
+        targets = self.names | self.ties.keys() | self._architecture.files.keys() | self._parts.keys() | single
+        align = Alignment.between(found.entries, targets)
         if not align.num_matches:
             planned.problems.append(
                 f"{planned.name}: none of its {len(found.entries)} parameters is in the base. "
@@ -69,10 +79,18 @@ class Matcher:
     def _sort(self, planned: PlannedTask, backbone: str, align: Alignment, fitting: Fitting) -> list[str]:
         """Finds out what each of the task's parameters is; returns the own names of those that the base lacks."""
         unknown = []
+        single = {name: stack for stack, parts in self._stacked.items() for name in parts}
+        experts: dict[str, dict[str, str]] = {}
         for raw, entry in planned.input.entries.items():
             name = self._base_name(align(raw)) if align.covers(raw) else None
-            if self._is_head(raw, name, backbone, align, planned.input):
+            parts = self._parts.get(name or "", {})
+            in_base = next(iter(parts), single.get(name or "", name))
+            if self._is_head(raw, in_base, backbone, align, planned.input):
                 planned.head.append(raw)
+            elif parts:
+                self._match_parts(planned, raw, entry, parts, fitting)
+            elif name in single:
+                experts.setdefault(single[name], {})[name] = raw
             elif name in self.ties:
                 self._match_tied(planned, raw, name, entry, align)
             elif name is None or name not in self.names:
@@ -81,7 +99,40 @@ class Matcher:
                 planned.names[name] = raw
             else:
                 planned.unfit.add(name)
+        for stack, raws in experts.items():
+            self._match_stacked(planned, stack, raws, fitting)
         return unknown
+
+    def _match_parts(
+        self, planned: PlannedTask, raw: str, entry: Entry, parts: Mapping[str, ExpertPart], fitting: Fitting
+    ) -> None:
+        """A tensor with all experts, of which each of the base's tensors has a part."""
+        if fitting.fits_in_parts(raw, entry, parts):
+            planned.parts |= parts
+            planned.names |= dict.fromkeys(parts, raw)
+        else:
+            planned.unfit |= parts.keys()
+
+    def _match_stacked(self, planned: PlannedTask, stack: str, raws: Mapping[str, str], fitting: Fitting) -> None:
+        """Tensors that make up one of the base's with all experts."""
+        parts, entries = self._stacked[stack], planned.input.entries
+        if missing := [name for name in parts if name not in raws]:
+            planned.problems.append(
+                f"{planned.name}: lacks {len(missing)} of the {len(parts)} tensors that make up {stack}: "
+                f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}."
+            )
+            planned.unfit.add(stack)
+        elif fitting.fits_stacked(stack, [entries[raws[name]] for name in parts], list(parts.values())):
+            planned.stacked[stack] = [raws[name] for name in parts]
+            planned.names[stack] = planned.stacked[stack][0]
+        else:
+            planned.unfit.add(stack)
+
+    def _kinds(self) -> Mapping[str, Kind]:
+        """The kinds of the model's parameters, in the model's order; of a base of an unknown class, in no order."""
+        if self._architecture.known:
+            return self._architecture.kinds
+        return {name: guess_kind(name, self._base.tensors.headers[name].shape) for name in sorted(self.names)}
 
     def _base_name(self, name: str) -> str:
         """The base file's name for an aligned name, which may be the live model's."""

@@ -9,6 +9,7 @@ from lightning_drm.checkpoints.planning.planned_task import PlannedTask
 from lightning_drm.checkpoints.planning.policy import MismatchPolicy
 from lightning_drm.checkpoints.reading import BaseModel, TensorHeader
 from lightning_drm.deltas import Kind
+from lightning_drm.fusion.described import described
 from lightning_drm.fusion.recipe import Recipe, Treatment
 
 
@@ -60,17 +61,51 @@ class Plan:
         return [name for name in self.headers if name not in self.kinds]
 
 
-def table(plan: Plan) -> list[tuple[str, str, int, int, str]]:
-    """The rules that apply: rule, method, number of parameters, number of values, an example."""
-    rows: dict[tuple[str, str], list[str]] = {}
+@dataclass(frozen=True)
+class PlannedRule:
+    """A rule, and some of the parameters to which it applies: those that are alike.
+
+    Attributes:
+        rule: The rule; ``kept`` for tensors that no task changes.
+        method: The method that it means; a dash for none.
+        what: What the parameters are, in words.
+        names: Their names.
+        num_values: How many values they have together.
+        cost: What they cost together, in the unit of `Method.cost`.
+    """
+
+    rule: str
+    method: str
+    what: str
+    names: tuple[str, ...]
+    num_values: int
+    cost: float
+
+
+def table(plan: Plan, costs: Mapping[str, float]) -> list[PlannedRule]:
+    """The rules that apply.
+
+    Args:
+        plan: The plan.
+        costs: By name, what each tensor costs.
+    """
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    shapes = plan.shapes
     for name, treatment in plan.treatments.items():
-        rows.setdefault((treatment.rule, repr(treatment.method) if treatment.method else "–"), []).append(name)
+        what = described(plan.kinds[name], shapes[name])
+        key = treatment.rule, repr(treatment.method) if treatment.method else "–", what
+        rows.setdefault(key, []).append(name)
     if plan.kept:
-        rows["kept", "–"] = plan.kept
+        rows["kept", "–", "–"] = plan.kept
     headers: Mapping[str, TensorHeader] = plan.headers
     return [
-        (rule, method, len(names), sum(prod(headers[name].shape) for name in names), names[0])
-        for (rule, method), names in rows.items()
+        PlannedRule(
+            *key,
+            tuple(names),
+            sum(prod(headers[name].shape) for name in names),
+            sum(costs[name] for name in names),
+        )
+        for key, names in rows.items()
     ]
 
 

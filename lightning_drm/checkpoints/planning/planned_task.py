@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lightning_drm.checkpoints.architecture import ExpertPart
 from lightning_drm.checkpoints.reading import TaskInput
 
 
@@ -19,6 +20,8 @@ class PlannedTask:
         head: The task's own names of its head's parameters.
         missing: Names of the parameters that the task should have but lacks.
         unfit: Names of the parameters whose shape does not fit the base's.
+        parts: By name, which part of the task's own tensor is meant, where only that holds all experts of a layer.
+        stacked: By name, the task's own names of the tensors that make it up, where the base holds all experts in one.
         rows: By name, the task's row for each row of the base, where vocabularies differ.
         problems: What keeps the task from being merged.
         notes: What a user should know.
@@ -31,6 +34,20 @@ class PlannedTask:
     head: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unfit: set[str] = field(default_factory=set)
+    parts: dict[str, ExpertPart] = field(default_factory=dict)
+    stacked: dict[str, list[str]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def stacks(self) -> dict[str, list[str]]:
+        """By the task's own name of a tensor with all experts, the names of its parts, in their order."""
+        found: dict[str, list[str]] = {}
+        for name in self.parts:
+            found.setdefault(self.names[name], []).append(name)
+        return found
+
+    def raw_names(self) -> set[str]:
+        """The task's own names of every tensor that is read."""
+        return {*self.names.values(), *(raw for raws in self.stacked.values() for raw in raws)}

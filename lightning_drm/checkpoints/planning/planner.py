@@ -145,6 +145,9 @@ def _choose_output(plan: Plan) -> None:
 def _reasons_against_adapter(plan: Plan) -> list[str]:
     reasons = [f"{task.name} is {task.input.format}" for task in plan.tasks if not isinstance(task.input, AdapterInput)]
     for task in plan.tasks:
+        experts = [name for name in task.names if name in task.parts or plan.kinds[name] == "experts"]
+        if experts and not reasons:
+            reasons.append(f"{task.name} adapts experts ({task.names[experts[0]]}), which are written in full")
         dense = [name for name, raw in task.names.items() if not task.input.entries[raw].rank]
         if dense and not reasons:
             reasons.append(f"{task.name} changes {dense[0]} in full")

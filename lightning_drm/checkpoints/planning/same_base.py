@@ -59,7 +59,8 @@ def _look_at_card(planned: PlannedTask, base: BaseModel) -> None:
 def _different_value(planned: PlannedTask, base: BaseModel) -> str | None:
     """The first parameter that had another value where the task started; the smallest ones are compared."""
     compared = 0
-    for name, raw in sorted(planned.names.items(), key=lambda item: _num_bytes(base, item[0])):
+    alike = {name: raw for name, raw in planned.names.items() if name not in planned.parts}  # others come at their turn
+    for name, raw in sorted(alike.items(), key=lambda item: _num_bytes(base, item[0])):
         compared += _num_bytes(base, name)
         if compared > _HASHED_AT_ONCE:
             return None

@@ -28,9 +28,9 @@ def read_bytes(plan: Plan) -> int:
     """How many bytes are read from all files."""
     total = 0
     for task in plan.tasks:
-        for raw in task.names.values():
+        for raw in task.raw_names():
             entry = task.input.entries[raw]
-            numel = entry.rank * sum(entry.shape) if entry.rank else prod(entry.shape)
+            numel = entry.rank * prod(entry.shape[:-2]) * sum(entry.shape[-2:]) if entry.rank else prod(entry.shape)
             total += numel * entry.dtype.itemsize
     return total + sum(prod(header.shape) * header.dtype.itemsize for header in plan.base.tensors.headers.values())
 
@@ -63,13 +63,18 @@ def memory_bytes(plan: Plan, device: torch.device) -> int:
     """About how much memory a merge needs beside the interpreter and its libraries.
 
     For parameters that are merged as a whole, these are two stacks of the largest one, and the method's copies of one;
-    for those that are merged in pieces, one stack for each thread.
+    for those that are merged in pieces, one stack for each thread, and where the pieces are experts the method's copies
+    of one, too.
 
     Args:
         plan: The plan.
         device: Where it will be computed.
     """
-    num_tasks, in_pieces = len(plan.tasks), plan.in_pieces
-    whole = max((prod(shape) for name, shape in plan.shapes.items() if name not in in_pieces), default=0)
-    piece = max((largest_piece(plan.shapes[name], device) for name in in_pieces), default=0)
-    return 4 * max(whole * (3 * num_tasks + 4), piece * (num_tasks + 4) * num_threads(device))
+    num_tasks, in_pieces, shapes = len(plan.tasks), plan.in_pieces, plan.shapes
+    whole = max((prod(shape) for name, shape in shapes.items() if name not in in_pieces), default=0)
+    values = [whole * (3 * num_tasks + 4)]
+    for name in in_pieces:
+        piece, threads = largest_piece(shapes[name], device), num_threads(device)
+        copies = 2 * num_tasks * prod(shapes[name][1:]) if plan.treatments[name].expert_by_expert else 0
+        values.append((piece * (num_tasks + 4) + copies) * threads)
+    return 4 * max(values)

@@ -5,11 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_drm.checkpoints.reading.lora_settings import scalings, wrong_settings
+from lightning_drm.checkpoints.reading.lora_settings import ranks_of, scalings, wrong_settings
+from lightning_drm.checkpoints.reading.target_parameters import adapted_parameters, plain_module
 from lightning_drm.checkpoints.reading.task_input import Entry, TaskInput
 from lightning_drm.checkpoints.reading.tensors import CONTAINERS, Tensors
+from lightning_drm.deltas import Kind
+from lightning_drm.deltas.lora import expert_factors
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.storage.json_files import read_object, shown
 
@@ -40,6 +44,9 @@ class LoraInput(TaskInput):
         self._ranks: dict[str, int] = {}
         self._scalings: dict[str, float] = {}
         self._values: dict[str, str] = {}
+        self._frozen: dict[str, str] = {}
+        self._num_experts: dict[str, int] = {}
+        self._unresolved: dict[str, str] = {}
         self._problems: list[str] = []
 
     def _wrong_fields(self) -> list[str]:
@@ -52,20 +59,69 @@ class LoraInput(TaskInput):
         return self._tensors.is_mapped  # factors are read once for all pieces
 
     def _add_value(self, name: str, raw: str) -> None:
+        """Takes in a value; that of an adapted weight is what the weight was before, which peft saves of embeddings."""
+        if name in self._factors:
+            self._frozen[name] = raw
+            return
         header = self._tensors.headers[raw]
         self._values[name] = raw
         self.entries[name] = Entry(header.shape, header.dtype)
 
     def _add_factor(self, module: str, raw: str) -> None:
         """Takes in one factor of a layer, which must have the other one, too."""
-        side = _SIDE.search(raw)
-        assert side is not None, f"{raw} is no factor"
+        side, partner = _side(raw), _partner(raw)
         other = "B" if side[2] == "A" else "A"
-        partner = f"{raw[: side.start(2)]}{other}{raw[side.end(2) :]}"
         if partner not in self._tensors.headers:
             self._problems.append(f"{module} has a lora_{side[2]} but no lora_{other}")
+        elif side[2] == "A" and self.config.get("target_parameters"):
+            self._unresolved[module] = raw
         elif side[2] == "A":
             self._add_layer(module, raw, partner, is_embedding=side[1] is not None)
+
+    @override
+    def resolve(self, kinds: Mapping[str, Kind], *, in_order: bool) -> None:
+        if not self._unresolved:
+            return
+        targets, layers = list(self.config["target_parameters"]), dict[str, list[str]]()
+        for module in self._unresolved:
+            layers.setdefault(plain_module(module), []).append(module)
+        found: dict[str, str] = {}
+        for layer, wrapped in layers.items():
+            try:
+                of_layer = adapted_parameters(layer, wrapped, targets, kinds, in_order=in_order)
+            except ValueError as error:
+                self._problems.append(str(error))
+                continue
+            found |= {name: self._unresolved[module] for module, name in of_layer.items()}
+            if not of_layer:
+                raw = self._unresolved[layer]
+                self._add_layer(layer, raw, _partner(raw), is_embedding="_embedding_A" in raw)
+        unused = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in found)]
+        if unused:
+            self._problems.append(
+                f"target_parameters names {', '.join(unused)}, but no experts of the base have that name"
+            )
+        ranks = ranks_of(self.config, found)
+        for name, raw in found.items():
+            self._add_experts(name, raw, ranks[name])
+        self._require_agreement()
+
+    def _add_experts(self, name: str, raw_a: str, rank: int) -> None:
+        """Takes in the factors of all experts of a layer, which stand side by side."""
+        raw_b = _partner(raw_a)
+        header_a, header_b = self._tensors.headers[raw_a], self._tensors.headers[raw_b]
+        a, b = header_a.shape, header_b.shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % rank:
+            self._problems.append(
+                f"{name} has factors of shapes {a} and {b}, which are none of experts with rank {rank}"
+            )
+            return
+        if not (header_a.dtype.is_floating_point and header_b.dtype.is_floating_point):
+            self._problems.append(f"{name} has factors in {header_a.dtype} and {header_b.dtype}, which are not floats")
+            return
+        self._factors[name], self._ranks[name], self._num_experts[name] = (raw_a, raw_b), rank, a[0] // rank
+        self._freeze(name)
+        self.entries[name] = Entry((a[0] // rank, b[0], a[1]), header_a.dtype, "low_rank_linear", rank)
 
     def _add_layer(self, module: str, raw_a: str, raw_b: str, is_embedding: bool) -> None:
         header_a, header_b = self._tensors.headers[raw_a], self._tensors.headers[raw_b]
@@ -79,12 +135,21 @@ class LoraInput(TaskInput):
             return
         name = f"{module}.weight"
         self._factors[name], self._ranks[module] = (raw_a, raw_b), a[0]
+        self._freeze(name)
         if is_embedding:
             self.entries[name] = Entry((a[1], b[0]), dtype, "low_rank", a[0])
         elif is_conv:
             self.entries[name] = Entry((b[0], *a[1:]), dtype, "delta")
         else:
             self.entries[name] = Entry((b[0], a[1]), dtype, "low_rank_linear", a[0])
+
+    def _freeze(self, name: str) -> None:
+        if name in self._values:
+            self._frozen[name] = self._values.pop(name)
+
+    @override
+    def base_value(self, name: str) -> Tensor | None:
+        return self._tensors.read(self._frozen[name]) if name in self._frozen else None
 
     def _require_agreement(self) -> None:
         """Refuses factors that do not fit each other or the configuration; to be called when all are taken in."""
@@ -104,6 +169,8 @@ class LoraInput(TaskInput):
         scaling = self._scalings[name.removesuffix(".weight")]
         if "_embedding_A" in raw_a:
             return LowRank(a.T.contiguous(), (b * scaling).T.contiguous())
+        if name in self._num_experts:
+            return expert_factors(a, b * scaling, self._num_experts[name])
         if a.dim() == 2:
             return LowRank(b * scaling, a)
         return ((b.flatten(1) * scaling) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
@@ -160,7 +227,19 @@ class AdapterInput(LoraInput):
             elif ".lora_" in name:
                 self._problems.append(f"holds {name}, which is not plain LoRA")
             else:  # a bias that was trained, or a module of modules_to_save: its whole value
-                self._add_value(name.replace(".base_layer.", "."), raw)
+                self._add_value(plain_module(name), raw)
+
+
+def _side(raw: str) -> re.Match[str]:
+    side = _SIDE.search(raw)
+    assert side is not None, f"{raw} is no factor"
+    return side
+
+
+def _partner(raw: str) -> str:
+    """The name of the other factor."""
+    side = _side(raw)
+    return f"{raw[: side.start(2)]}{'B' if side[2] == 'A' else 'A'}{raw[side.end(2) :]}"
 
 
 def _tensors(path: Path) -> Tensors:

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.adapter import LoraInput
 from lightning_drm.checkpoints.reading.inert_pickle import Placeholder, parts_of
+from lightning_drm.checkpoints.reading.target_parameters import plain_module
 from lightning_drm.checkpoints.reading.tensors import Tensors, container_of, plain_name
 
 _KINDS = (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B.", ".modules_to_save.")
@@ -54,7 +54,6 @@ class LoraCheckpoint(LoraInput):
     def __init__(self, path: Path, tensors: Tensors) -> None:
         super().__init__(path, tensors, _config(path, tensors.hyperparameters()))
         self.ignored = tensors.ignored - {"LoraConfig"}
-        self._frozen: dict[str, str] = {}
         names = {raw: plain_name(raw).replace("base_model.model.", "", 1) for raw in tensors.headers}
         adapters = {name.split(kind)[1].split(".")[0] for name in names.values() for kind in _KINDS if kind in name}
         if len(adapters) != 1:
@@ -77,13 +76,9 @@ class LoraCheckpoint(LoraInput):
             elif any(name == f"{module}.base_layer.weight" for module in adapted):
                 self._frozen[name.replace(".base_layer.", ".")] = raw
             elif not any(name.startswith(f"{module}.original_module.") for module in saved):
-                own = name.replace(f".modules_to_save.{adapter}.", ".").replace(".base_layer.", ".")
+                own = plain_module(name.replace(f".modules_to_save.{adapter}.", "."))
                 if self._tensors.headers[raw].dtype.is_floating_point:
                     self._add_value(own, raw)
-
-    @override
-    def base_value(self, name: str) -> Tensor | None:
-        return self._tensors.read(self._frozen[name]) if name in self._frozen else None
 
 
 def _config(path: Path, hyperparameters: object) -> dict[str, Any]:

@@ -7,7 +7,7 @@ keep the delta exact must have its default value; another value is refused by th
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning_drm.checkpoints.reading.module_patterns import matched_keys
@@ -19,6 +19,7 @@ _EXACT_FIELDS = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "loftq_config",
     "eva_config", "qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying",
+    "target_parameters",
 }  # fmt: skip
 _NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "alora_invocation_tokens": "aLoRA"}
 
@@ -67,6 +68,21 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, f
     return found
 
 
+def ranks_of(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, int]:
+    """By module, the rank that the configuration gives it.
+
+    Args:
+        config: A configuration without `wrong_settings`.
+        modules: Names of modules, or of parameters that have an adapter of their own.
+
+    Raises:
+        ValueError: If a pattern cannot be matched.
+    """
+    modules, patterns = list(modules), config.get("rank_pattern") or {}
+    keys = matched_keys(patterns, modules, "rank_pattern")
+    return {module: patterns[keys[module]] if module in keys else _default(config, "r") for module in modules}
+
+
 def _inexact_settings(config: Mapping[str, Any]) -> list[str]:
     from peft import LoraConfig
 
@@ -92,6 +108,11 @@ def _wrong_values(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"r must be a whole number of at least 1, got {shown(config['r'])}")
     if not _is_finite_number(_default(config, "lora_alpha")):
         problems.append(f"lora_alpha must be a finite number, got {shown(config['lora_alpha'])}")
+    targets = config.get("target_parameters")
+    if targets is not None and not (
+        isinstance(targets, list | set | tuple) and all(isinstance(t, str) for t in targets)
+    ):
+        problems.append(f"target_parameters must be a list of names, got {shown(targets)}")
     if not isinstance(config.get("use_rslora", False), bool):
         problems.append(f"use_rslora must be true or false, got {shown(config['use_rslora'])}")
     for name, fits, what in (

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from lightning_drm.deltas import Kind
 from lightning_drm.merging import Delta
 
 Form = Literal["value", "delta", "low_rank", "low_rank_linear"]
@@ -85,6 +86,17 @@ class TaskInput(ABC):
 
         Raises:
             ValueError: If it is damaged, or has no exact delta.
+        """
+
+    def resolve(self, kinds: Mapping[str, Kind], *, in_order: bool) -> None:  # noqa: B027 - most formats say it all
+        """Completes `entries` by what only the base tells; to be called before they are looked at.
+
+        Args:
+            kinds: By name, what each of the base's parameters is to its layer.
+            in_order: Whether they are in the order in which the model's class makes them.
+
+        Raises:
+            ValueError: If the finetune does not fit the base.
         """
 
     @property

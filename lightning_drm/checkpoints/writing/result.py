@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_drm.checkpoints.planning import Plan
 from lightning_drm.checkpoints.writing.sidecars import license_of
+from lightning_drm.fusion.described import facts_on_kinds
 from lightning_drm.fusion.model_card import model_card
 from lightning_drm.pretrained import resolve_pretrained
 
@@ -52,6 +53,7 @@ def card_of(plan: Plan, result: MergeResult, fingerprints: Mapping[str, str]) ->
     """
     base = plan.base.name
     facts = [f"parameters: {result.num_merged} merged, {result.num_kept} as in the base"]
+    facts += facts_on_kinds(plan.treatments, plan.kinds, plan.shapes)
     if result.rounding:
         facts.append(f"rounding error: {result.rounding:.2e} of the merged delta")
     facts.append(f"survived: {SURVIVED}")

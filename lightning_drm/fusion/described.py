@@ -1,0 +1,53 @@
+"""What parameters are, in words, for plans and model cards."""
+
+from collections.abc import Mapping
+
+from lightning_drm.deltas import Kind
+from lightning_drm.fusion.recipe import Treatment
+
+_WORDS: Mapping[Kind, str] = {
+    "matrix": "matrices",
+    "convolution": "convolutions",
+    "embedding": "embeddings",
+    "output_embedding": "output embeddings",
+    "other": "biases, norms and others",
+}
+
+
+def described(kind: Kind, shape: tuple[int, ...]) -> str:
+    """What a parameter is, in words that parameters of its kind share.
+
+    Args:
+        kind: What it is to its layer.
+        shape: Its shape, which tells the number of experts.
+
+    Example:
+        >>> described("experts", (8, 48, 16)), described("output_embedding", (128_256, 4096))
+        ('8 experts of (48, 16)', 'output embeddings')
+    """
+    return f"{shape[0]} experts of {shape[1:]}" if kind == "experts" else _WORDS[kind]
+
+
+def facts_on_kinds(
+    treatments: Mapping[str, Treatment], kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Lines for a model card on what is not plain from the recipe: experts and output embeddings.
+
+    Args:
+        treatments: By name, what is done to each parameter.
+        kinds: By name, what each is to its layer.
+        shapes: By name, its shape.
+
+    Example:
+        >>> from lightning_drm.fusion.recipe import Recipe
+        >>> treatment = Recipe().treatment("mlp.experts.down_proj", "experts", ["a", "b"])
+        >>> facts_on_kinds({"down_proj": treatment}, {"down_proj": "experts"}, {"down_proj": (8, 16, 24)})
+        ['8 experts of (16, 24), in 1 parameter: method, one expert after another']
+    """
+    counts: dict[tuple[str, str], int] = {}
+    for name, treatment in treatments.items():
+        if kinds[name] in ("experts", "output_embedding"):
+            how = f"{treatment.rule}{', one expert after another' if treatment.expert_by_expert else ''}"
+            key = described(kinds[name], shapes[name]), how
+            counts[key] = counts.get(key, 0) + 1
+    return [f"{what}, in {n} parameter{'s' if n > 1 else ''}: {how}" for (what, how), n in counts.items()]
