@@ -139,7 +139,7 @@ class _PadChoices:
         labels = torch.tensor([int(row[LABELS]) for row in rows])
         names = [name for name in rows[0] if name != LABELS]
         flat = [
-            {name: values for name, values in zip(names, choice, strict=True)}
+            dict(zip(names, choice, strict=True))
             for row in rows
             for choice in zip(*(row[name] for name in names), strict=True)
         ]

@@ -47,7 +47,9 @@ class Choice(Kind):
         numbers = {name: _numbers(table, name, column, self.num_choices) for name, table in splits.items()}
         return DatasetDict(
             {
-                name: table.remove_columns([column]).add_column(LABELS, numbers[name]).cast_column(LABELS, Value("int64"))
+                name: table.remove_columns([column])
+                .add_column(LABELS, numbers[name])
+                .cast_column(LABELS, Value("int64"))
                 for name, table in splits.items()
             }
         )
