@@ -85,13 +85,14 @@ class MultipleChoiceTask(DatasetTask):
         splits = super().load()
         for name, table in splits.items():
             self._require_columns(name, table, [*self.question_columns, *self.choice_columns])
-            if len(self.choice_columns) > 1:
+            if self.choice_columns == [CHOICES]:
+                continue
+            columns = [table[column][:] for column in self.choice_columns]
+            if len(columns) > 1:
                 check_texts(table, self.choice_columns, self.dataset)
-                columns = [table[column][:] for column in self.choice_columns]
-                choices = [list(row) for row in zip(*columns, strict=True)]
-                splits[name] = table.remove_columns(self.choice_columns).add_column(CHOICES, choices)
-            elif self.choice_columns != [CHOICES]:
-                splits[name] = table.rename_column(self.choice_columns[0], CHOICES)
+            choices = [list(row) for row in zip(*columns, strict=True)] if len(columns) > 1 else columns[0]
+            others = [column for column in table.column_names if column != CHOICES]
+            splits[name] = table.select_columns(others).add_column(CHOICES, choices)
         return splits
 
     @override

