@@ -90,7 +90,11 @@ def test_texts_are_cut_to_the_maximal_length(base, tmp_path):
         ({"answer": 3}, {}, r"Expected the right choice's number \(0 to 2\), .* got 3 in row 3 of 'train'"),
         ({}, {"choice_columns": "question"}, "Expected a list of texts in every row of column 'question'"),
         ({}, {"choice_columns": ["choices", "question"]}, "Expected texts in column 'choices' of "),
-        ({}, {"choice_columns": ["a", "b"]}, "Expected a column 'a' in .*, but its split 'train' has question, choices"),
+        (
+            {},
+            {"choice_columns": ["a", "b"]},
+            "Expected a column 'a' in .*, but its split 'train' has question, choices",
+        ),
         ({}, {"question_columns": ["a", "b", "c"]}, "Expected one column or two in question_columns"),
         ({}, {"choice_columns": []}, "Expected one column or more in choice_columns, got none"),
         ({}, {"kind": Regression()}, "is for tasks of the kind Choice, got Regression"),

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
 
-from lightning_drm.data import QuickstartTask, QuickstartWordsTask
+from lightning_drm.data import QuickstartTask
 from lightning_drm.data.quickstart import emoji_language
 from lightning_drm.data.quickstart import source as quickstart_source
 from lightning_drm.data.quickstart.similar import word_family

@@ -68,7 +68,9 @@ def test_the_first_token_of_each_word_has_its_tag(base, rows, tmp_path, cache, m
 def test_byte_level_tokenizers_take_words_too(tmp_path):
     letters = [*"abcdefghijklmnopqrstuvwxyz", "Ġ"]
     vocabulary = {token: number for number, token in enumerate(["<|endoftext|>", *letters, "Ġr", "ed"])}
-    GPT2Tokenizer(vocab=vocabulary, merges=[("Ġ", "r"), ("e", "d")], pad_token="<|endoftext|>").save_pretrained(tmp_path / "base")
+    GPT2Tokenizer(vocab=vocabulary, merges=[("Ġ", "r"), ("e", "d")], pad_token="<|endoftext|>").save_pretrained(
+        tmp_path / "base"
+    )
     file = save_rows(tmp_path / "rows.jsonl", [{"tokens": ["red", "a"], "tags": ["x", "y"]}] * 20)
     task = TokenTask(file, str(tmp_path / "base"))
     batch = next(iter(task.test_dataloader()))

@@ -35,7 +35,9 @@ def test_a_text_that_is_also_a_letter_is_a_text():
     assert encode(["A", "B"], [["B", "A"], ["A", "B"]])[1] == [1, 1]
 
 
-@pytest.mark.parametrize("labels", [[1, 3], [-1, 0], ["A", "D"], ["green", "four"], [None, 1], [0.5, 1.0], [True, False]])
+@pytest.mark.parametrize(
+    "labels", [[1, 3], [-1, 0], ["A", "D"], ["green", "four"], [None, 1], [0.5, 1.0], [True, False]]
+)
 def test_labels_that_say_no_choice_are_refused_with_their_row(labels):
     wanted = r"Expected the right choice's number \(0 to 2\), letter \(A to C\) or text in column 'answer', got "
     with pytest.raises(ValueError, match=rf"{wanted}.* in row \d of 'train', whose choices are \['"):
@@ -48,7 +50,9 @@ def test_two_right_choices_are_refused():
 
 
 def test_rows_have_the_same_number_of_choices():
-    with pytest.raises(ValueError, match="same number of choices in every row, .* got 2 in row 1 of 'train'; 3 in row 0"):
+    with pytest.raises(
+        ValueError, match=r"same number of choices in every row, .* got 2 in row 1 of 'train'; 3 in row 0"
+    ):
         encode([0, 0], [["a", "b", "c"], ["a", "b"]])
     with pytest.raises(ValueError, match="two or more, got 1 in row 0"):
         encode([0, 0], [["a"], ["b"]])

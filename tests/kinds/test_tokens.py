@@ -16,10 +16,7 @@ def encoded(tags: list[list], **other: list[list]) -> tuple[Tokens, datasets.Dat
 
 def tables(splits: dict[str, list]) -> datasets.DatasetDict:
     return datasets.DatasetDict(
-        {
-            name: datasets.Dataset.from_dict({"number": range(len(rows)), "tags": rows})
-            for name, rows in splits.items()
-        }
+        {name: datasets.Dataset.from_dict({"number": range(len(rows)), "tags": rows}) for name, rows in splits.items()}
     )
 
 
