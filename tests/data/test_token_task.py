@@ -90,7 +90,7 @@ def test_byte_level_tokenizers_take_words_too(tmp_path):
     ],
 )
 def test_rows_that_do_not_fit_are_named(base, tmp_path, change, message):
-    rows = [{"tokens": ["red", "one"], "tags": ["B-color", "O"]} for _ in range(20)]
+    rows = [{"tokens": ["red", "one"], "tags": ["I-color", "O"]} for _ in range(20)]
     rows[7] |= change
     with pytest.raises(ValueError, match=message):
         TokenTask(save_rows(tmp_path / "rows.jsonl", rows), base).setup("fit")

@@ -7,7 +7,7 @@ from pathlib import Path
 from helpers.tiny import COLORS, WORDS
 
 PETS = ["cat", "dog", "bird"]
-TAGS = ["B-color", "B-pet", "I-color", "I-pet", "O"]
+TAGS = ["I-color", "I-pet", "O"]
 
 
 def save_rows(path: Path, rows: list[dict]) -> str:
@@ -16,16 +16,12 @@ def save_rows(path: Path, rows: list[dict]) -> str:
 
 
 def tagged_sentences(seed: int, count: int) -> list[dict]:
-    """Colors and pets are entities; neighbors of one kind are one entity, so a tag depends on the word before too."""
+    """Colors and pets are entities, neighbors of one kind together, in the first CoNLL task's way (IOB1)."""
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
         words = draw.choices(WORDS, k=draw.randint(3, 9))
-        kinds = ["color" if word in COLORS else "pet" if word in PETS else None for word in words]
-        tags = [
-            "O" if kind is None else f"{'I' if kind == before else 'B'}-{kind}"
-            for kind, before in zip(kinds, [None, *kinds], strict=False)
-        ]
+        tags = ["I-color" if word in COLORS else "I-pet" if word in PETS else "O" for word in words]
         rows.append({"tokens": words, "tags": tags})
     return rows
 

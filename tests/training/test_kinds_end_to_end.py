@@ -111,8 +111,8 @@ def test_images_with_several_labels_or_a_number(tmp_path, lora, architecture):
             "red": ImageTask(photos, base, kind=Regression(), label_column="red", batch_size=16, cache=False),
         }
     )
-    report = scores(tmp_path / "run", data, base, lora, 60, pooling="mean", modality="image")
+    report = scores(tmp_path / "run", data, base, lora, 100, pooling="mean", modality="image")
     assert data.tasks["colors"].class_names == ["blue", "green"]
     assert {task: metric["name"] for task, metric in report["metrics"].items()} == {"colors": "f1", "red": "pearson"}
-    assert min(report["scores"]["individual"][task] for task in ("colors", "red")) > 0.85
+    assert min(report["scores"]["individual"][task] for task in ("colors", "red")) > 0.75  # 0.67 for all labels
     assert set(report["scores"]["base"]) == set(report["scores"]["merged"]) == {"colors", "red", "average"}
