@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.kinds import questions, save_rows, tagged_sentences, texts_with_pets
-from helpers.tiny import COLORS, save_texts, save_tiny_bert
+from helpers.kinds import questions, save_rows, tagged_sentences, texts_with_a_color, texts_with_pets
+from helpers.tiny import save_tiny_bert
 
 pytestmark = pytest.mark.processes
 
@@ -26,27 +26,28 @@ METRICS = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything in one YAML file. No number of processes divides the test sets, of 15 and 13 rows."""
+    """Everything in one YAML file. Every number of processes divides the training sets, and none the test sets."""
     folder = tmp_path_factory.mktemp("kinds")
     base = save_tiny_bert(folder / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    texts = save_rows(folder / "texts.jsonl", texts_with_pets(1, 150))
 
-    def task(class_name: str, dataset: str, **options: object) -> dict:
-        settings = {"dataset": dataset, "pretrained": base, "eval_batch_size": 3, **options}
+    def task(class_name: str, rows: list[dict], **options: object) -> dict:
+        parts = {"train": rows[:120], "validation": rows[120:125], "test": rows[125:]}
+        name = options.get("label_column", "tags")
+        files = {split: save_rows(folder / f"{name}_{split}.jsonl", part) for split, part in parts.items()}
+        settings = {"dataset": "json", "data_files": files, "pretrained": base, "eval_batch_size": 3, **options}
         return {"class_path": f"lightning_drm.data.{class_name}", "init_args": settings}
 
+    def kind(name: str) -> dict:
+        return {"class_path": f"lightning_drm.kinds.{name}"}
+
+    texts = texts_with_pets(1, 140)
+    matthews = {"class_path": "torchmetrics.classification.MulticlassMatthewsCorrCoef"}
     tasks = {
-        "color": task(
-            "TextTask",
-            save_texts(folder / "colors.csv", COLORS, seed=1, count=150),
-            metric={"class_path": "torchmetrics.classification.MulticlassMatthewsCorrCoef"},
-        ),
-        "number": task("TextTask", texts, kind={"class_path": "lightning_drm.kinds.Regression"}, label_column="number"),
-        "pets": task("TextTask", texts, kind={"class_path": "lightning_drm.kinds.MultiLabel"}, label_column="pets"),
-        "tags": task("TokenTask", save_rows(folder / "tags.jsonl", tagged_sentences(2, 130))),
-        "answer": task(
-            "MultipleChoiceTask", save_rows(folder / "answer.jsonl", questions(3, 130)), label_column="answer"
-        ),
+        "color": task("TextTask", texts_with_a_color(0, 140), label_column="color", metric=matthews),
+        "number": task("TextTask", texts, label_column="number", kind=kind("Regression")),
+        "pets": task("TextTask", texts, label_column="pets", kind=kind("MultiLabel")),
+        "tags": task("TokenTask", tagged_sentences(2, 138)),
+        "answer": task("MultipleChoiceTask", questions(3, 138), label_column="answer"),
     }
     content = {
         "seed_everything": 0,
@@ -62,7 +63,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"tasks": tasks},
         "drm": {"method": {"class_path": "lightning_drm.Average"}},
         "trainer": {
-            "max_steps": 60,
+            "max_steps": 120,
             "limit_val_batches": 0,
             "accelerator": "cpu",
             "logger": False,
@@ -115,4 +116,4 @@ def test_every_task_is_judged_by_its_own_metric(report):
 def test_scores_are_those_of_one_process(report, size):
     ours, theirs = report(size)["scores"], report(1)["scores"]
     for row in ("base", "individual", "merged"):
-        assert ours[row] == pytest.approx(theirs[row], abs=1e-4), row
+        assert ours[row] == pytest.approx(theirs[row], abs=5e-4), row

@@ -38,6 +38,19 @@ def questions(seed: int, count: int, num_choices: int = 3) -> list[dict]:
     return rows
 
 
+def texts_with_a_color(seed: int, count: int) -> list[dict]:
+    """The label is the only color in the text."""
+    draw = random.Random(seed)
+    others = [word for word in WORDS if word not in COLORS]
+    rows = []
+    for _ in range(count):
+        color = draw.choice(COLORS)
+        words = [color, *draw.choices(others, k=3)]
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "color": color})
+    return rows
+
+
 def texts_with_pets(seed: int, count: int) -> list[dict]:
     """The labels are the pets in the text, and the number is how many colors it has."""
     draw = random.Random(seed)
