@@ -65,7 +65,7 @@ class QuickstartTask(TextTask):
             num_workers=num_workers,
             seed=seed,
         )
-        self.save_hyperparameters(ignore=["dataset", "text_columns", "label_column"])
+        self.save_hyperparameters(ignore=["dataset", "kind", "text_columns", "label_column"])
 
     @override
     def load(self) -> DatasetDict:
@@ -125,7 +125,7 @@ class QuickstartWordsTask(TokenTask):
             num_workers=num_workers,
             seed=seed,
         )
-        self.save_hyperparameters(ignore=["dataset", "words_column", "label_column"])
+        self.save_hyperparameters(ignore=["dataset", "kind", "words_column", "label_column"])
 
     @override
     def load(self) -> DatasetDict:
