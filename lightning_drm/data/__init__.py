@@ -1,8 +1,18 @@
 """Tasks and their data: text and image tasks read with `datasets`, and several tasks as one data module."""
 
+from lightning_drm.data.choice import MultipleChoiceTask
 from lightning_drm.data.image import ImageTask
 from lightning_drm.data.multitask import MultiTaskDataModule
-from lightning_drm.data.quickstart import QuickstartTask
+from lightning_drm.data.quickstart import QuickstartTask, QuickstartWordsTask
 from lightning_drm.data.text import TextTask
+from lightning_drm.data.tokens import TokenTask
 
-__all__ = ["ImageTask", "MultiTaskDataModule", "QuickstartTask", "TextTask"]
+__all__ = [
+    "ImageTask",
+    "MultiTaskDataModule",
+    "MultipleChoiceTask",
+    "QuickstartTask",
+    "QuickstartWordsTask",
+    "TextTask",
+    "TokenTask",
+]

@@ -140,7 +140,8 @@ class DatasetTask(LightningDataModule, ABC):
         """Train, validation and test before encoding: the columns as found, and `labels`."""
         splits = self.load()
         for name, table in splits.items():
-            self._require_columns(name, table)
+            group = [self.group_column] if self.group_column and name == "train" else []
+            self._require_columns(name, table, [*self.input_columns, self.label_column, *group])
             self.check(table)
         splits = complete(
             self.kind.encode(splits, self.label_column),
@@ -246,9 +247,8 @@ class DatasetTask(LightningDataModule, ABC):
             **options,
         )
 
-    def _require_columns(self, split: str, table: Dataset) -> None:
-        group = [self.group_column] if self.group_column and split == "train" else []
-        for column in (*self.input_columns, self.label_column, *group):
+    def _require_columns(self, split: str, table: Dataset, columns: Sequence[str]) -> None:
+        for column in columns:
             if column not in table.column_names:
                 found = ", ".join(table.column_names)
                 raise ValueError(
@@ -260,4 +260,4 @@ class DatasetTask(LightningDataModule, ABC):
 
 
 def _encode_with_labels(encoder: Encoder, rows: dict[str, list[Any]]) -> dict[str, Any]:
-    return {**encoder(rows), LABELS: rows[LABELS]}
+    return {LABELS: rows[LABELS], **encoder(rows)}  # an encoder may lay labels out anew, such as those of tokens

@@ -66,16 +66,30 @@ class TextTask(DatasetTask):
 
     @override
     def check(self, table: Dataset) -> None:
-        for column in self.text_columns:
-            kind = table.features[column]
-            if getattr(kind, "dtype", None) not in ("string", "large_string"):
-                raise ValueError(f"Expected texts in column {column!r} of {self.dataset!r}, got {kind}.")
-            num_missing = table[column][:].count(None)
-            if num_missing:
-                raise ValueError(
-                    f"Expected a text in every row, but {num_missing} of {len(table)} rows of {self.dataset!r} have "
-                    f"none in column {column!r}."
-                )
+        check_texts(table, self.text_columns, self.dataset)
+
+
+def check_texts(table: Dataset, columns: Sequence[str], dataset: str) -> None:
+    """Refuses columns that hold anything but texts.
+
+    Args:
+        table: The rows.
+        columns: The columns.
+        dataset: Where they are from, for messages.
+
+    Raises:
+        ValueError: If a column is of another type, or a row has no text.
+    """
+    for column in columns:
+        kind = table.features[column]
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise ValueError(f"Expected texts in column {column!r} of {dataset!r}, got {kind}.")
+        num_missing = table[column][:].count(None)
+        if num_missing:
+            raise ValueError(
+                f"Expected a text in every row, but {num_missing} of {len(table)} rows of {dataset!r} have none in "
+                f"column {column!r}."
+            )
 
 
 class _Tokenize:

@@ -15,7 +15,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_drm.kinds import IGNORE_INDEX
+from lightning_drm.kinds import IGNORE_INDEX, Choice
 from lightning_drm.modules import TransformerTask, can_classify, classify
 
 _WEIGHT_DECAY = 1e-4
@@ -81,8 +81,13 @@ def _features(module: nn.Module, layer: nn.Linear, batches: Iterable[Any]) -> tu
             child.training = mode
     pairs = list(zip(seen, targets, strict=True)) if len(seen) == len(targets) else []
     if pairs and all(features.ndim == 3 and target.shape == features.shape[:2] for features, target in pairs):
-        pairs = [(features.flatten(0, 1), target.flatten()) for features, target in pairs]
-    if not pairs or any(features.ndim != 2 or len(features) != len(target) for features, target in pairs):
+        pairs = [(features[target != IGNORE_INDEX], target[target != IGNORE_INDEX]) for features, target in pairs]
+    # Each choice of a question has its vector, but the question one target: the task's own loss knows that.
+    several = isinstance(module, TransformerTask) and isinstance(module.kind, Choice)
+    if not pairs or any(
+        features.ndim != 2 or (len(features) % len(target) if several else len(features) != len(target))
+        for features, target in pairs
+    ):
         return None, None
     return torch.cat([features for features, _ in pairs]), torch.cat([target for _, target in pairs])
 

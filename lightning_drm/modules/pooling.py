@@ -1,4 +1,4 @@
-"""A headless transformers encoder with a pooling and a linear head, for backbones that are not used through theirs."""
+"""A headless transformers encoder with a linear head, for backbones that are not used through theirs."""
 
 from typing import Literal, cast
 
@@ -10,13 +10,14 @@ from typing_extensions import override
 
 
 class PooledClassifier(nn.Module):
-    """Pools an encoder's last hidden states into one vector per sample and classifies it linearly.
+    """Pools an encoder's last hidden states into one vector per sample, or takes each token's, for a linear head.
 
     Args:
         encoder: A transformers encoder whose output has ``last_hidden_state`` of shape ``(batch, tokens, dim)``.
         num_classes: Number of classes.
-        pooling: ``"mean"`` over the tokens that the attention mask keeps (without one, all), or ``"first"`` token.
-        dropout: Probability of dropping an entry of the pooled vector.
+        pooling: ``"mean"`` over the tokens that the attention mask keeps (without one, all), or ``"first"`` token;
+            ``None`` for logits of every token.
+        dropout: Probability of dropping an entry of the vector that the head sees.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -26,7 +27,7 @@ class PooledClassifier(nn.Module):
     """
 
     def __init__(
-        self, encoder: PreTrainedModel, num_classes: int, pooling: Literal["mean", "first"], dropout: float = 0.0
+        self, encoder: PreTrainedModel, num_classes: int, pooling: Literal["mean", "first"] | None, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -43,11 +44,12 @@ class PooledClassifier(nn.Module):
 
     @override
     def forward(self, attention_mask: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
-        """Logits ``(batch, classes)`` in transformers' output class."""
+        """Logits ``(batch, classes)``, or ``(batch, tokens, classes)`` without pooling, in transformers' class."""
         masks = {} if attention_mask is None else {"attention_mask": attention_mask}
         hidden = self.encoder(**masks, **inputs).last_hidden_state
-        pooled = hidden[:, 0] if self.pooling == "first" else _masked_mean(hidden, attention_mask)
-        return SequenceClassifierOutput(logits=cast(torch.FloatTensor, self.classifier(self.dropout(pooled))))
+        if self.pooling is not None:
+            hidden = hidden[:, 0] if self.pooling == "first" else _masked_mean(hidden, attention_mask)
+        return SequenceClassifierOutput(logits=cast(torch.FloatTensor, self.classifier(self.dropout(hidden))))
 
 
 def _masked_mean(hidden: Tensor, mask: Tensor | None) -> Tensor:

@@ -39,7 +39,8 @@ class TransformerTask(LightningModule):
         modality: Whether the backbone reads text or images.
         pooling: ``"model"`` uses the classification model that transformers defines for the backbone, with its own
             pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders) and
-            ``"first"`` takes the first one, both followed by a linear head.
+            ``"first"`` takes the first one, both followed by a linear head. Kinds of task that predict something for
+            each token have a linear head on each token's last hidden state then.
         lora: Adapters to train in place of the backbone's weights (``peft.LoraConfig``); in full if left out.
         optimizer: From parameters to an optimizer; ``torch.optim.AdamW`` as it comes if left out.
         lr_scheduler: From an optimizer to a learning-rate scheduler, stepped after every batch.
@@ -142,7 +143,7 @@ class TransformerTask(LightningModule):
         trust = self.trust_remote_code
         if self.pooling != "model":
             encoder = AutoModel.from_pretrained(source, dtype=self.load_dtype, trust_remote_code=trust)
-            return PooledClassifier(encoder, num_outputs, self.pooling, self.dropout)
+            return PooledClassifier(encoder, num_outputs, self.pooling if kind.pools else None, self.dropout)
         if self.modality not in kind.auto_class:
             raise ValueError(f"{type(kind).__name__} tasks are of {', '.join(kind.auto_class)}, not {self.modality}.")
         model = getattr(transformers, kind.auto_class[self.modality]).from_pretrained(
@@ -208,7 +209,7 @@ class TransformerTask(LightningModule):
         logits, target = self.classify(batch)
         loss = self.loss(logits.float(), target)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch[LABELS]))
-        return loss
+        return loss * self._weight(target)
 
     @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -247,6 +248,14 @@ class TransformerTask(LightningModule):
         for name, value in metrics.results().items():
             self.log(f"{stage}_{name}", value, prog_bar=stage == "val" and name == metrics.score, **EQUAL)
         metrics.reset()
+
+    def _weight(self, target: Tensor) -> Tensor | float:
+        """What this process's loss weighs: a mean over tokens is not the mean of the processes' own means."""
+        if self._kind.pools or self.trainer.world_size == 1:
+            return 1.0
+        count = torch.tensor(float(self._kind.count(target)), device=target.device)
+        mean = self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
+        return count / cast(Tensor, mean).clamp(min=1.0)
 
     @property
     def _kind(self) -> Kind:

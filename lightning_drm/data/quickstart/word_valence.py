@@ -9,11 +9,16 @@ from lightning_drm.pretrained import package_folder
 PACKAGE = "vaderSentiment"
 
 
-def read() -> Iterator[dict[str, str | int]]:
+def read() -> Iterator[dict[str, str]]:
     """Yield the lexicon's words (not its smileys); words that look like one family share a group."""
+    for word, rating in ratings():
+        yield {"text": word, "label": "positive" if rating > 0 else "negative", "group": word_family(word)}
+
+
+def ratings() -> Iterator[tuple[str, float]]:
+    """Yield the lexicon's words and the mean of each one's ratings, which go from -4 to 4."""
     lexicon = package_folder(PACKAGE) / "vader_lexicon.txt"
     for line in lexicon.read_text(encoding="utf-8").splitlines():
         word, mean_rating, *_ = line.split("\t")
         if re.fullmatch(r"[a-z]{3,}([ -][a-z]+)*", word):
-            label = "positive" if float(mean_rating) > 0 else "negative"
-            yield {"text": word, "label": label, "group": word_family(word)}
+            yield word, float(mean_rating)
