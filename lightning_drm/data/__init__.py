@@ -1,8 +1,10 @@
 """Tasks and their data: text and image tasks read with `datasets`, and several tasks as one data module."""
 
 from lightning_drm.data.image import ImageTask
+from lightning_drm.data.language import LanguageTask
 from lightning_drm.data.multitask import MultiTaskDataModule
 from lightning_drm.data.quickstart import QuickstartTask
+from lightning_drm.data.sequence import SequenceTask
 from lightning_drm.data.text import TextTask
 
-__all__ = ["ImageTask", "MultiTaskDataModule", "QuickstartTask", "TextTask"]
+__all__ = ["ImageTask", "LanguageTask", "MultiTaskDataModule", "QuickstartTask", "SequenceTask", "TextTask"]

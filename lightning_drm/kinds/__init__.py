@@ -2,21 +2,31 @@
 
 from lightning_drm.kinds.classification import Classification
 from lightning_drm.kinds.kind import IGNORE_INDEX, LABELS, Kind
+from lightning_drm.kinds.language import Language
 from lightning_drm.kinds.metrics import MetricChoice, MetricInfo, TaskMetrics, check_choice, make_metrics, metrics_of
 from lightning_drm.kinds.multi_label import MultiLabel
 from lightning_drm.kinds.regression import Regression
+from lightning_drm.kinds.sequence import SequenceToSequence
+from lightning_drm.kinds.text_metrics import ExactMatch, Rouge, TokenAccuracy
+from lightning_drm.kinds.texts import require_texts
 
 __all__ = [
     "IGNORE_INDEX",
     "LABELS",
     "Classification",
+    "ExactMatch",
     "Kind",
+    "Language",
     "MetricChoice",
     "MetricInfo",
     "MultiLabel",
     "Regression",
+    "Rouge",
+    "SequenceToSequence",
     "TaskMetrics",
+    "TokenAccuracy",
     "check_choice",
     "make_metrics",
     "metrics_of",
+    "require_texts",
 ]
