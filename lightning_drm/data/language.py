@@ -102,7 +102,7 @@ class _Tokenize:
         ids, labels = [*begun, *written][:limit], [*[IGNORE_INDEX] * len(begun), *written][:limit]
         if all(label == IGNORE_INDEX for label in labels[1:]):
             raise ValueError(
-                f"Expected a token to predict in every row, but the text {text[:40]!r} has none among the first {limit} "
-                "tokens of its row: leave such rows out, or raise max_length."
+                f"Expected a token to predict in every row, but the text {text[:40]!r} has none among the first "
+                f"{limit} tokens of its row: leave such rows out, or raise max_length."
             )
         return {"input_ids": ids, "attention_mask": [1] * len(ids), LABELS: labels}

@@ -15,8 +15,8 @@ from lightning_drm.kinds import LABELS, SequenceToSequence
 class SequenceTask(TokenizedTask):
     """Writes a text in answer to another one, with an encoder-decoder model such as T5.
 
-    Batches are dicts of the tokenizer's fields for the inputs, and `labels`: the targets' tokens, padded with -100. What
-    the model writes is compared with the targets as the tokenizer gives them back.
+    Batches are dicts of the tokenizer's fields for the inputs, and `labels`: the targets' tokens, padded with -100.
+    What the model writes is compared with the targets as the tokenizer gives them back.
 
     Args:
         dataset: a hub name, a local folder or file, or a builder of `datasets` together with `data_files`.

@@ -48,6 +48,7 @@ class PadRight:
     pad_token: int
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch; every field has the samples in the first dimension and tokens in the second."""
         filled = {"input_ids": self.pad_token, LABELS: IGNORE_INDEX}
         return {
             name: pad_sequence(

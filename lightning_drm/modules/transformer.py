@@ -37,8 +37,8 @@ class TransformerTask(LightningModule):
             tasks: each task's data gives it.
         kind: What is predicted, `Classification` if left out. Leave it out where the task's data say it.
         modality: Whether the backbone reads text or images.
-        pooling: ``"model"`` uses the model for the kind of task that transformers defines for the backbone, with its own
-            pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders) and
+        pooling: ``"model"`` uses the model that transformers defines for the backbone and the kind of task, with its
+            own pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders) and
             ``"first"`` takes the first one, both followed by a linear head.
         lora: Adapters to train in place of the backbone's weights (``peft.LoraConfig``); in full if left out.
         optimizer: From parameters to an optimizer; ``torch.optim.AdamW`` as it comes if left out.
@@ -160,8 +160,8 @@ class TransformerTask(LightningModule):
             if not str(error).startswith("Unrecognized configuration class"):  # followed by all that transformers knows
                 raise
             raise ValueError(
-                f"{self.backbone_name} is no model for {type(kind).__name__} tasks: transformers has no {auto_class} of "
-                "its architecture."
+                f"{self.backbone_name} is no model for {type(kind).__name__} tasks: transformers has no {auto_class} "
+                "of its architecture."
             ) from error
         if kind.shares_head and (missing := sorted(found["missing_keys"])):
             raise ValueError(
@@ -174,7 +174,9 @@ class TransformerTask(LightningModule):
         """Refuses settings that a kind of task has no use for."""
         problems = []
         if self.pooling != "model" and not kind.pooled:
-            problems.append(f"pooling must be 'model', as they need more than one vector per sample, got {self.pooling!r}")
+            problems.append(
+                f"pooling must be 'model', as they need more than one vector per sample, got {self.pooling!r}"
+            )
         if kind.shares_head and self.head_lr is not None:
             problems.append(f"head_lr must be left out, as all of the model is merged, got {self.head_lr}")
         if kind.shares_head and self.dropout:

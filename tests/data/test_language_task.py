@@ -86,7 +86,7 @@ def test_an_end_token_must_be_there_to_be_appended(file: str, tmp_path: Path):
     made = tokenizer(begins=True, ends=False)
     made.eos_token = None
     made.save_pretrained(tmp_path / "endless")
-    with pytest.raises(ValueError, match="Expected a tokenizer with an end token for append_eos, .* set append_eos to"):
+    with pytest.raises(ValueError, match=r"Expected a tokenizer with an end token for append_eos, .* set append_eos"):
         LanguageTask(file, str(tmp_path / "endless")).setup("fit")
     LanguageTask(file, str(tmp_path / "endless"), append_eos=False).setup("fit")
 
