@@ -6,8 +6,7 @@ from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import PreTrainedTokenizerBase
-from transformers.generation import GenerationMixin
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from lightning_drm.kinds.kind import IGNORE_INDEX, LABELS
@@ -70,7 +69,7 @@ class SequenceToSequence(TokenPrediction):
                 "`kind.tokenizer` where the data module is your own."
             )
         written = cast(GenerationMixin, model).generate(
-            **super().inputs(model, batch),  # type: ignore[arg-type]
+            **super().inputs(model, batch),
             max_new_tokens=self.max_new_tokens,
             num_beams=self.num_beams,
             do_sample=False,

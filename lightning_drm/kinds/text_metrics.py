@@ -25,11 +25,11 @@ class ExactMatch(Metric):
         tensor(0.6667)
     """
 
-    higher_is_better: ClassVar[bool] = True
-    is_differentiable: ClassVar[bool] = False
-    full_state_update: ClassVar[bool] = False
-    plot_lower_bound: ClassVar[float] = 0.0
-    plot_upper_bound: ClassVar[float] = 1.0
+    higher_is_better: bool | None = True
+    is_differentiable: bool | None = False
+    full_state_update: bool | None = False
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
     num_equal: Tensor
     num_texts: Tensor
 
@@ -66,11 +66,11 @@ class Rouge(Metric):
         {'rouge1': tensor(0.7500), 'rouge2': tensor(0.), 'rougeL': tensor(0.5000)}
     """
 
-    higher_is_better: ClassVar[bool] = True
-    is_differentiable: ClassVar[bool] = False
-    full_state_update: ClassVar[bool] = False
-    plot_lower_bound: ClassVar[float] = 0.0
-    plot_upper_bound: ClassVar[float] = 1.0
+    higher_is_better: bool | None = True
+    is_differentiable: bool | None = False
+    full_state_update: bool | None = False
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
     keys: ClassVar[tuple[str, ...]] = ("rouge1", "rouge2", "rougeL")  # rougeLsum would need nltk and its data
     num_texts: Tensor
 
@@ -115,11 +115,11 @@ class TokenAccuracy(Metric):
         tensor(0.5000)
     """
 
-    higher_is_better: ClassVar[bool] = True
-    is_differentiable: ClassVar[bool] = False
-    full_state_update: ClassVar[bool] = False
-    plot_lower_bound: ClassVar[float] = 0.0
-    plot_upper_bound: ClassVar[float] = 1.0
+    higher_is_better: bool | None = True
+    is_differentiable: bool | None = False
+    full_state_update: bool | None = False
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
     num_right: Tensor
     num_tokens: Tensor
 

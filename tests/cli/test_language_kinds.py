@@ -6,6 +6,7 @@ Several processes share 13 test samples, which none of the numbers divides; the 
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def task_settings(folder: Path, name: str, task: str) -> dict[str, object]:
     base, file = folder / "base", folder / f"{task}.csv"
-    sizes = {"batch_size": GLOBAL_BATCH, "eval_batch_size": 3}
+    sizes = {"batch_size": GLOBAL_BATCH, "eval_batch_size": 3, "max_train_samples": 96}
     own = {"prefix": "the ", "max_new_tokens": 4} if name == "t5" else {"prompt_column": "prompt"}
     return {"dataset": str(file), "pretrained": str(base), **sizes, **own}
 
@@ -207,17 +208,46 @@ def on_processes(size: int, *arguments: str) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_find_the_same_scores(name: str, folder: Path, size: int):
-    run = folder / f"run{size}"
-    each = [f"--data.tasks.{task}.init_args.batch_size={GLOBAL_BATCH // size}" for task in WORDS]
-    config = ["--config", str(folder / "config.yaml"), "--drm.dirpath", str(run)]
-    on_processes(size, "fit", *config, *each)
-    assert_same(report(run), report(folder / "run1"))
-    for key, tensor in load_file(folder / "run1/merged/model.safetensors").items():
-        torch.testing.assert_close(load_file(run / "merged/model.safetensors")[key], tensor, rtol=0, atol=1e-4)
-    on_processes(size, "merge", *average_of(run), *each)
-    merged = report(run)
-    main(["test", *average_of(run)])
-    assert_same(report(run), merged)
+    """Merged and tested anew from the same finetunes: the base, each task's finetune, and the merged model."""
+    alone, run = folder / "alone", folder / f"again{size}"
+    for copied in (alone, run):
+        if not copied.exists():
+            shutil.copytree(folder / "run1", copied)
+    if not (alone / "history").exists():
+        main(["merge", *average_of(alone)])
+        main(["test", *average_of(alone)])
+    on_processes(size, "merge", *average_of(run))
+    on_processes(size, "test", *average_of(run))
+    assert_same(report(run), report(alone))
+    ours, theirs = (load_file(place / "merged/model.safetensors") for place in (run, alone))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    scores = report(run)["scores"]["merged"]
+    assert all(scores[task] > 0 for task in WORDS), "the case shows nothing"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("size", [2, 4])
+def test_several_processes_train_alike(name: str, folder: Path, size: int):
+    """Each has texts of another number of tokens, and every token counts alike. Steps are few, as rounding grows."""
+    for number in (1, size):
+        run = folder / f"short{number}"
+        if not run.exists():
+            each = [f"--data.tasks.{task}.init_args.batch_size={GLOBAL_BATCH // number}" for task in WORDS]
+            config = ["--config", str(folder / "config.yaml"), "--drm.dirpath", str(run), *each]
+            on_processes(number, "fit", *config, "--config", str(sgd(folder)), "--trainer.max_steps", "6")
+    assert_same(report(folder / f"short{size}"), report(folder / "short1"))
+    for task in WORDS:
+        ours, theirs = (load_file(folder / f"short{number}/tasks/{task}/deltas.safetensors") for number in (size, 1))
+        assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 2e-6
+        assert max(float(tensor.abs().max()) for tensor in theirs.values()) > 0.05, "the case shows nothing"
+
+
+def sgd(folder: Path) -> Path:
+    """An overlay. Adam would blow up gradients that are zero but for rounding."""
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
+    path = folder / "sgd.yaml"
+    path.write_text(yaml.safe_dump({"model": {"init_args": {"optimizer": optimizer}}}))
+    return path
 
 
 def assert_same(ours: dict, theirs: dict) -> None:
