@@ -2,17 +2,21 @@
 
 from lightning_drm.data.choice import MultipleChoiceTask
 from lightning_drm.data.image import ImageTask
+from lightning_drm.data.language import LanguageTask
 from lightning_drm.data.multitask import MultiTaskDataModule
 from lightning_drm.data.quickstart import QuickstartTask, QuickstartWordsTask
+from lightning_drm.data.sequence import SequenceTask
 from lightning_drm.data.text import TextTask
 from lightning_drm.data.tokens import TokenTask
 
 __all__ = [
     "ImageTask",
+    "LanguageTask",
     "MultiTaskDataModule",
     "MultipleChoiceTask",
     "QuickstartTask",
     "QuickstartWordsTask",
+    "SequenceTask",
     "TextTask",
     "TokenTask",
 ]

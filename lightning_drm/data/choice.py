@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_drm.data.task import DatasetTask, Encoder
-from lightning_drm.data.text import check_texts
-from lightning_drm.kinds import LABELS, Choice, Kind
+from lightning_drm.data.task import Encoder
+from lightning_drm.data.tokenized import TokenizedTask
+from lightning_drm.kinds import LABELS, Choice, Kind, require_texts
 from lightning_drm.kinds.choice import CHOICES
 
 
-class MultipleChoiceTask(DatasetTask):
+class MultipleChoiceTask(TokenizedTask):
     """Chooses the right one of several answers to a question.
 
     Batches are dicts of the tokenizer's fields, of shape `(batch, choices, tokens)` and padded to the longest text in
@@ -59,11 +59,6 @@ class MultipleChoiceTask(DatasetTask):
             raise ValueError("Expected one column or more in choice_columns, got none.")
         self.max_length = max_length
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of `pretrained`."""
-        return AutoTokenizer.from_pretrained(self._resolved(), trust_remote_code=self.trust_remote_code)
-
     @property
     @override
     def input_columns(self) -> Sequence[str]:
@@ -89,7 +84,8 @@ class MultipleChoiceTask(DatasetTask):
                 continue
             columns = [table[column][:] for column in self.choice_columns]
             if len(columns) > 1:
-                check_texts(table, self.choice_columns, self.dataset)
+                for column in self.choice_columns:
+                    require_texts(table, column, repr(self.dataset))
             choices = [list(row) for row in zip(*columns, strict=True)] if len(columns) > 1 else columns[0]
             others = [column for column in table.column_names if column != CHOICES]
             splits[name] = table.select_columns(others).add_column(CHOICES, choices)
@@ -97,7 +93,8 @@ class MultipleChoiceTask(DatasetTask):
 
     @override
     def check(self, table: Dataset) -> None:
-        check_texts(table, self.question_columns, self.dataset)
+        for column in self.question_columns:
+            require_texts(table, column, repr(self.dataset))
         kind = table.features[CHOICES]
         if getattr(getattr(kind, "feature", None), "dtype", None) not in ("string", "large_string"):
             raise ValueError(

@@ -24,7 +24,7 @@ Encoder = Callable[[dict[str, list[Any]]], dict[str, Any]]
 
 
 class DatasetTask(LightningDataModule, ABC):
-    """A task read with `datasets`. `TextTask` and `ImageTask` say how a row becomes model inputs.
+    """A task read with `datasets`. Its subclasses, such as `TextTask`, say how a row becomes model inputs.
 
     Splits that are missing are held out from the training split: seeded, every class keeping its share.
 
@@ -125,7 +125,7 @@ class DatasetTask(LightningDataModule, ABC):
     @property
     @abstractmethod
     def encoder(self) -> Encoder:
-        """Turns rows into model inputs."""
+        """Turns rows into model inputs, and into `labels` where the column with what is predicted is to be encoded."""
 
     @abstractmethod
     def check(self, table: Dataset) -> None:

@@ -1,17 +1,17 @@
-"""Text classification tasks: one text per row, or a pair of texts."""
+"""Tasks whose input is one text per row, or a pair of texts."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from datasets import Dataset
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_drm.data.task import DatasetTask, Encoder
+from lightning_drm.data.task import Encoder
+from lightning_drm.data.tokenized import TokenizedTask
 
 
-class TextTask(DatasetTask):
+class TextTask(TokenizedTask):
     """Classifies texts, or pairs of texts.
 
     Batches are dicts of the tokenizer's fields, padded to the longest text in the batch, and `labels`.
@@ -44,11 +44,6 @@ class TextTask(DatasetTask):
             raise ValueError(f"Expected one text column or a pair in text_columns, got {text_columns!r}.")
         self.max_length = max_length
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of `pretrained`."""
-        return AutoTokenizer.from_pretrained(self._resolved(), trust_remote_code=self.trust_remote_code)
-
     @property
     @override
     def input_columns(self) -> Sequence[str]:
@@ -63,33 +58,6 @@ class TextTask(DatasetTask):
     @override
     def encoder(self) -> Encoder:
         return _Tokenize(self.tokenizer, self.text_columns, self.max_length)
-
-    @override
-    def check(self, table: Dataset) -> None:
-        check_texts(table, self.text_columns, self.dataset)
-
-
-def check_texts(table: Dataset, columns: Sequence[str], dataset: str) -> None:
-    """Refuses columns that hold anything but texts.
-
-    Args:
-        table: The rows.
-        columns: The columns.
-        dataset: Where they are from, for messages.
-
-    Raises:
-        ValueError: If a column is of another type, or a row has no text.
-    """
-    for column in columns:
-        kind = table.features[column]
-        if getattr(kind, "dtype", None) not in ("string", "large_string"):
-            raise ValueError(f"Expected texts in column {column!r} of {dataset!r}, got {kind}.")
-        num_missing = table[column][:].count(None)
-        if num_missing:
-            raise ValueError(
-                f"Expected a text in every row, but {num_missing} of {len(table)} rows of {dataset!r} have none in "
-                f"column {column!r}."
-            )
 
 
 class _Tokenize:

@@ -56,7 +56,8 @@ def backbone_parameters(module: nn.Module, head: Sequence[str]) -> dict[str, Par
         Parameters in the module's own order.
 
     Raises:
-        ValueError: If a name in ``head`` matches nothing, or the head shares a tensor with the backbone.
+        ValueError: If a name in ``head`` matches nothing, the head shares a tensor with the backbone, or an adapter
+            changes a tied weight in one of its places only.
     """
     backbone: dict[str, Parameter] = {}
     in_head: dict[int, str] = {}
@@ -122,10 +123,16 @@ def _require_found(head: Sequence[str], names: Iterable[str]) -> None:
 
 
 def _without_ties(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
-    seen: set[int] = set()
-    unique = {}
+    first: dict[int, str] = {}
+    unique, divided = {}, []
     for name, parameter in parameters.items():
-        if id(parameter.tensor) not in seen:
-            seen.add(id(parameter.tensor))
+        if (found := first.setdefault(id(parameter.tensor), name)) == name:
             unique[name] = parameter
+        elif parameter.adapter is not parameters[found].adapter:
+            divided.append(f"{found} = {name}")
+    if divided:
+        raise ValueError(
+            "A LoRA adapter changes one of two layers that share a weight, which is merged as one: "
+            f"{', '.join(divided)}. Leave these layers out of target_modules."
+        )
     return unique

@@ -29,6 +29,7 @@ class Kind(ABC):
         pools: Whether that head sees one vector per sample; otherwise, one per token.
         generates: Whether what is measured comes from `generate`, and not from `prediction`.
         shares_head: Whether there is no head of a task's own, as all of the model is merged (language models).
+        by_tokens: Whether the loss is a mean over tokens, whose number differs between batches of the same size.
     """
 
     auto_class: ClassVar[Mapping[str, str]]
@@ -36,6 +37,7 @@ class Kind(ABC):
     pools: ClassVar[bool] = True
     generates: ClassVar[bool] = False
     shares_head: ClassVar[bool] = False
+    by_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, splits: DatasetDict, column: str) -> DatasetDict:
@@ -51,7 +53,7 @@ class Kind(ABC):
 
     @abstractmethod
     def num_outputs(self, splits: DatasetDict) -> int:
-        """How many numbers the head gives per sample, from tables that `encode` made."""
+        """How many numbers the head gives per sample, from tables that `encode` made; 0 where there is no head."""
 
     @abstractmethod
     def metrics(self, num_outputs: int) -> dict[str, Metric]:
@@ -88,12 +90,21 @@ class Kind(ABC):
         """Settings of transformers' model of `auto_class`."""
         return {"num_labels": num_outputs}
 
+    def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the model reads of a batch.
+
+        Args:
+            model: The model with its head.
+            batch: Inputs and labels.
+        """
+        return {name: value for name, value in batch.items() if name != LABELS}
+
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The outputs of which `loss` and `prediction` make something.
 
         Args:
             model: The model with its head.
-            inputs: A batch without its labels.
+            inputs: What `inputs` returned.
         """
         logits: Tensor = model(**inputs).logits
         return logits

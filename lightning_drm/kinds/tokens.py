@@ -31,6 +31,7 @@ class Tokens(Kind):
 
     auto_class: ClassVar[Mapping[str, str]] = {"text": "AutoModelForTokenClassification"}
     pools: ClassVar[bool] = False
+    by_tokens: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._names: list[str] = []

@@ -37,8 +37,8 @@ class TransformerTask(LightningModule):
             tasks: each task's data gives it.
         kind: What is predicted, `Classification` if left out. Leave it out where the task's data say it.
         modality: Whether the backbone reads text or images.
-        pooling: ``"model"`` uses the classification model that transformers defines for the backbone, with its own
-            pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders) and
+        pooling: ``"model"`` uses the model that transformers defines for the backbone and the kind of task, with its
+            own pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders) and
             ``"first"`` takes the first one, both followed by a linear head. Kinds of task that predict something for
             each token have a linear head on each token's last hidden state then.
         lora: Adapters to train in place of the backbone's weights (``peft.LoraConfig``); in full if left out.
@@ -114,6 +114,7 @@ class TransformerTask(LightningModule):
         self._configure(kind, data.num_classes, metrics)
 
     def _configure(self, kind: Kind, num_outputs: int, metrics: TaskMetrics) -> None:
+        self._require_fit(kind)
         self.hparams["num_classes"] = num_outputs
         self.kind = kind
         self.val_metrics, self.test_metrics = copy.deepcopy(metrics), metrics
@@ -122,7 +123,7 @@ class TransformerTask(LightningModule):
         # transformers names it after the architecture ("bert", "vision_model", …), not always after its own prefix.
         # Found now, for under FSDP1 a process will see of each part's size only its own piece.
         sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
-        self._backbone_attribute = max(sizes, key=lambda name: sizes[name])
+        self._backbone_attribute = "" if kind.shares_head else max(sizes, key=lambda name: sizes[name])
         # from_pretrained returns models in evaluation mode, and Lightning keeps the mode it finds.
         self.train()
         if self.lora is not None:
@@ -146,14 +147,43 @@ class TransformerTask(LightningModule):
             return PooledClassifier(encoder, num_outputs, self.pooling if kind.pools else None, self.dropout)
         if self.modality not in kind.auto_class:
             raise ValueError(f"{type(kind).__name__} tasks are of {', '.join(kind.auto_class)}, not {self.modality}.")
-        model = getattr(transformers, kind.auto_class[self.modality]).from_pretrained(
-            source,
-            **kind.model_settings(num_outputs),
-            dtype=self.load_dtype,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=trust,
-        )
+        auto_class = kind.auto_class[self.modality]
+        try:
+            model, found = getattr(transformers, auto_class).from_pretrained(
+                source,
+                **kind.model_settings(num_outputs),
+                dtype=self.load_dtype,
+                ignore_mismatched_sizes=not kind.shares_head,
+                trust_remote_code=trust,
+                output_loading_info=True,
+            )
+        except ValueError as error:
+            if not str(error).startswith("Unrecognized configuration class"):  # followed by all that transformers knows
+                raise
+            raise ValueError(
+                f"{self.backbone_name} is no model for {type(kind).__name__} tasks: transformers has no {auto_class} "
+                "of its architecture."
+            ) from error
+        if kind.shares_head and (missing := sorted(found["missing_keys"])):
+            raise ValueError(
+                f"Expected all weights of {type(model).__name__} in {self.backbone_name}, as no task has a head of its "
+                f"own, but it lacks {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}."
+            )
         return cast(nn.Module, model)
+
+    def _require_fit(self, kind: Kind) -> None:
+        """Refuses settings that a kind of task has no use for."""
+        problems = []
+        if self.pooling != "model" and not kind.pooled:
+            problems.append(
+                f"pooling must be 'model', as they need more than one vector per sample, got {self.pooling!r}"
+            )
+        if kind.shares_head and self.head_lr is not None:
+            problems.append(f"head_lr must be left out, as all of the model is merged, got {self.head_lr}")
+        if kind.shares_head and self.dropout:
+            problems.append(f"dropout must be left out, as it is that of a head, got {self.dropout}")
+        if problems:
+            raise ValueError(f"For {type(kind).__name__} tasks, {'; '.join(problems)}.")
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -162,7 +192,9 @@ class TransformerTask(LightningModule):
 
     @property
     def head_names(self) -> tuple[str, ...]:
-        """Everything of the classification model that is not the backbone."""
+        """Everything of the model that is not the backbone; nothing for kinds of task that share all of it."""
+        if self._kind.shares_head:
+            return ()
         children = unwrapped(self._built).named_children()
         names = (name for name, child in children if any(True for _ in child.parameters()))
         return tuple(f"model.{name}" for name in names if name != self._backbone_attribute)
@@ -198,7 +230,7 @@ class TransformerTask(LightningModule):
 
     def classify(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and targets of a batch, which holds the processor's outputs and ``labels``."""
-        return self(**{name: value for name, value in batch.items() if name != LABELS}), batch[LABELS]
+        return self(**self._kind.inputs(self._built, batch)), batch[LABELS]
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss that the task is trained by."""
@@ -209,7 +241,7 @@ class TransformerTask(LightningModule):
         logits, target = self.classify(batch)
         loss = self.loss(logits.float(), target)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch[LABELS]))
-        return loss * self._weight(target)
+        return loss * self._token_weight(target)
 
     @override
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -249,11 +281,15 @@ class TransformerTask(LightningModule):
             self.log(f"{stage}_{name}", value, prog_bar=stage == "val" and name == metrics.score, **EQUAL)
         metrics.reset()
 
-    def _weight(self, target: Tensor) -> Tensor | float:
-        """What this process's loss weighs: a mean over tokens is not the mean of the processes' own means."""
-        if self._kind.pools or self.trainer.world_size == 1:
+    def _token_weight(self, target: Tensor) -> Tensor | float:
+        """Makes the mean over processes, which averages their gradients, one over all of their tokens.
+
+        Args:
+            target: This process's labels.
+        """
+        if not self._kind.by_tokens or self._trainer is None or self.trainer.world_size == 1:
             return 1.0
-        count = torch.tensor(float(self._kind.count(target)), device=target.device)
+        count = torch.tensor(float(self._kind.count(target)), device=self.device)
         mean = self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
         return count / cast(Tensor, mean).clamp(min=1.0)
 
@@ -268,10 +304,10 @@ class TransformerTask(LightningModule):
         head = {id(tensor) for tensor in head_state(self, self.head_names).values()}
         trained = [p for p in self.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in head]}]
-        head_group: dict[str, Any] = {"params": [p for p in trained if id(p) in head]}
-        if self.head_lr is not None:
-            head_group["lr"] = self.head_lr
-        optimizer = (self.optimizer or torch.optim.AdamW)([*groups, head_group])
+        if head:
+            own_lr = {"lr": self.head_lr} if self.head_lr is not None else {}
+            groups.append({"params": [p for p in trained if id(p) in head], **own_lr})
+        optimizer = (self.optimizer or torch.optim.AdamW)(groups)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

@@ -11,6 +11,7 @@ import xxhash
 from lightning import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.deltas import backbone_parameters, head_state, load_tensors
@@ -102,12 +103,12 @@ class Scoring:
             The score; ``None`` without batches, or where the head is not one linear layer. A task without a head of
             its own (a language model) needs no batches: there the base is measured as it is.
         """
-        if max_batches <= 0:
-            return None
         module = self._modules.fresh(task)
         head = head_names_of(module, self._session.head)
         if not head:
-            return self.stored_base(task)
+            return self._untouched(task, module)
+        if max_batches <= 0:
+            return None
         base = MultiTaskModule.assemble({task: module}, head=head)
         if isinstance(self._strategy, ModelParallelStrategy):
             base.shard(data_parallel(self._strategy.device_mesh))
@@ -137,13 +138,11 @@ class Scoring:
     def stored_base(self, task: str) -> Score | None:
         """Score of the untouched backbone with the head that `base` stored; ``None`` if it needs one and has none."""
         module = self._modules.fresh(task)
-        heads = None
-        if head_names_of(module, self._session.head):
-            if not self._folder.base_head(task).is_file():
-                return None
-            heads = {task: load_tensors(self._folder.base_head(task), "a head")}
-        untouched = MultiTaskModule.assemble({task: module}, heads=heads, head=self._session.head)
-        return self._measure(untouched, self._data.tasks[task], f"{task} · base")[task]
+        if not head_names_of(module, self._session.head):
+            return self._untouched(task, module)
+        if not self._folder.base_head(task).is_file():
+            return None
+        return self._untouched(task, module, load_tensors(self._folder.base_head(task), "a head"))
 
     def merged(self, module: MultiTaskModule) -> dict[str, Score]:
         """Score by task of a merged model.
@@ -168,6 +167,11 @@ class Scoring:
         own = {task: without_weights(self._modules.fresh(task)) for task in tasks}
         merged = MultiTaskModule.assemble(own, backbone, heads, head=self._session.head, statistics=statistics)
         return self.merged(merged)
+
+    def _untouched(self, task: str, module: LightningModule, state: Mapping[str, Tensor] | None = None) -> Score:
+        heads = {task: state} if state is not None else None
+        untouched = MultiTaskModule.assemble({task: module}, heads=heads, head=self._session.head)
+        return self._measure(untouched, self._data.tasks[task], f"{task} · base")[task]
 
     def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, Score]:
         # FSDP1 would take the module over for good, and the merged one is the user's.

@@ -22,7 +22,7 @@ _WITHOUT_INFLUENCE = {
     "limit_test_batches", "log_every_n_steps", "logger", "model_registry", "num_nodes", "num_sanity_val_steps",
     "plugins", "profiler", "strategy",
 }  # fmt: skip
-_MEASURED_ONLY = {"metric", "score", "higher_is_better"}
+_MEASURED_ONLY = {"metric", "score", "higher_is_better", "max_new_tokens", "num_beams"}
 _ADDED = {  # what was so before it was a setting
     "model.trust_remote_code": False,
     "model.kind": None,

@@ -115,7 +115,8 @@ class MergeTrainer(Trainer):
                 ended; the result is that of an undisturbed fit. Otherwise the task is trained from the start.
             keep_going: Finetune the other tasks where one fails by its data or settings; the end says what is
                 missing, and nothing is merged. Several processes end at the first failure, as others would wait.
-            base_batches: Training batches that the head on the untouched base may see; 0 leaves the base out.
+            base_batches: Training batches that the head on the untouched base may see; 0 leaves the base out where a
+                task has a head.
             kwargs: Further arguments of Lightning's ``fit``, for a single task.
 
         Raises:

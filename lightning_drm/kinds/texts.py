@@ -1,0 +1,25 @@
+"""Columns of texts."""
+
+from datasets import Dataset
+
+
+def require_texts(table: Dataset, column: str, where: str) -> None:
+    """Refuses a column that does not hold a text in every row.
+
+    Args:
+        table: The rows.
+        column: The column.
+        where: What the rows are, for messages: a data set's name in quotes, or a split's.
+
+    Raises:
+        ValueError: If it holds something else, or rows have none.
+    """
+    kind = table.features[column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"Expected texts in column {column!r} of {where}, got {kind}.")
+    num_missing = table[column][:].count(None)
+    if num_missing:
+        raise ValueError(
+            f"Expected a text in every row, but {num_missing} of {len(table)} rows of {where} have none in column "
+            f"{column!r}."
+        )
