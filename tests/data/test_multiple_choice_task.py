@@ -99,7 +99,7 @@ def test_texts_are_cut_to_the_maximal_length(base, tmp_path):
         ({}, {"choice_columns": []}, "Expected one column or more in choice_columns, got none"),
         ({}, {"kind": Regression()}, "is for tasks of the kind Choice, got Regression"),
     ],
-    ids=lambda value: json.dumps(value, default=str) if isinstance(value, dict) else "",
+    ids=lambda value: json.dumps(value, default=lambda value: type(value).__name__) if isinstance(value, dict) else "",
 )
 def test_what_does_not_fit_is_refused(base, tmp_path, change, options, message):
     rows = questions(seed=0, count=40)
