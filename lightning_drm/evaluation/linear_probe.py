@@ -15,7 +15,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_drm.kinds import IGNORE_INDEX, Choice
+from lightning_drm.kinds import IGNORE_INDEX
 from lightning_drm.modules import TransformerTask, can_classify, classify
 
 _WEIGHT_DECAY = 1e-4
@@ -82,8 +82,7 @@ def _features(module: nn.Module, layer: nn.Linear, batches: Iterable[Any]) -> tu
     pairs = list(zip(seen, targets, strict=True)) if len(seen) == len(targets) else []
     if pairs and all(features.ndim == 3 and target.shape == features.shape[:2] for features, target in pairs):
         pairs = [(features[target != IGNORE_INDEX], target[target != IGNORE_INDEX]) for features, target in pairs]
-    # Each choice of a question has its vector, but the question one target: the task's own loss knows that.
-    several = isinstance(module, TransformerTask) and isinstance(module.kind, Choice)
+    several = isinstance(module, TransformerTask) and module.kind is not None and module.kind.several_vectors
     if not pairs or any(
         features.ndim != 2 or (len(features) % len(target) if several else len(features) != len(target))
         for features, target in pairs

@@ -30,6 +30,7 @@ class Choice(Kind):
     """
 
     auto_class: ClassVar[Mapping[str, str]] = {"text": "AutoModelForSequenceClassification"}
+    several_vectors: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.num_choices: int | None = None

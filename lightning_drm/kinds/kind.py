@@ -25,19 +25,19 @@ class Kind(ABC):
     Attributes:
         auto_class: By modality (``"text"``, ``"image"``), the name of transformers' class for this kind, of which a
             backbone is loaded with its own head.
-        pooled: Whether a linear head on an encoder's last hidden states does this kind of task too.
-        pools: Whether that head sees one vector per sample; otherwise, one per token.
+        pools: Whether a linear head on an encoder sees one vector per sample; otherwise, one per token.
         generates: Whether what is measured comes from `generate`, and not from `prediction`.
         shares_head: Whether there is no head of a task's own, as all of the model is merged (language models).
+        several_vectors: Whether the head sees several vectors for one label, which `loss` puts together (choices).
         by_tokens: Whether the loss is a mean over tokens, whose number differs between batches of the same size.
     """
 
     auto_class: ClassVar[Mapping[str, str]]
-    pooled: ClassVar[bool] = True
     pools: ClassVar[bool] = True
     generates: ClassVar[bool] = False
     shares_head: ClassVar[bool] = False
     by_tokens: ClassVar[bool] = False
+    several_vectors: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, splits: DatasetDict, column: str) -> DatasetDict:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
@@ -117,10 +118,16 @@ class TaskMetrics(nn.Module):
         """Every result by name, over all processes.
 
         Raises:
-            ValueError: If one is not a single number.
+            ValueError: If one is not a single number, or cannot be computed by several processes together.
         """
         found: dict[str, Tensor] = {}
         for name, metric in self._items():
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and _hangs(metric):
+                raise ValueError(
+                    f"The metric {name!r} ({type(metric).__name__}) keeps lists that torchmetrics gathers entry by "
+                    "entry, so that several processes would wait in vain: use one, or a metric with sums, such as "
+                    "lightning_drm.kinds.Rouge for ROUGE."
+                )
             value = metric.compute()
             found |= value if isinstance(value, Mapping) else {name: value}
         for name, value in found.items():
@@ -266,6 +273,12 @@ def _keys_of(metric: Metric) -> list[str]:
         except Exception:  # many metrics cannot compute anything from nothing, each in its way; those give numbers
             return []
     return list(value) if isinstance(value, Mapping) else []
+
+
+def _hangs(metric: Metric) -> bool:
+    """Whether processes with different numbers of samples gather different numbers of entries."""
+    reductions = metric._reductions  # torchmetrics has no public name for it
+    return any(reductions[name] is None and isinstance(default, list) for name, default in metric._defaults.items())
 
 
 def _alone() -> bool:

@@ -17,7 +17,6 @@ class TokenPrediction(Kind):
     All of the model is merged: no task has a head of its own. Tokens count alike, whatever text they are of.
     """
 
-    pooled: ClassVar[bool] = False
     shares_head: ClassVar[bool] = True
     by_tokens: ClassVar[bool] = True
 

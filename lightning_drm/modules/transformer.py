@@ -174,7 +174,7 @@ class TransformerTask(LightningModule):
     def _require_fit(self, kind: Kind) -> None:
         """Refuses settings that a kind of task has no use for."""
         problems = []
-        if self.pooling != "model" and not kind.pooled:
+        if self.pooling != "model" and kind.shares_head:
             problems.append(
                 f"pooling must be 'model', as they need more than one vector per sample, got {self.pooling!r}"
             )

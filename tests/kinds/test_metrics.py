@@ -115,3 +115,13 @@ def test_descriptions_tell_metrics_apart():
     assert of() == of()
     assert of() != of(average="micro")
     assert of() != TaskMetrics({"f1": MulticlassF1Score(3)}, higher_is_better=False).describe()
+
+
+def test_a_metric_that_would_hang_is_refused_on_several_processes(monkeypatch: pytest.MonkeyPatch):
+    """torchmetrics gathers each entry of such lists, of which processes have different numbers."""
+    metrics = TaskMetrics({"rouge": ROUGEScore(rouge_keys="rougeL")})
+    metrics.update(["a red cat"], ["a cat"])
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"'rouge' \(ROUGEScore\) keeps lists .* such as lightning_drm.kinds.Rouge"):
+        metrics.results()
