@@ -22,7 +22,6 @@ from helpers.tiny import COLORS, Tokens
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torchmetrics import SumMetric
 from transformers.models.bert.modeling_bert import BertLayer
 
 from lightning_drm import (
@@ -33,11 +32,9 @@ from lightning_drm import (
     DRMMergeCallback,
     MergeTrainer,
     MultiTaskDataModule,
-    MultiTaskModule,
     TransformerTask,
 )
 from lightning_drm.data import TextTask
-from lightning_drm.kinds import IGNORE_INDEX
 
 GLOBAL_BATCH = 8
 # By the number of processes; FSDP1 on two of them is enough to show its way of sharding.
@@ -106,10 +103,12 @@ def run_in_memory(folder: Path, out: Path, strategy: str, size: int) -> None:
         module = make_module(folder, False, num_classes=len(COLORS))
         module.task_name = task
         L.Trainer(callbacks=[merge], **arguments(strategy, size)).fit(module, datamodule=task_data)
-    counted = Counting(merge.merged_module)
+    merged = merge.merged_module
+    merged.record_samples = True
     trainer = L.Trainer(**arguments(strategy, size))
-    results = trainer.test(counted, datamodule=data, verbose=False)
+    results = trainer.test(merged, datamodule=data, verbose=False)
     metrics = {name: torch.tensor(value) for part in results for name, value in part.items()}
+    metrics |= {f"num_samples/{task}": torch.tensor(len(merged.samples(task) or [])) for task in data.task_names}
     finetuned = merge.finetuned_module(make_module(folder, False, num_classes=len(COLORS)), "tokens")
     tensors = {
         f"finetuned.{n}": t.detach().cpu() for n, t in finetuned.task_module("tokens").backbone.named_parameters()
@@ -119,21 +118,6 @@ def run_in_memory(folder: Path, out: Path, strategy: str, size: int) -> None:
     metrics |= {"share": torch.tensor(held / every)}
     if trainer.is_global_zero:
         save_file({**metrics, **tensors}, out)
-
-
-class Counting(MultiTaskModule):
-    """Counts the samples that each task's metric sees."""
-
-    def __init__(self, merged: MultiTaskModule) -> None:
-        super().__init__(dict(zip(merged.task_names, merged.task_modules, strict=True)))
-        self.num_samples = torch.nn.ModuleList(SumMetric() for _ in self.task_names)
-        for task, metric, counter in zip(self.task_names, self.accuracies, self.num_samples, strict=True):
-            metric.register_forward_pre_hook(lambda _, inputs, c=counter: c.update((inputs[1] != IGNORE_INDEX).sum()))
-            self.__dict__.setdefault("_counted", []).append((task, counter))
-
-    def on_test_epoch_end(self) -> None:
-        for task, counter in self._counted:
-            self.log(f"num_samples/{task}", counter.compute())
 
 
 def merge_again(folder: Path, out: Path, method: str, strategy: str, size: int) -> None:
