@@ -239,12 +239,13 @@ def strip_adapter(module: nn.Module) -> nn.Module:
     if not _peft_is_imported():
         return module
     from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
     while True:
-        if isinstance(module, PeftModel):
-            module = module.get_base_model()
+        if isinstance(module, PeftModel):  # its own get_base_model asks for settings, which go with the adapters
+            tuner = module.base_model
+            module = tuner.model if isinstance(tuner, BaseTuner) else tuner
         elif isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
