@@ -24,6 +24,7 @@ _NOT_FOR_USERS = (
     ".*is smaller than the logging interval",
     ".*loftq_config",
     ".*isinstance.treespec, LeafSpec",
+    ".*will save all targets and predictions in (the )?buffer",  # of torchmetrics; so it must be
     ".*Checkpoint directory .* exists and is not empty",  # a task that goes on
 )
 _LOUDEST = {

@@ -53,6 +53,10 @@ def measure(
     module.record_samples = intervals
     trainer.test(module, datamodule=data, verbose=False)
     module.record_samples = False
+    if unseen := [task for task in module.task_names if f"score/{task}" not in trainer.callback_metrics]:
+        raise ValueError(
+            f"Nothing was measured of {', '.join(unseen)}: does limit_test_batches leave any test batches?"
+        )
     return {task: _score(module, task, float(trainer.callback_metrics[f"score/{task}"])) for task in module.task_names}
 
 

@@ -54,15 +54,18 @@ def report_content(comparison: Comparison) -> dict[str, Any]:
 
 
 def terminal_table(comparison: Comparison) -> Table:
-    """The comparison as a table: tasks down; base, individual, merged and normalized score across."""
+    """The comparison as a table: tasks down with their metrics; base, individual, merged, normalized across."""
     table = Table(
         title=f"{title(comparison)}, merged with {method_name(comparison)}",
         caption="\n".join(notes(comparison, "±")) or None,
         caption_justify="left",
     )
-    for index, column in enumerate(_header(comparison)):
-        table.add_column(column, justify="left" if index < len(_header(comparison)) - len(_COLUMNS) else "right")
-    for index, cells in enumerate(_cells(comparison)):
+    table.add_column("task")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right")
+    for index, row in enumerate(_cells(comparison)):
+        labels, values = row[: -len(_COLUMNS)], row[-len(_COLUMNS) :]
+        cells = ["\n  ".join(filter(None, labels)), *values]  # a column for metrics would not fit into 80 characters
         is_last_task = index == len(comparison.tasks) - 1
         table.add_row(*map(escape, cells), end_section=is_last_task, style="bold" if cells[0] == "average" else None)
     return table

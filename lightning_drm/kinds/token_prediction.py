@@ -40,8 +40,12 @@ class TokenPrediction(Kind):
 
     @override
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy over the tokens that count; 0 if none does."""
         scores, target = self.aligned(logits, labels)
-        return functional.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX)
+        total = functional.cross_entropy(
+            scores.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        return total / max(1, self.count(labels))
 
     @override
     def prediction(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,7 @@ class Measurement:
         self._recorders: dict[int, SampleRecorder] = {}
         self._scored: Any = None
         self._logged: dict[str, None] = {}
+        self._seen = False
         self._reductions: dict[str, Metric] = {}
         self._by_own: bool | None = None
 
@@ -79,7 +80,7 @@ class Measurement:
         Args:
             record: Whether each sample's part in the score is recorded.
         """
-        self._logged, self._scored, self._reductions = {}, None, {}
+        self._logged, self._scored, self._reductions, self._seen = {}, None, {}, False
         self._by_own = True if getattr(self.module, "score", None) is not None else None
         self._recorders = {id(metric): SampleRecorder(metric) for metric in self._recorded()} if record else {}
 
@@ -96,6 +97,7 @@ class Measurement:
         Raises:
             ValueError: If the task cannot be measured, or repeated samples cannot be told from others.
         """
+        self._seen = True
         with ExitStack() as stack:
             originals: dict[int, Metric] = {}
             if share.new == 0:
@@ -156,6 +158,8 @@ class Measurement:
                     "processes, as each has seen a part of the set: log a torchmetrics Metric instead."
                 )
             self._log(name, number, log)
+        if not self._seen:
+            raise ValueError(f"Task {self.task!r} cannot be measured: its test set has no batch.")
         if self._score not in self._logged:
             logged = ", ".join(self._logged) or "nothing"
             raise ValueError(f"Task {self.task!r} is to be judged by {self._score!r}, but its test_step logs {logged}.")

@@ -209,18 +209,15 @@ def on_processes(size: int, *arguments: str) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_find_the_same_scores(name: str, folder: Path, size: int):
-    """Merged and tested anew from the same finetunes: the base, each task's finetune, and the merged model."""
+    """Tested anew from the same finetunes: the base, each task's finetune, and the merged model."""
     alone, run = folder / "again1", folder / f"again{size}"
     if not alone.exists():
         shutil.copytree(folder / "run1", alone)
         main(["merge", *average_of(alone)])
         main(["test", *average_of(alone)])
-    shutil.copytree(folder / "run1", run)
-    on_processes(size, "merge", *average_of(run))
+    shutil.copytree(alone, run)
     on_processes(size, "test", *average_of(run))
     assert_same(report(run), report(alone))
-    ours, theirs = (load_file(place / "merged/model.safetensors") for place in (run, alone))
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     scores = report(run)["scores"]
     assert all(scores["individual"][task] > 0 for task in WORDS), "the case shows nothing"
     assert any(scores["merged"][task] > 0 for task in WORDS), "the case shows nothing"

@@ -97,6 +97,11 @@ def test_limit_of_test_batches_is_kept(module: MultiTaskModule) -> None:
     assert values(limited) == pytest.approx(plain_accuracy(module, few))
 
 
+def test_nothing_to_measure_is_told(module: MultiTaskModule) -> None:
+    with pytest.raises(ValueError, match=r"Nothing was measured of a, b: does limit_test_batches leave any"):
+        measure(module, make_sets(), {**ARGUMENTS, "limit_test_batches": 0}, [])
+
+
 def test_writes_nothing(module: MultiTaskModule, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     measure(module, make_sets(), ARGUMENTS, [])

@@ -136,3 +136,12 @@ def test_padding_changes_no_logits(counting: LanguageTask, llama: str):
         again = module(**padded)[:, : logits.shape[1]]
     kept = batch["attention_mask"].bool()
     torch.testing.assert_close(again[kept], logits[kept], rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_context_alone_has_no_loss():
+    """It may be a process's whole share: no number would spoil the weights of all."""
+    logits = torch.zeros(1, 3, 4, requires_grad=True)
+    loss = Language().loss(logits, torch.full((1, 3), -100))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()

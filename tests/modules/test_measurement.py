@@ -15,6 +15,9 @@ from lightning_drm.modules import MultiTaskModule
 from lightning_drm.modules.measurement import Measurement, _first, unmeasurable
 
 
+X, Y = torch.arange(8.0).view(4, 2), torch.arange(4)
+
+
 class Plain(L.LightningModule):
     """A small network without any test of its own."""
 
@@ -191,6 +194,12 @@ def test_what_cannot_be_measured_is_named(module, data, message):
         measured({"t": module}, data)
 
 
+def test_a_test_set_without_samples_is_named():
+    empty = TensorDataset(torch.empty(0, 4), torch.empty(0, dtype=torch.long))
+    with pytest.raises(ValueError, match="Task 'e' cannot be measured: its test set has no batch"):
+        measured({"p": Plain(), "e": Plain()}, classes(), empty)
+
+
 def test_a_score_that_nothing_can_log_is_refused_by_the_class():
     module = Plain()
     assert unmeasurable(module) is None
@@ -203,11 +212,13 @@ def test_a_score_that_nothing_can_log_is_refused_by_the_class():
 
 def test_numbers_that_differ_between_processes_are_refused():
     measurement = Measurement("t", DividesNothing())
-    measurement.start(record=False)
     everywhere = {}
+    measurement.start(record=False)
+    measurement.measure((X, Y), 0, Share(4, 4, (0, 1)), everywhere.__setitem__, None)
     measurement.finish(everywhere.__setitem__, None, lambda number: number.expand(2))
     assert float(everywhere["score/t"]) == 0.5
     measurement.start(record=False)
+    measurement.measure((X, Y), 0, Share(4, 4, (0, 1)), everywhere.__setitem__, None)
     with pytest.raises(ValueError, match="'hits' at the end of its test set as a number that differs between"):
         measurement.finish(everywhere.__setitem__, None, lambda number: torch.stack([number, number + 0.1]))
 
@@ -244,9 +255,6 @@ def test_the_hooks_of_a_test_are_called():
     once = ["start", "epoch start", "batch 0 start", "batch 0 end", "batch 1 start", "batch 1 end", "epoch end", "end"]
     assert module.called == once * 2
     assert "log" not in vars(module)
-
-
-X, Y = torch.arange(8.0).view(4, 2), torch.arange(4)
 
 
 @pytest.mark.parametrize(
