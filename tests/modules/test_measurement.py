@@ -14,7 +14,6 @@ from lightning_drm.kinds import MetricInfo, TaskMetrics
 from lightning_drm.modules import MultiTaskModule
 from lightning_drm.modules.measurement import Measurement, _first, unmeasurable
 
-
 X, Y = torch.arange(8.0).view(4, 2), torch.arange(4)
 
 
