@@ -2,8 +2,8 @@
 
 from lightning_drm.deltas.collect import Base
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
-from lightning_drm.deltas.kinds import Kind, guess_kind
-from lightning_drm.deltas.lora import remove_adapters
+from lightning_drm.deltas.kinds import Kind, guess_kind, transposed_names
+from lightning_drm.deltas.lora import remove_adapters, strip_adapter
 from lightning_drm.deltas.parameters import Parameter, backbone_parameters, head_state
 from lightning_drm.deltas.store import (
     DELTAS_FILE,
@@ -33,4 +33,6 @@ __all__ = [
     "load_tensors",
     "remove_adapters",
     "save_task_vector",
+    "strip_adapter",
+    "transposed_names",
 ]

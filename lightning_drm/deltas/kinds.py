@@ -13,8 +13,8 @@ follows the same rule. What a row means is the same in all tasks, and DRM on 128
 eigenproblem of size 32,768. transformers says which layer it is. A classification head is none.
 """
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_drm.deltas.lora import strip_adapter
 from lightning_drm.deltas.wrappers import unwrapped
+
+if TYPE_CHECKING:
+    from lightning_drm.deltas.parameters import Parameter
 
 Kind = Literal["matrix", "experts", "convolution", "embedding", "output_embedding", "other"]
 """The role of a parameter in its layer, which decides the rule that merges it."""
@@ -65,6 +68,17 @@ def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
     if len(shape) == 3 and any(part.endswith("experts") for part in parts[:-1]):
         return "experts"
     return "convolution" if len(shape) > 2 and parts[-1] == "weight" else "other"
+
+
+def transposed_names(module: nn.Module, parameters: Mapping[str, "Parameter"]) -> set[str]:
+    """The names of the matrices that their layers store (in, out), as a Conv1D does.
+
+    Args:
+        module: A task's module.
+        parameters: Its parameters.
+    """
+    stored = {id(layer.weight) for layer in module.modules() if isinstance(layer, Conv1D)}
+    return {name for name, parameter in parameters.items() if id(parameter.tensor) in stored}
 
 
 def output_embeddings(module: nn.Module) -> set[int]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from lightning_drm import merging
 from lightning_drm.deltas import Kind
@@ -167,7 +167,19 @@ class Recipe:
         Raises:
             ValueError: Naming the unknown tasks and the known ones, or the override whose density cannot apply.
         """
-        problems = []
+        problems = [
+            f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}"
+            for name, value, allowed in (
+                ("convolutions", self.convolutions, Literal["average", "matrix"]),
+                ("non_matrix", self.non_matrix, Literal["average", "elect"]),
+                *(
+                    (f"The rule of the override {o.match!r}", o.rule, Rule)
+                    for o in self.overrides
+                    if o.rule is not None
+                ),
+            )
+            if value not in get_args(allowed)
+        ]
         named = {*self.coefficients, *(task for override in self.overrides for task in override.coefficients)}
         unknown = sorted(named - set(tasks))
         if unknown:

@@ -158,7 +158,7 @@ class TaskMetrics(nn.Module):
         settings = {
             name: {
                 "class": type(metric).__qualname__,
-                **{key: v for key, v in vars(metric).items() if isinstance(v, str | int | float) and key[0] != "_"},
+                **{key: v for key, v in vars(metric).items() if key[0] != "_" and _is_plain(v)},
             }
             for name, metric in self._items()
         }
@@ -279,6 +279,12 @@ def _hangs(metric: Metric) -> bool:
     """Whether processes with different numbers of samples gather different numbers of entries."""
     reductions = metric._reductions  # torchmetrics has no public name for it
     return any(reductions[name] is None and isinstance(default, list) for name, default in metric._defaults.items())
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, str | int | float | None)
 
 
 def _alone() -> bool:

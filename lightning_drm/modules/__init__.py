@@ -1,8 +1,9 @@
 """LightningModules: one task (full or LoRA), and the merged model of all tasks."""
 
+from lightning_drm.modules.batch_hooks import own_batch_hooks
 from lightning_drm.modules.batch_norm import batch_norms, of_all_tasks
 from lightning_drm.modules.duplicate import duplicate, share_factories, with_buffers_of, without_weights
-from lightning_drm.modules.measurement import unmeasurable
+from lightning_drm.modules.measurement import OF_DATA, described, unmeasurable
 from lightning_drm.modules.multitask import MultiTaskModule
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.protocol import can_classify, classify, head_names_of
@@ -11,6 +12,7 @@ from lightning_drm.modules.sharding import data_parallel, is_sharded
 from lightning_drm.modules.transformer import TransformerTask
 
 __all__ = [
+    "OF_DATA",
     "MultiTaskModule",
     "PooledClassifier",
     "SampleStates",
@@ -19,10 +21,12 @@ __all__ = [
     "can_classify",
     "classify",
     "data_parallel",
+    "described",
     "duplicate",
     "head_names_of",
     "is_sharded",
     "of_all_tasks",
+    "own_batch_hooks",
     "share_factories",
     "unmeasurable",
     "with_buffers_of",

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_drm.deltas import backbone_parameters
 from lightning_drm.distributed.ranks import ALONE, Ranks
-from lightning_drm.modules.protocol import classify
+from lightning_drm.modules.measurement import run_forward
 
 _MEAN, _VARIANCE = ".running_mean", ".running_var"
 
@@ -102,7 +102,7 @@ def estimated(
 
     with _of_one_batch(module, places, note):
         for batch in batches:
-            classify(module, batch)
+            run_forward(module, batch)
             counts[-1] += 1
     ranks.sum(counts)
     if not counts[-1]:

@@ -2,10 +2,12 @@
 
 A module that has a ``score`` is measured by what its ``test_step`` (or ``on_test_epoch_end``) logs under that name; a
 ``test_`` before a logged name does not count. So is a module whose ``test_step`` logs ``accuracy``. Any other is
-measured by its logits and targets: with its ``metric`` if it has one, else by micro accuracy. Whatever the own test
-hooks log is logged too.
+measured by its logits and targets: with the metric that its data bring, with its own ``metric``, or by micro accuracy.
+Whatever the own test hooks log is logged too.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import signature
@@ -22,11 +24,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_drm.data.sharing import Share, exactness_problem, num_replicas
 from lightning_drm.kinds import IGNORE_INDEX, MetricInfo, TaskMetrics, make_metrics
-from lightning_drm.modules.protocol import classify
+from lightning_drm.modules.protocol import Classifies, classify
 from lightning_drm.modules.sample_states import SampleRecorder, SampleStates
 
 _LOG = signature(LightningModule.log)
 _DEFAULT = "accuracy"
+
+OF_DATA = "metrics_of_data"
+"""The attribute of a user's own module in which the metrics are that its task's data bring."""
 
 EQUAL: dict[str, Any] = {"reduce_fx": "max", "sync_dist": True}
 """Lightning's options to log a number that all processes have, so that it stays as it is."""
@@ -66,7 +71,7 @@ class Measurement:
         self.module = module
         self.metrics = _metrics_on_logits(module)
         self.info: MetricInfo | None = None
-        self._score: str = getattr(module, "score", None) or self.metrics.score
+        self._score: str = _plain_name(getattr(module, "score", None) or self.metrics.score)
         self._recorders: dict[int, SampleRecorder] = {}
         self._scored: Any = None
         self._logged: dict[str, None] = {}
@@ -82,6 +87,13 @@ class Measurement:
         """
         self._logged, self._scored, self._reductions, self._seen = {}, None, {}, False
         self._by_own = True if getattr(self.module, "score", None) is not None else None
+        if isinstance(getattr(self.module, OF_DATA, None), TaskMetrics):
+            self._by_own = False
+        for metric in (*self.module.modules(), *self.metrics.modules()):
+            if isinstance(metric, Metric):
+                metric.reset()  # of what came before: a metric that is logged as a number stays as it is
+        keep_precision(self.module)
+        keep_precision(self.metrics)
         self._recorders = {id(metric): SampleRecorder(metric) for metric in self._recorded()} if record else {}
 
     def measure(self, batch: Any, batch_idx: int, share: Share, log: Log, trainer: Any) -> None:
@@ -112,7 +124,8 @@ class Measurement:
             if _has("test_step", self.module):
                 with _logs_of(self.module, trainer, found):
                     _call(self.module, "on_test_batch_start", batch, batch_idx)
-                    outputs = cast(Any, self.module).test_step(batch, batch_idx)
+                    step = cast(Any, self.module).test_step
+                    outputs = step(batch, batch_idx) if _takes_number(step) else step(batch)
                     _call(self.module, "on_test_batch_end", outputs, batch, batch_idx)
             if self._by_own is None:
                 self._by_own = self._score in found
@@ -150,7 +163,8 @@ class Measurement:
             if isinstance(value, Metric):
                 self._log(name, value, log)
                 continue
-            number = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None).detach()
+            number = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+            number = number.detach().to(_device_of(self.module))
             everywhere = all_gather(number)
             if not torch.equal(everywhere.nan_to_num(), number.nan_to_num().expand_as(everywhere)):
                 raise ValueError(
@@ -181,6 +195,10 @@ class Measurement:
             _call(self.module, name)
 
     def _log(self, name: str, value: Metric | Tensor, log: Log) -> None:
+        if name == "score" != self._score:
+            raise ValueError(
+                f"Task {self.task!r} logs {name!r}, under which each task's score is logged: give it another name."
+            )
         self._logged[name] = None
         log(f"{name}/{self.task}", value)
         if name == self._score:
@@ -195,12 +213,13 @@ class Measurement:
                 raise ValueError(
                     f"Task {self.task!r} logs {name!r} with reduce_fx={asked!r}; expected {', '.join(_REDUCTIONS)}."
                 )
-            self._reductions[name] = kind().to(value.device if isinstance(value, Tensor) else "cpu")
+            # A diverged model must not look healthy.
+            self._reductions[name] = kind(nan_strategy=math.nan).to(_device_of(self.module))
         return self._reductions[name]
 
     def _by_logits(self, batch: Any, counts: bool) -> None:
         logits, target = classify(self.module, batch)
-        if getattr(self.module, "metric", None) is None and (
+        if set(self.metrics.metrics) == {_DEFAULT} and (
             logits.ndim != 2 or target.ndim != 1 or target.is_floating_point()
         ):
             raise ValueError(
@@ -241,6 +260,53 @@ class Measurement:
             ) from error
 
 
+def run_forward(module: nn.Module, batch: Any) -> None:
+    """Lets a batch go through a module, as its test would.
+
+    Args:
+        module: A task's module; its metrics stay as they are.
+        batch: The batch.
+
+    Raises:
+        TypeError: If the module has neither ``classify`` nor a ``test_step``, and the batch is not a pair.
+    """
+    if isinstance(module, Classifies) or not _has("test_step", module):
+        classify(module, batch)
+        return
+    step = cast(Any, module).test_step
+    with _stand_ins(module), _logs_of(module, None, {}):
+        _ = step(batch, 0) if _takes_number(step) else step(batch)
+
+
+def described(module: nn.Module) -> dict[str, Any]:
+    """What tells one way of measuring a module from another.
+
+    Args:
+        module: A task's module, or a template of it.
+    """
+    own = {name: getattr(module, name, None) for name in ("score", "higher_is_better")}
+    return {"own": own, **_metrics_on_logits(module).describe()}
+
+
+def keep_precision(module: nn.Module) -> None:
+    """Lets a module's metrics add up in double precision where a strategy has made half-precision numbers of them.
+
+    Args:
+        module: The module.
+    """
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            states = [value for value in metric._defaults.values() if isinstance(value, Tensor)]
+            if any(state.dtype in (torch.float16, torch.bfloat16) for state in states):
+                metric.set_dtype(torch.float32 if _device_of(module).type == "mps" else torch.float64)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    metric = next((child for child in module.modules() if isinstance(child, Metric)), None)
+    return first.device if first is not None else metric.device if metric is not None else torch.device("cpu")
+
+
 def own_samples(module: LightningModule, batch: Any, batch_idx: int) -> tuple[Any, bool]:
     """A batch of a module's own validation or test without samples that repeat others for other processes.
 
@@ -268,7 +334,7 @@ def own_samples(module: LightningModule, batch: Any, batch_idx: int) -> tuple[An
 
 
 def _metrics_on_logits(module: nn.Module) -> TaskMetrics:
-    metric = getattr(module, "metric", None)
+    metric = getattr(module, OF_DATA, None) or getattr(module, "metric", None)
     if isinstance(metric, TaskMetrics):
         return metric
     if isinstance(metric, Metric | MetricCollection):
@@ -276,8 +342,18 @@ def _metrics_on_logits(module: nn.Module) -> TaskMetrics:
     return TaskMetrics({_DEFAULT: MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)})
 
 
+def _plain_name(name: str) -> str:
+    return name.removeprefix("test_").removeprefix("test/")
+
+
 def _has(hook: str, module: nn.Module) -> bool:
     return isinstance(module, LightningModule) and is_overridden(hook, module)
+
+
+def _takes_number(step: Callable[..., Any]) -> bool:
+    """Whether a step takes a batch's number after the batch, which Lightning leaves to its author."""
+    parameters = list(signature(step).parameters.values())
+    return len(parameters) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
 
 
 def _call(module: nn.Module, hook: str, *args: Any) -> None:
@@ -299,8 +375,7 @@ def _logs_of(module: nn.Module, trainer: Any, found: dict[str, tuple[Any, dict[s
     def log(*args: Any, **kwargs: Any) -> None:
         given = _LOG.bind(module, *args, **kwargs).arguments
         options = {key: given[key] for key in ("batch_size", "reduce_fx") if given.get(key) is not None}
-        name = given["name"].removeprefix("test_").removeprefix("test/")
-        found[name] = (given["value"], options)
+        found[_plain_name(given["name"])] = (given["value"], options)
 
     module.log = log  # type: ignore[method-assign]
     before, module.trainer = module._trainer, trainer

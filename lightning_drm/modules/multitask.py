@@ -6,6 +6,7 @@ rank.
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -18,11 +19,12 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_drm.data.sharing import Share, exactness_problem, num_replicas
-from lightning_drm.deltas import backbone_parameters, head_state, remove_adapters
+from lightning_drm.deltas import backbone_parameters, head_state, remove_adapters, strip_adapter
 from lightning_drm.deltas.sharded import shard_like, whole
 from lightning_drm.deltas.wrappers import refuse_divided, refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.kinds import MetricInfo
+from lightning_drm.modules.batch_hooks import own_batch_hooks
 from lightning_drm.modules.batch_norm import batch_norms, estimated, plain_batch_norms, set_statistics
 from lightning_drm.modules.duplicate import duplicate
 from lightning_drm.modules.measurement import EQUAL, Measurement
@@ -56,6 +58,8 @@ class MultiTaskModule(LightningModule):
         self._measurements = [Measurement(task, module) for task, module in modules.items()]
         self._samples: dict[str, SampleStates | None] = {}
         self.metrics_on_logits = nn.ModuleList(measurement.metrics for measurement in self._measurements)
+        for hook in set().union(*(own_batch_hooks(module) for module in modules.values())):
+            setattr(self, hook, partial(self._batch_hook, hook))  # only then, or Lightning warns of two owners
         self.eval()
 
     @classmethod
@@ -145,7 +149,9 @@ class MultiTaskModule(LightningModule):
             tensors = [*module.parameters(), *module.buffers()]
             own = duplicate(module, {id(tensor): tensor for tensor in tensors})
             set_statistics(own, statistics)
-            self.task_modules[self.task_names.index(task)] = own
+            index = self.task_names.index(task)
+            self.task_modules[index], self._measurements[index] = own, Measurement(task, own)
+            self.metrics_on_logits[index] = self._measurements[index].metrics.eval()
 
     def estimate_batch_norm(
         self,
@@ -184,7 +190,7 @@ class MultiTaskModule(LightningModule):
             try:
                 here = (move_data_to_device(batch, device) for batch in itertools.islice(own, max_batches))
                 found[task] = estimated(self.task_module(task), wanted, here, ranks)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"Task {task!r}: {error}") from error
         return found
 
@@ -279,6 +285,13 @@ class MultiTaskModule(LightningModule):
         options: dict[str, Any] = {"metric_attribute": name} if isinstance(value, Metric) else EQUAL
         self.log(name, value, on_step=False, on_epoch=True, add_dataloader_idx=False, batch_size=1, **options)
 
+    def _batch_hook(self, hook: str, *args: Any) -> Any:
+        """Calls a batch's hook as if its task were alone; `args` end with the ``dataloader_idx``."""
+        module = self.task_modules[args[-1]]
+        if hook in own_batch_hooks(module):
+            return getattr(module, hook)(*args[:-1], 0)
+        return getattr(LightningModule, hook)(self, *args)
+
     def _loader(self, dataloader_idx: int) -> Any:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
         return loaders[dataloader_idx] if isinstance(loaders, Sequence) else loaders
@@ -352,6 +365,7 @@ def _copy_with(
     memo: dict[int, Any] = {id(live): backbone[name] for name, live in backbone_live.items()}
     memo |= {id(live): _as_parameter(head_tensors[name].detach().clone(), live) for name, live in head_live.items()}
     copied = duplicate(module, memo)
+    copied = strip_adapter(copied)  # a PeftModel around all of it
     remove_adapters(copied)
     copied = plain_batch_norms(copied)
     for child in copied.modules():

@@ -4,10 +4,12 @@ FSDP shards layers, so a layer that exists once for each task would be sharded o
 enough wherever nothing is sharded; hence only layers that are certain to compute alike are made one.
 """
 
+from types import FunctionType
+
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-_NOT_SETTINGS = {"training", "_is_full_backward_hook", "_is_hf_initialized"}
+_NOT_SETTINGS = {*vars(nn.Module()), "_is_hf_initialized"}  # tensors, layers, hooks
 
 
 def reuse_layers(origin: nn.Module, other: nn.Module) -> None:
@@ -29,7 +31,7 @@ def reuse_layers(origin: nn.Module, other: nn.Module) -> None:
 
 def _computes_alike(layer: nn.Module, other: nn.Module) -> bool:
     """Whether two layers have the same class, settings and tensors, and so have all layers in them."""
-    if type(layer) is not type(other) or isinstance(layer, Metric) or _settings(layer) != _settings(other):
+    if type(layer) is not type(other) or isinstance(layer, Metric) or not _equal(_settings(layer), _settings(other)):
         return False
     ours, theirs = dict(_own_tensors(layer)), dict(_own_tensors(other))
     if ours.keys() != theirs.keys() or not all(_is_same(tensor, theirs[name]) for name, tensor in ours.items()):
@@ -43,10 +45,17 @@ def _computes_alike(layer: nn.Module, other: nn.Module) -> bool:
 
 
 def _settings(layer: nn.Module) -> dict[str, object]:
-    plain = (bool, int, float, str, tuple, type(None))
-    return {
-        name: value for name, value in vars(layer).items() if isinstance(value, plain) and name not in _NOT_SETTINGS
-    }
+    """What decides how a layer computes. Configurations do not: they also hold the tasks' own label maps."""
+    plain = (bool, int, float, str, tuple, list, dict, set, FunctionType, type(None))
+    found = {name: value for name, value in vars(layer).items() if name not in _NOT_SETTINGS}
+    return {name: value for name, value in found.items() if isinstance(value, plain)}
+
+
+def _equal(settings: dict[str, object], others: dict[str, object]) -> bool:
+    try:
+        return bool(settings == others)
+    except (RuntimeError, ValueError):  # tensors and arrays among them, which have no single answer
+        return False
 
 
 def _is_same(tensor: Tensor, other: Tensor) -> bool:
@@ -54,7 +63,7 @@ def _is_same(tensor: Tensor, other: Tensor) -> bool:
     if tensor is other:
         return True
     is_parameter = isinstance(tensor, nn.Parameter) or isinstance(other, nn.Parameter)
-    return not is_parameter and tensor.dtype == other.dtype and tensor.equal(other)
+    return not is_parameter and tensor.dtype == other.dtype and tensor.device == other.device and tensor.equal(other)
 
 
 def _own_tensors(layer: nn.Module) -> list[tuple[str, Tensor]]:

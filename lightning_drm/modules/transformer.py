@@ -1,6 +1,7 @@
 """One task of a transformers backbone, of any kind, finetuned in full or with LoRA."""
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,7 +21,7 @@ from typing_extensions import override
 from lightning_drm.deltas import backbone_parameters, head_state
 from lightning_drm.deltas.wrappers import unwrapped
 from lightning_drm.kinds import LABELS, Classification, Kind, TaskMetrics, metrics_of
-from lightning_drm.modules.measurement import EQUAL, own_samples
+from lightning_drm.modules.measurement import EQUAL, keep_precision, own_samples
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_for_training
 from lightning_drm.pretrained import resolve_pretrained
@@ -80,7 +81,8 @@ class TransformerTask(LightningModule):
         self.trust_remote_code = trust_remote_code
         self.kind = kind
         self.model: nn.Module | None = None
-        self.mean_loss = MeanMetric()  # Lightning's own mean rounds the batches' sizes where processes share them
+        # Lightning's own mean rounds the batches' sizes where processes share them.
+        self.mean_loss = MeanMetric(nan_strategy=math.nan)
         if num_classes is not None:
             self.configure_task(num_classes)
 
@@ -250,6 +252,14 @@ class TransformerTask(LightningModule):
     @override
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, self.test_metrics)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        keep_precision(self)
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        keep_precision(self)
 
     @override
     def on_validation_epoch_end(self) -> None:

@@ -239,7 +239,7 @@ class DRMMergeCallback(Callback):
         if self.batch_norm_batches and batch_norms(module) and is_one_loader(loader):
             data = getattr(trainer, "datamodule", None)
             device = trainer.strategy.root_device
-            self._batches[task] = TrainingBatches(lambda: loader, trainer, data, device)
+            self._batches[task] = TrainingBatches(lambda: loader, trainer, data, device, module)
 
     def _refuse_other_weights(self, task: str) -> None:
         """Refuses to merge a fit with restored ones of which other weights were taken."""

@@ -17,7 +17,14 @@ from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.deltas import backbone_parameters, head_state, load_tensors
 from lightning_drm.evaluation import Score, linear_probe, measure
 from lightning_drm.kinds import metrics_of
-from lightning_drm.modules import MultiTaskModule, data_parallel, head_names_of, without_weights
+from lightning_drm.modules import (
+    MultiTaskModule,
+    data_parallel,
+    described,
+    duplicate,
+    head_names_of,
+    without_weights,
+)
 from lightning_drm.storage import write_tensors
 from lightning_drm.training.merged_folder import read_merged, read_statistics
 from lightning_drm.training.run_folder import BATCH_NORM, RunFolder
@@ -58,7 +65,7 @@ class Scoring:
         self._progress_bar = progress_bar
 
     def check(self, task: str, module: LightningModule) -> None:
-        """Refuses a task that cannot be measured, before it is trained, by measuring one batch of its test set.
+        """Refuses a task that cannot be measured, before it is trained, by measuring two batches of its test set.
 
         Not under strategies that shard: they would take the module over for good.
 
@@ -72,9 +79,11 @@ class Scoring:
         if isinstance(self._strategy, FSDPStrategy | ModelParallelStrategy):
             return
         modes = {child: child.training for child in module.modules()}
-        arguments = {**self._arguments, "limit_test_batches": 1, "strategy": copy.deepcopy(self._arguments["strategy"])}
+        arguments = {**self._arguments, "limit_test_batches": 2, "strategy": copy.deepcopy(self._arguments["strategy"])}
         with isolate_rng():
-            measure(MultiTaskModule({task: module}), self._data.tasks[task], arguments, [], intervals=False)
+            # A copy around the same weights: its metrics and lists must not take one batch more into the scores.
+            own = duplicate(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+            measure(MultiTaskModule({task: own}), self._data.tasks[task], arguments, [], intervals=False)
         for child, mode in modes.items():
             child.training = mode
 
@@ -100,7 +109,8 @@ class Scoring:
             max_batches: Training batches that the head may see.
 
         Returns:
-            The score; ``None`` without batches, or where the head is not one linear layer. A task without a head of
+            The score; ``None`` without batches, or where the head is not one linear layer, or batch
+            hooks change the inputs. A task without a head of
             its own (a language model) needs no batches: there the base is measured as it is.
         """
         module = self._modules.fresh(task)
@@ -131,7 +141,7 @@ class Scoring:
         """
         test_set = fingerprint_of_test_set(self._data.tasks[task], self._arguments)
         asked = metrics_of(self._data.tasks[task])
-        measured = asked.describe() if asked is not None else getattr(self._modules.template, "score", None)
+        measured = asked.describe() if asked is not None else described(self._modules.template)
         metrics = xxhash.xxh3_128(repr(measured).encode()).hexdigest()
         return {"test_set": test_set, "deltas": self._folder.fingerprint(task), "metrics": metrics}
 

@@ -20,7 +20,7 @@ from lightning.fabric import is_wrapped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_drm.deltas import Base, TaskVector, backbone_parameters, fingerprint
+from lightning_drm.deltas import Base, TaskVector, backbone_parameters, fingerprint, transposed_names
 from lightning_drm.deltas.sharded import shard_like
 from lightning_drm.deltas.wrappers import refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
@@ -365,6 +365,7 @@ class MergeSession:
             list(self.task_vectors.values()),
             device,
             shapes={name: tuple(parameter.tensor.shape) for name, parameter in parameters.items()},
+            transposed=transposed_names(module, parameters),
             share={name for name, owner in self._owners.items() if owner == self.ranks.rank},
             reduce=self.ranks.sum,
         )

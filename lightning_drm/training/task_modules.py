@@ -8,8 +8,9 @@ from lightning import LightningDataModule, LightningModule, Trainer, seed_everyt
 from lightning.pytorch.strategies import Strategy
 
 from lightning_drm.data import MultiTaskDataModule
+from lightning_drm.data.task import DatasetTask
 from lightning_drm.kinds import metrics_of
-from lightning_drm.modules import duplicate, share_factories
+from lightning_drm.modules import OF_DATA, duplicate, share_factories
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.strategies import convert_precision
 from lightning_drm.training.training_batches import TrainingBatches
@@ -65,14 +66,15 @@ class TaskModules:
             if not hasattr(data, "num_classes"):
                 raise ValueError(f"{type(data).__name__} has no `num_classes`, which {type(module).__name__} asks for.")
             cast(Any, module).configure_task(data.num_classes)
-        if getattr(data, "metric", None) is not None and not hasattr(module, "configure_for"):
+        said = [name for name in ("metric", "score", "higher_is_better") if getattr(data, name, None) is not None]
+        if said and not hasattr(module, "configure_for") and isinstance(data, DatasetTask):
             if getattr(module, "score", None) is not None:
                 raise ValueError(
                     f"Both {type(module).__name__} (by its score, {cast(Any, module).score!r}) and its data (by their "
-                    "metric) say how the task is judged: leave one out."
+                    f"{', '.join(said)}) say how the task is judged: leave one out."
                 )
             self._prepare(data)
-            cast(Any, module).metric = metrics_of(data)
+            setattr(module, OF_DATA, metrics_of(data))
         convert_precision(self._strategy, module)
         return module
 
@@ -105,7 +107,7 @@ class TaskModules:
 
         device = self._strategy.root_device
         return {
-            task: TrainingBatches(partial(loader_of, task), trainer, data, device)
+            task: TrainingBatches(partial(loader_of, task), trainer, data, device, self._template)
             for task, data in self._data.tasks.items()
         }
 

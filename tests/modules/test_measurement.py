@@ -1,5 +1,7 @@
 """How a task of any kind is measured in the merged module: by its own test_step, or by its logits."""
 
+import math
+
 import lightning as L
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torchmetrics.classification import MulticlassF1Score
 from lightning_drm.data.sharing import Share
 from lightning_drm.kinds import MetricInfo, TaskMetrics
 from lightning_drm.modules import MultiTaskModule
-from lightning_drm.modules.measurement import Measurement, _first, unmeasurable
+from lightning_drm.modules.measurement import OF_DATA, Measurement, _first, unmeasurable
 
 X, Y = torch.arange(8.0).view(4, 2), torch.arange(4)
 
@@ -291,3 +293,108 @@ def test_a_batch_of_repeated_samples_counts_nowhere():
     assert not module.f1.update_called
     assert logged["score/t"] is module.f1, "all processes must log the same names"
     assert not logged["loss/t"].update_called
+
+
+class KeepsItsSums(Plain):
+    """Logs its metric's number without resetting it, as a test that runs once may."""
+
+    score = "mse"
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.mse = MeanSquaredError()
+
+    def test_step(self, batch):
+        self.mse.update(self(batch[0])[:, 0], batch[1])
+
+    def on_test_epoch_end(self):
+        self.log("test_mse", float(self.mse.compute()))
+
+
+def test_what_earlier_tests_left_does_not_count():
+    """`measured` tests twice; what came before is another set."""
+    module, data = KeepsItsSums(), numbers()
+    module.mse.update(torch.full((50,), 9.0), torch.zeros(50))
+    _, logged = measured({"k": module}, data)
+    with torch.no_grad():
+        expected = (module(data.tensors[0])[:, 0].double() - data.tensors[1]).square().mean()
+    assert logged["score/k"] == pytest.approx(float(expected))
+
+
+def test_a_score_may_be_named_as_it_is_logged():
+    module = KeepsItsSums()
+    module.score = "test_mse"
+    assert measured({"k": module}, numbers())[0].metric_of("k").name == "mse"
+
+
+class LogsScore(WithF1):
+    def test_step(self, batch, batch_idx):
+        super().test_step(batch, batch_idx)
+        self.log("test_score", 0.5)
+
+
+def test_the_name_of_all_scores_is_nobodys_metric():
+    with pytest.raises(ValueError, match="Task 't' logs 'score', under which each task's score is logged"):
+        measured({"t": LogsScore()}, classes())
+
+
+class Diverged(Plain):
+    score = "loss"
+
+    def test_step(self, batch, batch_idx):
+        self.log("loss", torch.tensor(float("nan") if batch_idx == 1 else 1.0))
+
+
+def test_one_batch_that_is_no_number_makes_the_score_none():
+    assert math.isnan(measured({"t": Diverged()}, classes())[1]["score/t"])
+
+
+def test_metrics_of_the_data_go_before_what_the_module_logs():
+    module = WithAccuracy()
+    module.metric = nn.Identity()  # its own affair
+    setattr(module, OF_DATA, TaskMetrics({"accuracy": MulticlassF1Score(3, average="macro")}))
+    with_own = measured({"f": WithF1()}, classes())[1]["score/f"]
+    assert measured({"t": module}, classes())[1]["score/t"] == pytest.approx(with_own)
+
+
+class Scales(WithF1):
+    """Its inputs are scaled on the device."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        assert dataloader_idx == 0
+        return [100 * batch[0], batch[1]]
+
+
+def test_the_modules_own_batch_hooks_are_called():
+    data, module = classes(), Scales()
+    _, logged = measured({"p": Plain(), "s": module}, data, data)
+    scaled = TensorDataset(100 * data.tensors[0], data.tensors[1])
+    assert logged["score/s"] == pytest.approx(measured({"f": WithF1()}, scaled)[1]["score/f"])
+    assert logged["score/p"] == pytest.approx(measured({"p": Plain()}, data)[1]["score/p"])
+
+
+def test_sums_of_half_precision_are_kept_in_double():
+    module = KeepsItsSums().to(torch.bfloat16)
+    measurement = Measurement("t", module)
+    measurement.start(record=False)
+    module.mse.update(torch.full((600,), 1.3), torch.zeros(600))
+    assert float(module.mse.compute()) == pytest.approx(1.69, rel=1e-6)
+
+
+def test_statistics_that_are_estimated_again_are_what_is_measured():
+    class Normed(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norm(x))
+
+    torch.manual_seed(3)
+    data = TensorDataset(5 * torch.randn(30, 4) + 3, torch.randint(0, 3, (30,)))
+    merged = MultiTaskModule({"n": Normed()})
+    merged.reestimate_batch_norm({"n": DataLoader(data, 10)})
+    trainer = quiet_trainer()
+    trainer.test(merged, DataLoader(data, 4), verbose=False)
+    expected = (merged.task_module("n")(data.tensors[0]).argmax(1) == data.tensors[1]).float().mean()
+    assert float(trainer.callback_metrics["score/n"]) == pytest.approx(float(expected))
