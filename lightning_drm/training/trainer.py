@@ -252,6 +252,7 @@ class MergeTrainer(Trainer):
             run.folder.begin(task, settings)
         module = run.modules.fresh(task)
         run.scoring.check(task, module)
+        run.interruptible.check()
         if checkpoint is not None:
             self._say(f"{task}: going on from {checkpoint}")
         trainer = fit.trainer(
