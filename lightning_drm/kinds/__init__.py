@@ -2,6 +2,7 @@
 
 from lightning_drm.kinds.choice import Choice
 from lightning_drm.kinds.classification import Classification
+from lightning_drm.kinds.columns import require_texts
 from lightning_drm.kinds.entities import EntityF1
 from lightning_drm.kinds.kind import IGNORE_INDEX, LABELS, Kind
 from lightning_drm.kinds.language import Language
@@ -10,7 +11,6 @@ from lightning_drm.kinds.multi_label import MultiLabel
 from lightning_drm.kinds.regression import Regression
 from lightning_drm.kinds.sequence import SequenceToSequence
 from lightning_drm.kinds.text_metrics import ExactMatch, Rouge, TokenAccuracy
-from lightning_drm.kinds.texts import require_texts
 from lightning_drm.kinds.tokens import Tokens
 
 __all__ = [

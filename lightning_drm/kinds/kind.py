@@ -26,7 +26,6 @@ class Kind(ABC):
         auto_class: By modality (``"text"``, ``"image"``), the name of transformers' class for this kind, of which a
             backbone is loaded with its own head.
         pools: Whether a linear head on an encoder sees one vector per sample; otherwise, one per token.
-        generates: Whether what is measured comes from `generate`, and not from `prediction`.
         shares_head: Whether there is no head of a task's own, as all of the model is merged (language models).
         several_vectors: Whether the head sees several vectors for one label, which `loss` puts together (choices).
         by_tokens: Whether the loss is a mean over tokens, whose number differs between batches of the same size.
@@ -34,7 +33,6 @@ class Kind(ABC):
 
     auto_class: ClassVar[Mapping[str, str]]
     pools: ClassVar[bool] = True
-    generates: ClassVar[bool] = False
     shares_head: ClassVar[bool] = False
     by_tokens: ClassVar[bool] = False
     several_vectors: ClassVar[bool] = False
@@ -63,8 +61,8 @@ class Kind(ABC):
         """Arguments of torchmetrics' classes that the data know: they are filled in where a user leaves them out."""
         return {}
 
-    def check(self, splits: DatasetDict, dataset: str) -> None:  # noqa: B027  # most kinds can learn from any rows
-        """Refuses labels that training cannot teach.
+    def check(self, splits: DatasetDict, dataset: str) -> None:
+        """Refuses labels that training cannot teach: here, none at all.
 
         Args:
             splits: Tables that `encode` made.
@@ -73,6 +71,8 @@ class Kind(ABC):
         Raises:
             ValueError: If there are such labels.
         """
+        if not len(splits["train"]):
+            raise ValueError(f"Expected rows in the training split of {dataset!r}, found none.")
 
     def classes(self, splits: DatasetDict) -> list[str] | None:
         """The names of the classes, in the order of their numbers; ``None`` for kinds that have none."""
@@ -127,14 +127,14 @@ class Kind(ABC):
             labels: The batch's labels.
         """
 
-    def generate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, Any]:
-        """Predictions and targets of a batch, where they are not made from logits (`generates`).
+    def generate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, Any] | None:
+        """Predictions and targets of a batch, where a model makes them in its own way; ``None`` where logits do.
 
         Args:
             model: The model with its head.
             batch: Inputs and labels.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not generate.")
+        return None
 
     def count(self, labels: Tensor) -> int:
         """How much of a batch `loss` is the mean of: samples, or tokens."""

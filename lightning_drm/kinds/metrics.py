@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,6 +10,8 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
+
+from lightning_drm.kinds.metric_states import hangs
 
 MetricChoice = str | dict[str, Any] | list[str | dict[str, Any]]
 """A torchmetrics class by its import path, alone or as ``{class_path: …, init_args: {…}}``, or a list of them."""
@@ -55,7 +56,8 @@ class MetricInfo:
 class TaskMetrics(nn.Module):
     """Metrics of one task, updated together; the first one's result is the task's score unless another is named.
 
-    A metric whose result is a dictionary (``ROUGEScore``) gives one result for each of its keys.
+    A metric whose result is a dictionary gives one result for each of its keys. Such a metric stands alone
+    (``ROUGEScore``), or says its ``keys`` (`Rouge`).
 
     Args:
         metrics: Metrics by name.
@@ -86,12 +88,9 @@ class TaskMetrics(nn.Module):
         if not metrics:
             raise ValueError("Expected at least one metric, got none.")
         self.metrics = nn.ModuleDict(metrics)
-        self._keys = {name: _keys_of(metric) for name, metric in metrics.items()}
-        known = [result for name, keys in self._keys.items() for result in keys or [name]]
-        if score is not None and score not in known:
-            raise ValueError(f"Expected one of {', '.join(known)} as score, got {score!r}.")
-        self.score = score or known[0]
+        self.score = score or next(iter(metrics))
         self._direction = higher_is_better
+        _ = self.score_metric  # raises where none has such a result
 
     def update(self, predictions: Any, target: Any) -> None:
         """Adds a batch.
@@ -118,11 +117,12 @@ class TaskMetrics(nn.Module):
         """Every result by name, over all processes.
 
         Raises:
-            ValueError: If one is not a single number, or cannot be computed by several processes together.
+            ValueError: If one is not a single number, or cannot be computed by several processes together, or none is
+                the score.
         """
         found: dict[str, Tensor] = {}
         for name, metric in self._items():
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and _hangs(metric):
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and hangs(metric):
                 raise ValueError(
                     f"The metric {name!r} ({type(metric).__name__}) keeps lists that torchmetrics gathers entry by "
                     "entry, so that several processes would wait in vain: use one, or a metric with sums, such as "
@@ -134,6 +134,8 @@ class TaskMetrics(nn.Module):
             if not isinstance(value, Tensor) or value.numel() != 1:
                 shape = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
                 raise ValueError(f"Expected a single number as the result of the metric {name!r}, got {shape}.")
+        if self.score not in found:
+            raise ValueError(f"Expected one of {', '.join(found)} as score, got {self.score!r}.")
         return {name: value.reshape(()) for name, value in found.items()}
 
     def reset(self) -> None:
@@ -144,9 +146,10 @@ class TaskMetrics(nn.Module):
     @property
     def score_metric(self) -> Metric:
         """The metric that the score is a result of."""
-        if self.score in self.metrics:
-            return cast(Metric, self.metrics[self.score])
-        return next(metric for name, metric in self._items() if self.score in self._keys[name])
+        for name, metric in self._items():
+            if self.score in (name, *getattr(metric, "keys", ())) or len(self.metrics) == 1:
+                return metric
+        raise ValueError(f"Expected one of {', '.join(self.metrics)} as score, got {self.score!r}.")
 
     @property
     def score_info(self) -> MetricInfo:
@@ -262,31 +265,7 @@ def _imported(path: str) -> type[Metric]:
     return found
 
 
-def _keys_of(metric: Metric) -> list[str]:
-    """The keys of a metric's result where it is a dictionary; none for other metrics."""
-    empty = metric.clone()
-    empty.distributed_available_fn = _alone
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            value = empty.compute()
-        except Exception:  # many metrics cannot compute anything from nothing, each in its way; those give numbers
-            return []
-    return list(value) if isinstance(value, Mapping) else []
-
-
-def _hangs(metric: Metric) -> bool:
-    """Whether processes with different numbers of samples gather different numbers of entries."""
-    reductions = metric._reductions  # torchmetrics has no public name for it
-    return any(reductions[name] is None and isinstance(default, list) for name, default in metric._defaults.items())
-
-
 def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(_is_plain(item) for item in value)
     return isinstance(value, str | int | float | None)
-
-
-def _alone() -> bool:
-    """Keeps a metric from asking other processes."""
-    return False

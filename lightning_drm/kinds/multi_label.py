@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, List, Value
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 from torchmetrics.classification import MultilabelF1Score
 from typing_extensions import override
 
+from lightning_drm.kinds.columns import with_labels
 from lightning_drm.kinds.kind import LABELS, Kind
 
 
@@ -44,13 +45,13 @@ class MultiLabel(Kind):
             names, hot = _names_of_places(rows, column), rows
         else:
             names, hot = _hot(rows, next(iter(splits.values())).features[column])
-        encoded = DatasetDict()
-        for split, table in splits.items():
-            kept = table.remove_columns([column])
-            features = Features({**kept.features, LABELS: List(Value("float32"), length=len(names))})
-            encoded[split] = kept.add_column(LABELS, [list(map(float, row)) for row in hot[split]]).cast(features)
-        self._names = names
-        return encoded
+        self._names, feature = names, List(Value("float32"), length=len(names))
+        return DatasetDict(
+            {
+                split: with_labels(table, column, [list(map(float, row)) for row in hot[split]], feature)
+                for split, table in splits.items()
+            }
+        )
 
     @override
     def num_outputs(self, splits: DatasetDict) -> int:

@@ -32,7 +32,6 @@ class SequenceToSequence(TokenPrediction):
     """
 
     auto_class: ClassVar[Mapping[str, str]] = {"text": "AutoModelForSeq2SeqLM"}
-    generates: ClassVar[bool] = True
 
     def __init__(self, max_new_tokens: int = 64, num_beams: int = 1) -> None:
         wrong = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}

@@ -5,7 +5,7 @@ different numbers of samples would wait for each other for ever. Here only its f
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,28 @@ from torchmetrics.functional.text import rouge_score
 from typing_extensions import override
 
 
-class ExactMatch(Metric):
+class _Fraction(Metric):
+    """A share of what was counted, between 0 and 1; higher is better. The states are sums."""
+
+    higher_is_better: bool | None = True
+    is_differentiable: bool | None = False
+    full_state_update: bool | None = False
+    plot_lower_bound: float | None = 0.0
+    plot_upper_bound: float | None = 1.0
+    num_right: Tensor
+    num_all: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("num_right", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("num_all", torch.tensor(0), dist_reduce_fx="sum")
+
+    @override
+    def compute(self) -> Any:
+        return self.num_right / self.num_all
+
+
+class ExactMatch(_Fraction):
     """The share of texts that are the expected ones to the letter, white space around them aside.
 
     Example:
@@ -25,19 +46,6 @@ class ExactMatch(Metric):
         tensor(0.6667)
     """
 
-    higher_is_better: bool | None = True
-    is_differentiable: bool | None = False
-    full_state_update: bool | None = False
-    plot_lower_bound: float | None = 0.0
-    plot_upper_bound: float | None = 1.0
-    num_equal: Tensor
-    num_texts: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("num_equal", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("num_texts", torch.tensor(0), dist_reduce_fx="sum")
-
     @override
     def update(self, preds: Sequence[str], target: Sequence[str]) -> None:
         """Adds texts.
@@ -46,12 +54,8 @@ class ExactMatch(Metric):
             preds: Texts as they were written.
             target: Texts as they should be.
         """
-        self.num_equal += sum(ours.strip() == theirs.strip() for ours, theirs in zip(preds, target, strict=True))
-        self.num_texts += len(target)
-
-    @override
-    def compute(self) -> Tensor:
-        return self.num_equal / self.num_texts
+        self.num_right += sum(ours.strip() == theirs.strip() for ours, theirs in zip(preds, target, strict=True))
+        self.num_all += len(target)
 
 
 class Rouge(Metric):
@@ -101,7 +105,7 @@ class Rouge(Metric):
         return {key: (getattr(self, f"{key}_sum") / self.num_texts).float() for key in self.keys}
 
 
-class TokenAccuracy(Metric):
+class TokenAccuracy(_Fraction):
     """The share of tokens that a model finds the most likely ones.
 
     Args:
@@ -115,19 +119,9 @@ class TokenAccuracy(Metric):
         tensor(0.5000)
     """
 
-    higher_is_better: bool | None = True
-    is_differentiable: bool | None = False
-    full_state_update: bool | None = False
-    plot_lower_bound: float | None = 0.0
-    plot_upper_bound: float | None = 1.0
-    num_right: Tensor
-    num_tokens: Tensor
-
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__()
         self.ignore_index = ignore_index
-        self.add_state("num_right", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("num_tokens", torch.tensor(0), dist_reduce_fx="sum")
 
     @override
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -139,8 +133,4 @@ class TokenAccuracy(Metric):
         """
         counts = target != self.ignore_index
         self.num_right += (counts & (preds.argmax(-1) == target)).sum()
-        self.num_tokens += counts.sum()
-
-    @override
-    def compute(self) -> Tensor:
-        return self.num_right / self.num_tokens
+        self.num_all += counts.sum()

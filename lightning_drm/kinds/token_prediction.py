@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
+from lightning_drm.kinds.columns import require_texts
 from lightning_drm.kinds.kind import IGNORE_INDEX, LABELS, Kind
-from lightning_drm.kinds.texts import require_texts
 
 
 class TokenPrediction(Kind):

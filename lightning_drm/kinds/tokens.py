@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from datasets import ClassLabel, DatasetDict, Features, List
+from datasets import ClassLabel, DatasetDict, List
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_drm.kinds.columns import with_labels
 from lightning_drm.kinds.entities import EntityF1, are_entity_tags
 from lightning_drm.kinds.kind import IGNORE_INDEX, LABELS, Kind
 
@@ -64,13 +65,13 @@ class Tokens(Kind):
             values = sorted(found)
             self._names = [str(value) for value in values]
         number_of = {value: number for number, value in enumerate(values)}
-        encoded = DatasetDict()
-        for name, table in splits.items():
-            kept = table.remove_columns([column])
-            features = Features({**kept.features, LABELS: List(ClassLabel(names=self._names))})
-            numbers = [[number_of[tag] for tag in row] for row in tags[name]]
-            encoded[name] = kept.add_column(LABELS, numbers).cast(features)
-        return encoded
+        feature = List(ClassLabel(names=self._names))
+        return DatasetDict(
+            {
+                name: with_labels(table, column, [[number_of[tag] for tag in row] for row in tags[name]], feature)
+                for name, table in splits.items()
+            }
+        )
 
     @override
     def num_outputs(self, splits: DatasetDict) -> int:

@@ -8,26 +8,32 @@ Whatever the own test hooks log is logged too.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from inspect import signature
-from typing import Any, cast
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import MaxMetric, MeanMetric, Metric, MetricCollection, MinMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_drm.data.sharing import Share, exactness_problem, num_replicas
+from lightning_drm.data.sharing import Share
 from lightning_drm.kinds import IGNORE_INDEX, MetricInfo, TaskMetrics, make_metrics
+from lightning_drm.kinds.metric_states import keep_precision
+from lightning_drm.modules.counted_samples import first_samples
+from lightning_drm.modules.own_hooks import (
+    Logged,
+    call_hook,
+    has_hook,
+    logs_of,
+    metric_stand_ins,
+    plain_name,
+    run_test_step,
+)
 from lightning_drm.modules.protocol import Classifies, classify
 from lightning_drm.modules.sample_states import SampleRecorder, SampleStates
 
-_LOG = signature(LightningModule.log)
 _DEFAULT = "accuracy"
 
 OF_DATA = "metrics_of_data"
@@ -50,7 +56,7 @@ def unmeasurable(module: nn.Module) -> str | None:
         module: A task's module.
     """
     score = getattr(module, "score", None)
-    if score is None or (isinstance(score, str) and _has("test_step", module)):
+    if score is None or (isinstance(score, str) and has_hook("test_step", module)):
         return None
     kind = type(module).__name__
     if not isinstance(score, str):
@@ -71,7 +77,7 @@ class Measurement:
         self.module = module
         self.metrics = _metrics_on_logits(module)
         self.info: MetricInfo | None = None
-        self._score: str = _plain_name(getattr(module, "score", None) or self.metrics.score)
+        self._score: str = plain_name(getattr(module, "score", None) or self.metrics.score)
         self._recorders: dict[int, SampleRecorder] = {}
         self._scored: Any = None
         self._logged: dict[str, None] = {}
@@ -92,8 +98,8 @@ class Measurement:
         for metric in (*self.module.modules(), *self.metrics.modules()):
             if isinstance(metric, Metric):
                 metric.reset()  # of what came before: a metric that is logged as a number stays as it is
-        keep_precision(self.module)
-        keep_precision(self.metrics)
+        for owner in (self.module, self.metrics):
+            keep_precision(owner, _device_of(self.module))
         self._recorders = {id(metric): SampleRecorder(metric) for metric in self._recorded()} if record else {}
 
     def measure(self, batch: Any, batch_idx: int, share: Share, log: Log, trainer: Any) -> None:
@@ -113,20 +119,19 @@ class Measurement:
         with ExitStack() as stack:
             originals: dict[int, Metric] = {}
             if share.new == 0:
-                originals = stack.enter_context(_stand_ins(self.module))
+                originals = stack.enter_context(metric_stand_ins(self.module))
             elif share.new != share.size:
                 batch = self._shortened(batch, share)
             counts = share.new != 0
             if counts:
                 for recorder in self._recorders.values():
                     stack.enter_context(recorder.listening(share))
-            found: dict[str, tuple[Any, dict[str, Any]]] = {}
-            if _has("test_step", self.module):
-                with _logs_of(self.module, trainer, found):
-                    _call(self.module, "on_test_batch_start", batch, batch_idx)
-                    step = cast(Any, self.module).test_step
-                    outputs = step(batch, batch_idx) if _takes_number(step) else step(batch)
-                    _call(self.module, "on_test_batch_end", outputs, batch, batch_idx)
+            found: Logged = {}
+            if has_hook("test_step", self.module):
+                with logs_of(self.module, trainer, found):
+                    call_hook(self.module, "on_test_batch_start", batch, batch_idx)
+                    outputs = run_test_step(self.module, batch, batch_idx)
+                    call_hook(self.module, "on_test_batch_end", outputs, batch, batch_idx)
             if self._by_own is None:
                 self._by_own = self._score in found
             if not self._by_own:
@@ -156,9 +161,9 @@ class Measurement:
         Raises:
             ValueError: If there is none, or processes disagree on a number.
         """
-        found: dict[str, tuple[Any, dict[str, Any]]] = {}
-        with _logs_of(self.module, trainer, found):
-            _call(self.module, "on_test_epoch_end")
+        found: Logged = {}
+        with logs_of(self.module, trainer, found):
+            call_hook(self.module, "on_test_epoch_end")
         for name, (value, _) in found.items():
             if isinstance(value, Metric):
                 self._log(name, value, log)
@@ -191,8 +196,8 @@ class Measurement:
 
     def hook(self, name: str, trainer: Any) -> None:
         """Calls one of the module's own hooks without arguments, if it has it."""
-        with _logs_of(self.module, trainer, {}):
-            _call(self.module, name)
+        with logs_of(self.module, trainer, {}):
+            call_hook(self.module, name)
 
     def _log(self, name: str, value: Metric | Tensor, log: Log) -> None:
         if name == "score" != self._score:
@@ -251,7 +256,7 @@ class Measurement:
     def _shortened(self, batch: Any, share: Share) -> Any:
         """A batch without the samples that repeat others."""
         try:
-            return _first(batch, share)
+            return first_samples(batch, share)
         except ValueError as error:
             raise ValueError(
                 f"Task {self.task!r}: the last batch repeats samples for other processes, and cannot be shortened to "
@@ -270,12 +275,11 @@ def run_forward(module: nn.Module, batch: Any) -> None:
     Raises:
         TypeError: If the module has neither ``classify`` nor a ``test_step``, and the batch is not a pair.
     """
-    if isinstance(module, Classifies) or not _has("test_step", module):
+    if isinstance(module, Classifies) or not has_hook("test_step", module):
         classify(module, batch)
         return
-    step = cast(Any, module).test_step
-    with _stand_ins(module), _logs_of(module, None, {}):
-        _ = step(batch, 0) if _takes_number(step) else step(batch)
+    with metric_stand_ins(module), logs_of(module, None, {}):
+        run_test_step(module, batch, 0)
 
 
 def described(module: nn.Module) -> dict[str, Any]:
@@ -288,49 +292,10 @@ def described(module: nn.Module) -> dict[str, Any]:
     return {"own": own, **_metrics_on_logits(module).describe()}
 
 
-def keep_precision(module: nn.Module) -> None:
-    """Lets a module's metrics add up in double precision where a strategy has made half-precision numbers of them.
-
-    Args:
-        module: The module.
-    """
-    for metric in module.modules():
-        if isinstance(metric, Metric):
-            states = [value for value in metric._defaults.values() if isinstance(value, Tensor)]
-            if any(state.dtype in (torch.float16, torch.bfloat16) for state in states):
-                metric.set_dtype(torch.float32 if _device_of(module).type == "mps" else torch.float64)
-
-
 def _device_of(module: nn.Module) -> torch.device:
     first = next(itertools.chain(module.parameters(), module.buffers()), None)
     metric = next((child for child in module.modules() if isinstance(child, Metric)), None)
     return first.device if first is not None else metric.device if metric is not None else torch.device("cpu")
-
-
-def own_samples(module: LightningModule, batch: Any, batch_idx: int) -> tuple[Any, bool]:
-    """A batch of a module's own validation or test without samples that repeat others for other processes.
-
-    Args:
-        module: The module. Inside the merged module, which has done this, batches are left as they are.
-        batch: The batch.
-        batch_idx: Its number.
-
-    Returns:
-        The batch, and whether it counts: one that repeats only is whole, as a sharded module needs all processes.
-
-    Raises:
-        ValueError: If samples cannot be left out.
-    """
-    trainer = module.trainer
-    if trainer.lightning_module is not module:
-        return batch, True
-    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-    if isinstance(loaders, list | tuple):
-        loaders = loaders[0]
-    if not batch_idx and num_replicas(trainer) > 1 and (problem := exactness_problem(loaders)):
-        raise ValueError(f"The evaluation loader {problem}.")
-    share = Share.of(loaders, batch_idx)
-    return (batch, share.new != 0) if share.new in (0, share.size) else (_first(batch, share), True)
 
 
 def _metrics_on_logits(module: nn.Module) -> TaskMetrics:
@@ -340,108 +305,3 @@ def _metrics_on_logits(module: nn.Module) -> TaskMetrics:
     if isinstance(metric, Metric | MetricCollection):
         return TaskMetrics(make_metrics(metric, {}))
     return TaskMetrics({_DEFAULT: MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)})
-
-
-def _plain_name(name: str) -> str:
-    return name.removeprefix("test_").removeprefix("test/")
-
-
-def _has(hook: str, module: nn.Module) -> bool:
-    return isinstance(module, LightningModule) and is_overridden(hook, module)
-
-
-def _takes_number(step: Callable[..., Any]) -> bool:
-    """Whether a step takes a batch's number after the batch, which Lightning leaves to its author."""
-    parameters = list(signature(step).parameters.values())
-    return len(parameters) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
-
-
-def _call(module: nn.Module, hook: str, *args: Any) -> None:
-    """Calls a hook of a task's own module as if the task were alone."""
-    if not _has(hook, module):
-        return
-    method = getattr(module, hook)
-    takes_loader = "dataloader_idx" in signature(method).parameters
-    method(*args, **({"dataloader_idx": 0} if takes_loader else {}))
-
-
-@contextmanager
-def _logs_of(module: nn.Module, trainer: Any, found: dict[str, tuple[Any, dict[str, Any]]]) -> Iterator[None]:
-    """Collects what a module logs while it runs inside another one, by name without ``test_``, with its options."""
-    if not isinstance(module, LightningModule):
-        yield
-        return
-
-    def log(*args: Any, **kwargs: Any) -> None:
-        given = _LOG.bind(module, *args, **kwargs).arguments
-        options = {key: given[key] for key in ("batch_size", "reduce_fx") if given.get(key) is not None}
-        found[_plain_name(given["name"])] = (given["value"], options)
-
-    module.log = log  # type: ignore[method-assign]
-    before, module.trainer = module._trainer, trainer
-    try:
-        yield
-    finally:
-        del module.__dict__["log"]
-        module.trainer = before
-
-
-@contextmanager
-def _stand_ins(module: nn.Module) -> Iterator[dict[int, Metric]]:
-    """Puts copies in the place of a module's metrics, which stay as they are; gives the originals by their ids."""
-    originals: dict[int, Metric] = {}
-    places = [
-        (owner, name, child)
-        for owner in module.modules()
-        if not isinstance(owner, Metric | MetricCollection)
-        for name, child in owner.named_children()
-        if isinstance(child, Metric | MetricCollection)
-    ]
-    try:
-        for owner, name, child in places:
-            copy = child.clone()
-            owner._modules[name] = copy
-            originals |= {
-                id(new): old
-                for new, old in zip(copy.modules(), child.modules(), strict=True)
-                if isinstance(old, Metric)
-            }
-        yield originals
-    finally:
-        for owner, name, child in places:
-            owner._modules[name] = child
-
-
-def _first(batch: Any, share: Share) -> Any:
-    """The first samples of a batch.
-
-    Raises:
-        ValueError: If it holds something whose samples are not known.
-    """
-
-    def first(tensor: Tensor) -> Tensor:
-        if tensor.ndim and len(tensor) == share.size:
-            return tensor[: share.new]
-        if tensor.ndim:
-            raise ValueError(f"it holds a tensor of shape {tuple(tensor.shape)}")
-        return tensor
-
-    def is_samples(value: Any) -> bool:
-        return isinstance(value, list | tuple) and len(value) == share.size and not _of_batches(value, share.size)
-
-    if is_samples(batch):
-        return batch[: share.new]
-    if isinstance(batch, Mapping):
-        return type(batch)({key: _first(value, share) for key, value in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, list | tuple):
-        parts = [_first(value, share) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    shortened = apply_to_collection(batch, Tensor, first)
-    if shortened is batch and not isinstance(batch, int | float | str | bool | None | Tensor):
-        raise ValueError(f"it holds a {type(batch).__name__}")
-    return shortened
-
-
-def _of_batches(values: Any, size: int | None) -> bool:
-    """Whether a list holds whole batches, such as inputs and targets, and not one entry for each sample."""
-    return any(isinstance(value, Tensor) and value.ndim and len(value) == size for value in values)

@@ -24,10 +24,10 @@ from lightning_drm.deltas.sharded import shard_like, whole
 from lightning_drm.deltas.wrappers import refuse_divided, refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.kinds import MetricInfo
-from lightning_drm.modules.batch_hooks import own_batch_hooks
 from lightning_drm.modules.batch_norm import batch_norms, estimated, plain_batch_norms, set_statistics
 from lightning_drm.modules.duplicate import duplicate
 from lightning_drm.modules.measurement import EQUAL, Measurement
+from lightning_drm.modules.own_hooks import BATCH_HOOKS, has_hook
 from lightning_drm.modules.protocol import classify, head_names_of
 from lightning_drm.modules.reused_layers import reuse_layers
 from lightning_drm.modules.sample_states import SampleStates
@@ -58,8 +58,9 @@ class MultiTaskModule(LightningModule):
         self._measurements = [Measurement(task, module) for task, module in modules.items()]
         self._samples: dict[str, SampleStates | None] = {}
         self.metrics_on_logits = nn.ModuleList(measurement.metrics for measurement in self._measurements)
-        for hook in set().union(*(own_batch_hooks(module) for module in modules.values())):
-            setattr(self, hook, partial(self._batch_hook, hook))  # only then, or Lightning warns of two owners
+        for hook in BATCH_HOOKS:
+            if any(has_hook(hook, module) for module in modules.values()):  # else Lightning would warn of two owners
+                setattr(self, hook, partial(self._batch_hook, hook))
         self.eval()
 
     @classmethod
@@ -288,7 +289,7 @@ class MultiTaskModule(LightningModule):
     def _batch_hook(self, hook: str, *args: Any) -> Any:
         """Calls a batch's hook as if its task were alone; `args` end with the ``dataloader_idx``."""
         module = self.task_modules[args[-1]]
-        if hook in own_batch_hooks(module):
+        if has_hook(hook, module):
             return getattr(module, hook)(*args[:-1], 0)
         return getattr(LightningModule, hook)(self, *args)
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_sum
 
 from lightning_drm.data.sharing import Share
+from lightning_drm.kinds.metric_states import adds_up, alone
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -48,7 +48,7 @@ class SampleStates:
         Returns:
             One number for each choice.
         """
-        if not _has_plain_states(self.metric):
+        if not adds_up(self.metric):
             return [self._by_inputs(chosen) for chosen in choices]
         states = {
             name: torch.stack([sample[name] for sample in self.samples])
@@ -91,9 +91,7 @@ class SampleRecorder:
     def __init__(self, metric: Metric, key: str | None = None) -> None:
         self.metric = metric
         self.key = key
-        self._copy = metric.clone()
-        self._copy.distributed_available_fn = _alone
-        self._copy.compute_with_cache = False
+        self._copy = alone(metric)
         self._found: list[tuple[int, Any]] = []
         self._complete = True
 
@@ -122,12 +120,13 @@ class SampleRecorder:
             finally:
                 within_forward = False
 
-        self.metric.update, self.metric.forward = heard_update, heard_forward  # type: ignore[method-assign]
+        own = vars(self.metric)  # torchmetrics itself puts `update` there
+        own["update"], own["forward"] = heard_update, heard_forward
         try:
             yield
         finally:
-            self.metric.update = update  # type: ignore[method-assign]
-            del self.metric.__dict__["forward"]
+            own["update"] = update
+            del own["forward"]
         self._record(calls, share)
 
     def gathered(self) -> SampleStates | None:
@@ -151,24 +150,11 @@ class SampleRecorder:
         first, step = share.places
         for number, (args, kwargs) in enumerate(samples):
             kept: Any = (args, kwargs)
-            if _has_plain_states(self._copy):
+            if adds_up(self._copy):
                 self._copy.reset()
                 self._copy.update(*args, **kwargs)
                 kept = {name: _copied(value) for name, value in self._copy.metric_state.items()}
             self._found.append((first + number * step, apply_to_collection(kept, Tensor, lambda t: t.detach().cpu())))
-
-
-def _alone() -> bool:
-    """Keeps a metric from asking other processes."""
-    return False
-
-
-def _has_plain_states(metric: Metric) -> bool:
-    """Whether all states are sums over samples, or lists."""
-    reductions = metric._reductions  # torchmetrics has no public name for it
-    return all(
-        isinstance(metric._defaults[name], list) or reduction is dim_zero_sum for name, reduction in reductions.items()
-    )
 
 
 def _copied(state: Any) -> Any:

@@ -21,7 +21,9 @@ from typing_extensions import override
 from lightning_drm.deltas import backbone_parameters, head_state
 from lightning_drm.deltas.wrappers import unwrapped
 from lightning_drm.kinds import LABELS, Classification, Kind, TaskMetrics, metrics_of
-from lightning_drm.modules.measurement import EQUAL, keep_precision, own_samples
+from lightning_drm.kinds.metric_states import keep_precision
+from lightning_drm.modules.counted_samples import own_samples
+from lightning_drm.modules.measurement import EQUAL
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_for_training
 from lightning_drm.pretrained import resolve_pretrained
@@ -255,11 +257,11 @@ class TransformerTask(LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        keep_precision(self)
+        keep_precision(self, self.device)
 
     @override
     def on_test_epoch_start(self) -> None:
-        keep_precision(self)
+        keep_precision(self, self.device)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -273,9 +275,8 @@ class TransformerTask(LightningModule):
         self, batch: Mapping[str, Tensor], batch_idx: int, metrics: TaskMetrics, loss_name: str | None = None
     ) -> None:
         batch, counts = own_samples(self, batch, batch_idx)
-        kind, measured = self._kind, None
-        if kind.generates:
-            measured = kind.generate(self._built, batch)
+        kind = self._kind
+        measured = kind.generate(self._built, batch)
         if loss_name is not None or measured is None:
             logits, target = self.classify(batch)
             measured = measured or kind.prediction(logits.float(), target)

@@ -238,8 +238,7 @@ class DRMMergeCallback(Callback):
         loader = trainer.train_dataloader
         if self.batch_norm_batches and batch_norms(module) and is_one_loader(loader):
             data = getattr(trainer, "datamodule", None)
-            device = trainer.strategy.root_device
-            self._batches[task] = TrainingBatches(lambda: loader, trainer, data, device, module)
+            self._batches[task] = TrainingBatches(lambda: loader, trainer.strategy, data, module)
 
     def _refuse_other_weights(self, task: str) -> None:
         """Refuses to merge a fit with restored ones of which other weights were taken."""

@@ -31,6 +31,7 @@ from lightning_drm.training.run_folder import BATCH_NORM, RunFolder
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.task_modules import TaskModules
 from lightning_drm.training.test_sets import fingerprint_of_test_set
+from lightning_drm.training.training_batches import TrainingBatches, is_one_loader
 
 
 class Scoring:
@@ -78,14 +79,11 @@ class Scoring:
         """
         if isinstance(self._strategy, FSDPStrategy | ModelParallelStrategy):
             return
-        modes = {child: child.training for child in module.modules()}
         arguments = {**self._arguments, "limit_test_batches": 2, "strategy": copy.deepcopy(self._arguments["strategy"])}
         with isolate_rng():
             # A copy around the same weights: its metrics and lists must not take one batch more into the scores.
             own = duplicate(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
             measure(MultiTaskModule({task: own}), self._data.tasks[task], arguments, [], intervals=False)
-        for child, mode in modes.items():
-            child.training = mode
 
     def finetuned(self, task: str, trained: LightningModule | None = None) -> Score:
         """Score of a task's own finetune.
@@ -109,9 +107,9 @@ class Scoring:
             max_batches: Training batches that the head may see.
 
         Returns:
-            The score; ``None`` without batches, or where the head is not one linear layer, or batch
-            hooks change the inputs. A task without a head of
-            its own (a language model) needs no batches: there the base is measured as it is.
+            The score; ``None`` without batches, or where the head is not one linear layer or the training data are not
+            one loader. A task without a head of its own (a language model) needs no batches: there the base is
+            measured as it is.
         """
         module = self._modules.fresh(task)
         head = head_names_of(module, self._session.head)
@@ -124,7 +122,10 @@ class Scoring:
             base.shard(data_parallel(self._strategy.device_mesh))
         base.to(self._strategy.root_device)
         data = self._data.tasks[task]
-        batches = map(self._strategy.precision_plugin.convert_input, data.train_dataloader())
+        loader = data.train_dataloader()
+        if not is_one_loader(loader):
+            return None
+        batches = TrainingBatches(lambda: loader, self._strategy, data, module)
         state = linear_probe(base.task_module(task), head, batches, max_batches)
         if state is None:
             return None

@@ -66,17 +66,25 @@ class TaskModules:
             if not hasattr(data, "num_classes"):
                 raise ValueError(f"{type(data).__name__} has no `num_classes`, which {type(module).__name__} asks for.")
             cast(Any, module).configure_task(data.num_classes)
-        said = [name for name in ("metric", "score", "higher_is_better") if getattr(data, name, None) is not None]
-        if said and not hasattr(module, "configure_for") and isinstance(data, DatasetTask):
-            if getattr(module, "score", None) is not None:
-                raise ValueError(
-                    f"Both {type(module).__name__} (by its score, {cast(Any, module).score!r}) and its data (by their "
-                    f"{', '.join(said)}) say how the task is judged: leave one out."
-                )
-            self._prepare(data)
-            setattr(module, OF_DATA, metrics_of(data))
+        if not hasattr(module, "configure_for"):
+            self._give_metrics(module, data)
         convert_precision(self._strategy, module)
         return module
+
+    def _give_metrics(self, module: LightningModule, data: LightningDataModule) -> None:
+        """Gives a user's own module the metrics that its data name, not those that a `DatasetTask` has anyway."""
+        said = [name for name in ("metric", "score", "higher_is_better") if getattr(data, name, None) is not None]
+        if not callable(getattr(data, "metrics", None)) or (isinstance(data, DatasetTask) and not said):
+            return
+        self._prepare(data)
+        if (metrics := metrics_of(data)) is None:
+            return
+        if (score := getattr(module, "score", None)) is not None:
+            raise ValueError(
+                f"Both {type(module).__name__} (by its score, {score!r}) and its data (by their "
+                f"{', '.join(said) or 'metrics'}) say how the task is judged: leave one out."
+            )
+        setattr(module, OF_DATA, metrics)
 
     def make_known(self) -> LightningModule:
         """Lets the session know the modules of tasks that were not trained in this process.
@@ -105,11 +113,12 @@ class TaskModules:
             self._prepare(self._data.tasks[task])
             return self._data.tasks[task].train_dataloader()
 
-        device = self._strategy.root_device
-        return {
-            task: TrainingBatches(partial(loader_of, task), trainer, data, device, self._template)
-            for task, data in self._data.tasks.items()
-        }
+        batches = {}
+        for task, data in self._data.tasks.items():
+            if data.trainer is None:
+                data.trainer = trainer
+            batches[task] = TrainingBatches(partial(loader_of, task), self._strategy, data, self._template)
+        return batches
 
     def _seed_everything(self) -> None:
         seed_everything(self.seed, workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))), verbose=False)

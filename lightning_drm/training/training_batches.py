@@ -1,13 +1,13 @@
-"""A task's training batches outside of its fit, for the batch norms of the merged model."""
+"""A task's training batches outside of its fit: for batch norms of the merged model, and the head on the base."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import CombinedLoader
 
-from lightning_drm.modules import own_batch_hooks
+from lightning_drm.modules import BATCH_HOOKS, has_hook
 
 
 def is_one_loader(loader: Any) -> bool:
@@ -20,27 +20,24 @@ class TrainingBatches:
 
     Args:
         loader: Makes or gives what they come from.
-        trainer: Tells the precision of the inputs, and is the Trainer of data that have none yet.
+        strategy: Tells the precision of the inputs, and the device.
         data: Its batch hooks are called as in a fit; the batches are only moved if left out.
-        device: Where the batches go.
         module: Its batch hooks are called where the data have none.
     """
 
     def __init__(
         self,
         loader: Callable[[], Any],
-        trainer: Trainer,
+        strategy: Strategy,
         data: LightningDataModule | None,
-        device: torch.device,
         module: LightningModule,
     ) -> None:
         self._loader = loader
-        self._convert = trainer.precision_plugin.convert_input
-        if data is not None and data.trainer is None:
-            data.trainer = trainer
+        self._convert = strategy.precision_plugin.convert_input
         self._data = data if data is not None else LightningDataModule()
-        self._device = device
-        self._module = module if own_batch_hooks(module) else None  # or its weights would stay for nothing
+        self._device = strategy.root_device
+        # Or its weights would stay for nothing.
+        self._module = module if any(has_hook(hook, module) for hook in BATCH_HOOKS) else None
 
     def __iter__(self) -> Iterator[Any]:
         loader = self._loader()
@@ -56,5 +53,5 @@ class TrainingBatches:
 
     def _hook(self, name: str) -> Callable[..., Any]:
         """The hook that Lightning would call: that of the data, if they define it."""
-        by_module = name in own_batch_hooks(self._module) and name not in own_batch_hooks(self._data)
+        by_module = has_hook(name, self._module) and not has_hook(name, self._data)
         return cast(Callable[..., Any], getattr(self._module if by_module else self._data, name))

@@ -2,14 +2,20 @@
 
 import csv
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
+from helpers.tiny import quiet_trainer
+from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from lightning_drm import TransformerTask
+from lightning_drm.data.task import DatasetTask
 
 COLORS, PETS = ["red", "green", "blue"], ["cat", "dog", "bird"]
 NUMBERS = ["one", "two", "three", "four", "five"]
@@ -82,3 +88,13 @@ def _write(path: Path, header: tuple[str, str], rows: list[tuple[str, str]]) -> 
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return str(path)
+
+
+def finetuned(data: DatasetTask, base: str, lora: LoraConfig | None = None, *, steps: int) -> TransformerTask:
+    """A tiny language model that has learned a task."""
+    torch.manual_seed(0)
+    module = TransformerTask(base, lora=lora, optimizer=partial(torch.optim.AdamW, lr=1e-2))
+    data.setup("fit")
+    module.configure_for(data)
+    quiet_trainer(max_epochs=None, max_steps=steps, limit_val_batches=0).fit(module, datamodule=data)
+    return module

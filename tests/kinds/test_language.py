@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import tiny_language
 from helpers.tiny import quiet_trainer
 from peft import LoraConfig
 from torch import Tensor
@@ -17,16 +18,8 @@ from lightning_drm.deltas import Base, backbone_parameters
 from lightning_drm.kinds import Language
 from lightning_drm.merging import LowRank
 
+finetuned = partial(tiny_language.finetuned, steps=30)
 LORA = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-
-
-def finetuned(data: LanguageTask, base: str, lora: LoraConfig | None = None, steps: int = 30) -> TransformerTask:
-    torch.manual_seed(0)
-    module = TransformerTask(base, lora=lora, optimizer=partial(torch.optim.AdamW, lr=1e-2))
-    data.setup("fit")
-    module.configure_for(data)
-    quiet_trainer(max_epochs=None, max_steps=steps, limit_val_batches=0).fit(module, datamodule=data)
-    return module
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import tiny_language
 from helpers.tiny import quiet_trainer
 from kinds.test_text_metrics import plain_rouge
 from peft import LoraConfig
@@ -18,17 +19,9 @@ from lightning_drm.kinds import SequenceToSequence
 from lightning_drm.merging import LowRank
 from lightning_drm.modules import duplicate
 
+finetuned = partial(tiny_language.finetuned, steps=80)
 LORA = LoraConfig(r=4, lora_alpha=32, target_modules=["q", "v", "wi", "wo"])
 START, END = 0, 1
-
-
-def finetuned(data: SequenceTask, base: str, lora: LoraConfig | None = None, steps: int = 80) -> TransformerTask:
-    torch.manual_seed(0)
-    module = TransformerTask(base, lora=lora, optimizer=partial(torch.optim.AdamW, lr=1e-2))
-    data.setup("fit")
-    module.configure_for(data)
-    quiet_trainer(max_epochs=None, max_steps=steps, limit_val_batches=0).fit(module, datamodule=data)
-    return module
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from torchmetrics.classification import MulticlassF1Score
 from lightning_drm.data.sharing import Share
 from lightning_drm.kinds import MetricInfo, TaskMetrics
 from lightning_drm.modules import MultiTaskModule
-from lightning_drm.modules.measurement import OF_DATA, Measurement, _first, unmeasurable
+from lightning_drm.modules.counted_samples import first_samples
+from lightning_drm.modules.measurement import OF_DATA, Measurement, unmeasurable
 
 X, Y = torch.arange(8.0).view(4, 2), torch.arange(4)
 
@@ -270,7 +271,7 @@ def test_the_hooks_of_a_test_are_called():
     ],
 )
 def test_batches_are_shortened(batch, shortened):
-    result = _first(batch, Share(4, 3, (0, 1)))
+    result = first_samples(batch, Share(4, 3, (0, 1)))
     assert str(result) == str(shortened)
 
 

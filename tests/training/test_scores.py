@@ -13,6 +13,7 @@ from torchmetrics import MeanAbsoluteError
 from torchmetrics.classification import MulticlassF1Score
 
 from lightning_drm import DRMMergeCallback, MergeTrainer, MultiTaskDataModule
+from lightning_drm.kinds import TaskMetrics
 from lightning_drm.training.run_folder import RunFolder
 
 QUIET = {
@@ -184,3 +185,45 @@ def test_another_score_is_measured_again(tmp_path: Path, capsys: pytest.CaptureF
     assert report["intervals"]["merged"]["a"] is None, "batches log a number, which tells nothing of samples"
     printed = capsys.readouterr().out
     assert "a: its scores are of other test data, or of another metric" in " ".join(printed.split())
+
+
+class Shifted(Vectors):
+    """Data whose hook moves the inputs far away, as a normalization on the device may."""
+
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        return [batch[0] + 100, batch[1]]
+
+
+def test_the_head_on_the_base_sees_the_inputs_that_are_measured(tmp_path: Path):
+    """Trained on other inputs, it would guess one class for all samples."""
+    plain, shifted = run(tmp_path / "plain", F1Task(seed=0)), run(tmp_path / "shifted", F1Task(seed=0), Shifted)
+    for task, seed in SETS.items():
+        x, y = Vectors(seed).test.tensors
+        constant = max(macro_f1(torch.full_like(y, label), y) for label in (0, 1))
+        assert plain["scores"]["base"][task] > constant
+        module = F1Task(seed=0)
+        with torch.no_grad():
+            features = module.backbone(x + 100).double()
+        assert features.std(0).max() > 1e-6, "the case shows nothing"
+        assert shifted["scores"]["base"][task] > constant
+
+
+class BringsMetrics(Vectors):
+    """A user's own data module that says what is measured."""
+
+    def metrics(self) -> TaskMetrics:
+        return TaskMetrics({"f1": MulticlassF1Score(2, average="macro")})
+
+
+def test_own_data_may_bring_the_metrics(tmp_path: Path):
+    report = run(tmp_path / "brought", VectorTask(), BringsMetrics)
+    assert report["metrics"]["a"] == {"name": "f1", "higher_is_better": True}
+    session = DRMMergeCallback(list(SETS), dirpath=tmp_path / "brought").session
+    session.restore()
+    x, y = Vectors(1).test.tensors
+    module = session.finetuned(VectorTask(), "a").task_module("a")
+    assert report["scores"]["individual"]["a"] == pytest.approx(macro_f1(module(x).argmax(1), y))
+    with pytest.raises(
+        ValueError, match=r"Both F1Task \(by its score, 'f1'\) and its data \(by their metrics\) say how"
+    ):
+        run(tmp_path / "both", F1Task(), BringsMetrics)

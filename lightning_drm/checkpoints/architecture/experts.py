@@ -77,7 +77,7 @@ def _saved(model: PreTrainedModel, name: str, num_experts: int, num_rows: int) -
     numbers = torch.arange(num_experts * num_rows, dtype=torch.int32).view(num_experts, num_rows, 1)
     try:
         found: dict[str, Tensor] = revert_weight_conversion(model, {name: numbers})
-    except Exception:  # a conversion that depends on more than rows fails in its own way; then nothing is known
+    except (RuntimeError, ValueError, IndexError):  # a conversion that needs more than numbered rows: nothing is known
         return {}
     return found
 

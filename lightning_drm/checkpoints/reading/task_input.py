@@ -88,8 +88,8 @@ class TaskInput(ABC):
             ValueError: If it is damaged, or has no exact delta.
         """
 
-    def resolve(self, kinds: Mapping[str, Kind], *, in_order: bool) -> None:  # noqa: B027 - most formats say it all
-        """Completes `entries` by what only the base tells; to be called before they are looked at.
+    def resolve(self, kinds: Mapping[str, Kind], *, in_order: bool) -> None:  # noqa: B027 - few formats need it
+        """Completes `entries` by what only the base tells, where a format needs it; called before they are looked at.
 
         Args:
             kinds: By name, what each of the base's parameters is to its layer.

@@ -1,6 +1,11 @@
-"""Columns of texts."""
+"""Columns of a table: what they must hold, and what takes their place."""
 
-from datasets import Dataset
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset, Features
+
+from lightning_drm.kinds.kind import LABELS
 
 
 def require_texts(table: Dataset, column: str, where: str) -> None:
@@ -23,3 +28,16 @@ def require_texts(table: Dataset, column: str, where: str) -> None:
             f"Expected a text in every row, but {num_missing} of {len(table)} rows of {where} have none in column "
             f"{column!r}."
         )
+
+
+def with_labels(table: Dataset, column: str, labels: Sequence[Any], feature: Any) -> Dataset:
+    """A table with `labels` in the place of the column that they were made of.
+
+    Args:
+        table: The rows.
+        column: The column that goes.
+        labels: One entry per row.
+        feature: Their type.
+    """
+    kept = table.remove_columns([column])
+    return kept.add_column(LABELS, list(labels)).cast(Features({**kept.features, LABELS: feature}))
