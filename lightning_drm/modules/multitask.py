@@ -19,19 +19,20 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_drm.data.sharing import Share, exactness_problem, num_replicas
-from lightning_drm.deltas import backbone_parameters, head_state, remove_adapters, strip_adapter
-from lightning_drm.deltas.sharded import shard_like, whole
+from lightning_drm.deltas import backbone_parameters
 from lightning_drm.deltas.wrappers import refuse_divided, refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.kinds import MetricInfo
-from lightning_drm.modules.batch_norm import batch_norms, estimated, plain_batch_norms, set_statistics
+from lightning_drm.modules.batch_norm import batch_norms, estimated, set_statistics
 from lightning_drm.modules.duplicate import duplicate
 from lightning_drm.modules.measurement import EQUAL, Measurement
+from lightning_drm.modules.merged_shards import take_up
 from lightning_drm.modules.own_hooks import BATCH_HOOKS, has_hook
 from lightning_drm.modules.protocol import classify, head_names_of
 from lightning_drm.modules.reused_layers import reuse_layers
 from lightning_drm.modules.sample_states import SampleStates
 from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_blocks
+from lightning_drm.modules.task_copies import as_parameter, copy_with
 
 
 class MultiTaskModule(LightningModule):
@@ -101,16 +102,16 @@ class MultiTaskModule(LightningModule):
         first = next(iter(modules.values()))
         own = backbone_parameters(first, head_names_of(first, head))
         plain = {**backbone, **places}
-        shared = {name: _as_parameter(plain.get(name, p.tensor), p.tensor) for name, p in own.items()}
+        shared = {name: as_parameter(plain.get(name, p.tensor), p.tensor) for name, p in own.items()}
         copies: dict[str, nn.Module] = {}
         for task, module in modules.items():
-            copies[task] = _copy_with(module, head_names_of(module, head), shared, heads.get(task))
+            copies[task] = copy_with(module, head_names_of(module, head), shared, heads.get(task))
             set_statistics(copies[task], (statistics or {}).get(task, {}))
             if len(copies) > 1:
                 reuse_layers(next(iter(copies.values())), copies[task])
         assembled = cls(copies)
         if sharded:
-            assembled._take_up(sharded, shared)
+            take_up(list(assembled.task_modules), sharded, shared)
         return assembled
 
     def task_module(self, task: str) -> nn.Module:
@@ -296,80 +297,3 @@ class MultiTaskModule(LightningModule):
     def _loader(self, dataloader_idx: int) -> Any:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
         return loaders[dataloader_idx] if isinstance(loaders, Sequence) else loaders
-
-    def _take_up(self, backbone: Mapping[str, DTensor], placeholders: Mapping[str, Tensor]) -> None:
-        """Shards the blocks of a backbone of placeholders, and puts each tensor in the place of its own."""
-        names = {id(placeholders[name]): name for name in backbone}
-        places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in backbone}
-        for child in self.modules():
-            for key, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
-                if id(parameter) in names:
-                    places[names[id(parameter)]].append((child, key))
-        self._part_placeholders(set(names))
-        self.shard(_mesh_of(backbone))
-        for name, tensor in backbone.items():
-            entire = whole(tensor)  # one at a time; the mesh may be divided in another way than it was for training
-            unsharded = nn.Parameter(entire, requires_grad=False)  # one object, also where it is tied
-            for child, key in places[name]:
-                live = getattr(child, key)
-                sharded = isinstance(live, DTensor)
-                setattr(child, key, nn.Parameter(shard_like(entire, live), False) if sharded else unsharded)
-
-    def _part_placeholders(self, placeholders: Set[int]) -> None:
-        """Gives layers that are a task's own, such as blocks with its batch norms, placeholders that are their own.
-
-        A parameter can be sharded with one block only.
-        """
-        layers: set[int] = set()
-        taken: set[int] = set()
-        for module in self.task_modules:
-            own = [child for child in module.modules() if id(child) not in layers]
-            held = [(child, n, p) for child in own for n, p in child.named_parameters(recurse=False)]
-            apart = {id(p): p for _, _, p in held if id(p) in placeholders & taken}
-            new = {place: nn.Parameter(torch.empty_like(p), requires_grad=False) for place, p in apart.items()}
-            for child, name, parameter in held:
-                if id(parameter) in new:
-                    setattr(child, name, new[id(parameter)])
-            layers |= {id(child) for child in own}
-            taken |= {id(parameter) for _, _, parameter in held}
-
-
-def _mesh_of(backbone: Mapping[str, DTensor]) -> DeviceMesh:
-    return next(iter(backbone.values())).device_mesh
-
-
-def _as_parameter(tensor: Tensor, like: Tensor) -> Tensor:
-    if isinstance(like, nn.Parameter) and not isinstance(tensor, nn.Parameter):
-        return nn.Parameter(tensor, requires_grad=False)
-    return tensor
-
-
-def _copy_with(
-    module: nn.Module, head: Sequence[str], backbone: Mapping[str, Tensor], head_tensors: Mapping[str, Tensor] | None
-) -> nn.Module:
-    """A copy of a module, without adapters, whose tensors are replaced as they are copied.
-
-    Args:
-        module: The module.
-        head: Names of its head.
-        backbone: Its backbone's tensors.
-        head_tensors: Its head's tensors, which are copied and may have other shapes; its own if left out.
-    """
-    backbone_live = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
-    head_live = head_state(module, head)
-    head_tensors = head_live if head_tensors is None else head_tensors
-    if difference := sorted(backbone_live.keys() ^ backbone.keys()):
-        raise ValueError(f"{type(module).__name__} has another backbone than the first task: {', '.join(difference)}.")
-    if head_live.keys() != head_tensors.keys():
-        raise ValueError(f"A head has the tensors {sorted(head_tensors)}, the module's head {sorted(head_live)}.")
-    # Replaced while copying, so that the backbone is never in memory twice.
-    memo: dict[int, Any] = {id(live): backbone[name] for name, live in backbone_live.items()}
-    memo |= {id(live): _as_parameter(head_tensors[name].detach().clone(), live) for name, live in head_live.items()}
-    copied = duplicate(module, memo)
-    copied = strip_adapter(copied)  # a PeftModel around all of it
-    remove_adapters(copied)
-    copied = plain_batch_norms(copied)
-    for child in copied.modules():
-        if isinstance(child, nn.Linear):  # where one module serves tasks whose heads have other numbers of classes
-            child.out_features = child.weight.shape[0]
-    return copied
