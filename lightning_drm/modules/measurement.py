@@ -189,10 +189,7 @@ class Measurement:
         """Each sample's part in the score, on all processes together; ``None`` if that is not known."""
         metric = self._own_metric()
         recorder = self._recorders.get(id(metric))
-        if recorder is None:
-            return None
-        recorder.key = self._score
-        return recorder.gathered()
+        return recorder.gathered(self._score) if recorder is not None else None
 
     def hook(self, name: str, trainer: Any) -> None:
         """Calls one of the module's own hooks without arguments, if it has it."""

@@ -85,12 +85,10 @@ class SampleRecorder:
 
     Args:
         metric: The metric.
-        key: The result that counts, for a metric with several.
     """
 
-    def __init__(self, metric: Metric, key: str | None = None) -> None:
+    def __init__(self, metric: Metric) -> None:
         self.metric = metric
-        self.key = key
         self._copy = alone(metric)
         self._found: list[tuple[int, Any]] = []
         self._complete = True
@@ -129,8 +127,12 @@ class SampleRecorder:
             del own["forward"]
         self._record(calls, share)
 
-    def gathered(self) -> SampleStates | None:
-        """What was recorded on all processes, which call this together; ``None`` if it was not sample by sample."""
+    def gathered(self, key: str | None = None) -> SampleStates | None:
+        """What was recorded on all processes, which call this together; ``None`` if it was not sample by sample.
+
+        Args:
+            key: The result that counts, for a metric with several.
+        """
         found, complete = [self._found], [self._complete]
         if dist.is_available() and dist.is_initialized():
             everything: list[Any] = [None] * dist.get_world_size()
@@ -140,7 +142,7 @@ class SampleRecorder:
         if not all(complete) or not in_order:
             return None
         copy = self._copy.cpu()
-        return SampleStates(copy, [sample for _, sample in in_order], self.key)
+        return SampleStates(copy, [sample for _, sample in in_order], key)
 
     def _record(self, calls: Sequence[Call], share: Share) -> None:
         samples = [sample for call in calls for sample in _each_sample(call)]

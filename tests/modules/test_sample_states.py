@@ -61,13 +61,13 @@ def picked(values, chosen: list[int]):
 
 
 def recorded(metric: Metric, predictions, target, how: str, key: str | None):
-    recorder = SampleRecorder(metric, key)
+    recorder = SampleRecorder(metric)
     for start in range(0, NUM, BATCH):
         share = Share(min(BATCH, NUM - start), min(BATCH, NUM - start), (start, 1))
         with recorder.listening(share):
             batch = (predictions[start : start + BATCH], target[start : start + BATCH])
             metric.update(*batch) if how == "update" else metric(*batch)
-    return recorder.gathered()
+    return recorder.gathered(key)
 
 
 @pytest.mark.parametrize("how", ["update", "forward"])
