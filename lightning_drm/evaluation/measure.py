@@ -8,10 +8,11 @@ from typing import Any
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_drm.evaluation.score import Score, bootstrap_interval
+from lightning_drm.evaluation.score import NUM_RESAMPLES, Score, bootstrap_interval
 from lightning_drm.modules import MultiTaskModule
 
-_PATIENCE = 60.0  # seconds that an interval may take: slow metrics have it from fewer sets of samples, or none
+_PATIENCE = 60.0  # seconds that an interval may take: slow metrics have it from few sets of samples, or none
+_FEW = 100
 _HARDWARE = (
     "accelerator",
     "devices",
@@ -70,6 +71,7 @@ def _score(module: MultiTaskModule, task: str, value: float) -> Score:
         again = samples.results([range(len(samples))])[0]
         seconds = time.perf_counter() - start
         # Of a metric whose samples do not make its result again, other sets of samples would say nothing either.
-        if isclose(again, value, rel_tol=1e-3) and seconds < _PATIENCE / 100:
-            interval = bootstrap_interval(samples, num_resamples=1000 if seconds < _PATIENCE / 1000 else 100)
+        if isclose(again, value, rel_tol=1e-3):
+            affordable = [number for number in (NUM_RESAMPLES, _FEW) if number * seconds < _PATIENCE]
+            interval = bootstrap_interval(samples, affordable[0]) if affordable else None
     return Score(value, module.metric_of(task), interval)

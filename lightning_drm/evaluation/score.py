@@ -9,7 +9,8 @@ from lightning_drm.modules import SampleStates
 
 Interval = tuple[float, float]
 
-_NUM_RESAMPLES = 1000
+NUM_RESAMPLES = 1000
+"""How many test sets are drawn for an interval."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Score:
         return f"{self.metric.name} {f'{100 * self.value:.1f} %' if self.metric.is_fraction else f'{self.value:.4g}'}"
 
 
-def bootstrap_interval(samples: SampleStates, *, num_resamples: int = _NUM_RESAMPLES) -> Interval:
+def bootstrap_interval(samples: SampleStates, num_resamples: int = NUM_RESAMPLES) -> Interval:
     r"""The 95 % percentile interval of a metric over resampled test sets (Efron and Tibshirani, 1993, chapter 13).
 
     With :math:`n` samples, each resampled set draws :math:`n` of them with replacement; the interval goes from the
