@@ -13,8 +13,8 @@ ROOMS = [  # a room imports from the rooms before its own line, and from itself
     {"deltas", "data"},
     {"modules", "fusion"},
     {"checkpoints", "evaluation"},
-    {"training"},
     {"tuning", "analysis"},
+    {"training"},
     {"cli"},
     {"__main__"},
 ]

@@ -13,7 +13,8 @@ from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.storage import write_text
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.interruption import Interrupted
-from lightning_drm.training.trainer import MergeTrainer, is_writer
+from lightning_drm.training.run import is_writer
+from lightning_drm.training.trainer import MergeTrainer
 
 # Arguments of Lightning's fit and test that have no meaning for several tasks at once.
 _LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}

@@ -5,6 +5,7 @@ from lightning_drm.data.image import ImageTask
 from lightning_drm.data.language import LanguageTask
 from lightning_drm.data.multitask import MultiTaskDataModule
 from lightning_drm.data.quickstart import QuickstartTask, QuickstartWordsTask
+from lightning_drm.data.sample import SampledData, require_validation_sets
 from lightning_drm.data.sequence import SequenceTask
 from lightning_drm.data.text import TextTask
 from lightning_drm.data.tokens import TokenTask
@@ -16,7 +17,9 @@ __all__ = [
     "MultipleChoiceTask",
     "QuickstartTask",
     "QuickstartWordsTask",
+    "SampledData",
     "SequenceTask",
     "TextTask",
     "TokenTask",
+    "require_validation_sets",
 ]

@@ -42,6 +42,15 @@ class MultiTaskDataModule(LightningDataModule):
         """The names, in the order of the loaders."""
         return list(self.tasks)
 
+    def of_tasks(self, names: Sequence[str]) -> "MultiTaskDataModule":
+        """The same for some of the tasks.
+
+        Args:
+            names: their names.
+
+        """
+        return MultiTaskDataModule({name: self.tasks[name] for name in names})
+
     @override
     def prepare_data(self) -> None:
         self._each("prepare_data")

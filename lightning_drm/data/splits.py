@@ -78,10 +78,25 @@ def limit(table: Dataset, num_samples: int | None, *, seed: int, strata: Strata 
     """At most `num_samples` rows, the classes in proportion: at random, but evenly spaced in the order of classes."""
     if num_samples is None or len(table) <= num_samples:
         return table
-    draws = np.random.RandomState(seed).random_sample(len(table))  # NumPy keeps these, and not default_rng's, for good
-    labels = strata(table[LABELS][:])
-    by_class = np.lexsort((draws,) if labels is None else (draws, labels))
-    return _rows(table, by_class[np.arange(num_samples) * len(table) // num_samples])
+    return _rows(table, evenly_spaced(len(table), num_samples, seed=seed, classes=strata(table[LABELS][:])))
+
+
+def evenly_spaced(
+    num_rows: int, num_samples: int, *, seed: int, classes: npt.ArrayLike | None
+) -> npt.NDArray[np.int64]:
+    """The numbers of some rows, classes in proportion.
+
+    Args:
+        num_rows: how many rows there are.
+        num_samples: how many are wanted.
+        seed: decides which.
+        classes: the class of each row; None for any rows.
+
+    """
+    draws = np.random.RandomState(seed).random_sample(num_rows)  # NumPy keeps these, and not default_rng's, for good
+    keys: tuple[Any, ...] = (draws,) if classes is None else (draws, classes)
+    by_class = np.lexsort(keys)
+    return np.sort(by_class[np.arange(num_samples) * num_rows // num_samples])
 
 
 def _rows(table: Dataset, indices: npt.ArrayLike) -> Dataset:

@@ -3,13 +3,15 @@
 import time
 from collections.abc import Mapping
 from math import isclose
-from typing import Any
+from typing import Any, Literal
 
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_drm.evaluation.score import NUM_RESAMPLES, Score, bootstrap_interval
 from lightning_drm.modules import MultiTaskModule
+
+Split = Literal["validation", "test"]
 
 _PATIENCE = 60.0  # seconds that an interval may take: slow metrics have it from few sets of samples, or none
 _FEW = 100
@@ -32,22 +34,24 @@ def measure(
     callbacks: list[Callback],
     *,
     intervals: bool = True,
+    split: Split = "test",
 ) -> dict[str, Score]:
-    """Tests a module on the test sets of its tasks.
+    """Tests a module on the test or validation sets of its tasks.
 
     Args:
         module: The module; its tasks are in the order of the test dataloaders.
         data: The data module.
         arguments: Arguments of a Trainer, of which those about hardware and test sets are used.
         callbacks: Callbacks of the test, such as a progress bar.
-
         intervals: Whether scores get their intervals.
+        split: On which samples; ``limit_test_batches`` holds for both.
 
     Returns:
         By task, the score with its interval.
     """
     trainer = Trainer(
         **{name: arguments[name] for name in _HARDWARE if name in arguments},
+        limit_val_batches=arguments.get("limit_test_batches"),
         callbacks=callbacks,
         enable_progress_bar=bool(callbacks),
         enable_model_summary=False,
@@ -55,7 +59,8 @@ def measure(
         logger=DummyLogger(),  # for test steps that draw: nothing is kept
     )
     module.record_samples = intervals
-    trainer.test(module, datamodule=data, verbose=False)
+    run = trainer.test if split == "test" else trainer.validate
+    run(module, datamodule=data, verbose=False)
     module.record_samples = False
     if unseen := [task for task in module.task_names if f"score/{task}" not in trainer.callback_metrics]:
         raise ValueError(

@@ -4,9 +4,22 @@
 `share_out` decides which rank merges which parameter, and `model_card` writes down what was done.
 """
 
-from lightning_drm.fusion.described import facts_on_kinds
-from lightning_drm.fusion.fuse import Fusion, Merged
+from lightning_drm.fusion.decompositions import Decompositions, free_bytes
+from lightning_drm.fusion.described import facts_on_kinds, method_title
+from lightning_drm.fusion.fuse import Fusion, Merged, merge_side_by_side
 from lightning_drm.fusion.model_card import model_card
 from lightning_drm.fusion.recipe import Override, Recipe, Treatment
 
-__all__ = ["Fusion", "Merged", "Override", "Recipe", "Treatment", "facts_on_kinds", "model_card"]
+__all__ = [
+    "Decompositions",
+    "Fusion",
+    "Merged",
+    "Override",
+    "Recipe",
+    "Treatment",
+    "facts_on_kinds",
+    "free_bytes",
+    "merge_side_by_side",
+    "method_title",
+    "model_card",
+]

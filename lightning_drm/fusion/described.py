@@ -1,9 +1,11 @@
-"""What parameters are, in words, for plans and model cards."""
+"""What methods and parameters are, in words, for titles, plans and model cards."""
 
+import inspect
 from collections.abc import Mapping
 
 from lightning_drm.deltas import Kind
 from lightning_drm.fusion.recipe import Treatment
+from lightning_drm.merging import Method
 
 _WORDS: Mapping[Kind, str] = {
     "matrix": "matrices",
@@ -26,6 +28,34 @@ def described(kind: Kind, shape: tuple[int, ...]) -> str:
         ('8 experts of (48, 16)', 'output embeddings')
     """
     return f"{shape[0]} experts of {shape[1:]}" if kind == "experts" else _WORDS[kind]
+
+
+def method_title(method: Method) -> str:
+    """A method with its whole setting, for titles and tables.
+
+    Said are its direction and density, if it has them, and whatever else differs from its defaults.
+
+    Args:
+        method: The method.
+
+    Example:
+        >>> from lightning_drm import DRM, TaskArithmetic
+        >>> method_title(DRM()), method_title(TaskArithmetic())
+        ('DRM, horizontal, density 0.2', 'TaskArithmetic')
+        >>> method_title(DRM(density=0.5, scale=1.2, elect_sign=False))
+        'DRM, horizontal, density 0.5, no elect sign, scale 1.2'
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(type(method)).parameters.items()}
+    words = [type(method).__name__]
+    for name, value in method.hyperparameters().items():
+        plain = name.replace("_", " ")
+        if name == "direction":
+            words.append(str(value))
+        elif isinstance(value, bool) and value != defaults[name]:
+            words.append(plain if value else f"no {plain}")
+        elif name == "density" or value != defaults[name]:
+            words.append(f"{plain} {value:g}" if isinstance(value, float) else f"{plain} {value}")
+    return ", ".join(words)
 
 
 def facts_on_kinds(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_drm.deltas import TaskVector
 from lightning_drm.fusion.calibration import calibrated_methods
+from lightning_drm.fusion.decompositions import Decompositions
 from lightning_drm.fusion.parameter import merge_parameter
 from lightning_drm.fusion.pieces import pieces
 from lightning_drm.fusion.recipe import Recipe
@@ -58,6 +59,7 @@ class Fusion:
         in_pieces: Names of the parameters that are merged a few rows at a time; `shapes` must have them.
         share: Names of the parameters that this rank merges, where several ranks share the work; all if left out.
         reduce: Sums a tensor over these ranks.
+        decompositions: Keeps what later merges of the same task vectors can use again.
 
     Attributes:
         tasks: The tasks' names, in the order in which they are merged.
@@ -85,6 +87,7 @@ class Fusion:
         in_pieces: Set[str] = frozenset(),
         share: Set[str] | None = None,
         reduce: Reduce = identity,
+        decompositions: Decompositions | None = None,
     ) -> None:
         recipe.check([vector.task for vector in vectors])
         self.device = torch.device(device)
@@ -100,6 +103,7 @@ class Fusion:
         assert all(self.treatments[name].works_in_pieces for name in self._in_pieces), "some must be merged whole"
         self._share = share
         self._reduce = reduce
+        self._decompositions = decompositions
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's name and merged delta, in the parameter's own shape, on the device."""
@@ -121,7 +125,7 @@ class Fusion:
         names = list(names)
         self.calibrate()
         for name, deltas in zip(names, self.deltas.stream((name, None) for name in names), strict=True):
-            merged = self._merge(name, deltas, None)
+            merged = self.merge_deltas(name, deltas)
             yield merged
             del merged, deltas  # before the next ones come, or a third parameter's would be in memory
 
@@ -139,7 +143,7 @@ class Fusion:
             Its merged pieces, in order.
         """
         for _, rows in self._pieces(name):
-            yield self._merge(name, self.deltas.read(name, rows), rows)
+            yield self.merge_deltas(name, self.deltas.read(name, rows), rows)
 
     def merge_low_rank(self, names: Iterable[str], rank: int | None = None) -> Iterator[tuple[str, LowRank, float]]:
         """Merges parameters whose deltas are all low-rank, exactly and without a dense matrix.
@@ -162,14 +166,22 @@ class Fusion:
             factors, error = merged.truncate(limit) if merged.rank > limit else (merged, 0.0)
             yield name, factors, error
 
-    def _merge(self, name: str, deltas: Sequence[Delta], rows: slice | None) -> Merged:
+    def merge_deltas(self, name: str, deltas: Sequence[Delta], rows: slice | None = None) -> Merged:
+        """Merges a parameter, or a piece of it, whose deltas have been read.
+
+        Args:
+            name: Which parameter.
+            deltas: The tasks' deltas, in the order of `tasks`, on the device.
+            rows: The rows of the piece; ``None`` for all of the parameter.
+        """
         treatment, method = self.treatments[name], self._methods[name]
         if method is None:
             return Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas, rows)
         start = rows.start * prod(deltas[0].shape[1:]) if rows is not None else 0
         keyed = method.keyed([f"{task}/{name}" for task in self.tasks], start=start)
         try:
-            merged = merge_parameter(keyed, deltas, treatment, transposed=name in self._transposed)
+            merge = Method.merge if self._decompositions is None else self._decompositions.merging(name)
+            merged = merge_parameter(keyed, deltas, treatment, transposed=name in self._transposed, merge=merge)
         except ValueError as error:
             raise self.deltas.explained(error, name) from error
         return Merged(name, merged, deltas, rows)
@@ -185,3 +197,21 @@ class Fusion:
     def _pieces(self, name: str) -> list[Piece]:
         shape = self._in_pieces.get(name)
         return [(name, rows) for rows in (pieces(shape, self.device) if shape is not None else [None])]
+
+
+def merge_side_by_side(fusions: Sequence[Fusion]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Merges the same task vectors by several recipes; each parameter's deltas are read once for all of them.
+
+    Args:
+        fusions: One for each recipe, of the same task vectors on the same device.
+
+    Yields:
+        Each parameter's name, and its merged deltas, one for each fusion.
+    """
+    for fusion in fusions:
+        fusion.calibrate()
+    first = fusions[0]
+    names = list(first.kinds)
+    for name, deltas in zip(names, first.deltas.stream((name, None) for name in names), strict=True):
+        yield name, [fusion.merge_deltas(name, deltas).delta for fusion in fusions]
+        del deltas  # before the next ones come

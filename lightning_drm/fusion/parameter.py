@@ -1,6 +1,7 @@
 """Merging one parameter in its own shape: as it is, as one or many matrices, or in the parts of a fused matrix."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,8 +11,18 @@ from lightning_drm.merging import Delta, LowRankStack, Method
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.merging.scaling import peak
 
+Merge: TypeAlias = Callable[[Method, Sequence[Delta], Sequence[float]], Tensor]
+"""A method, N deltas of one shape, and N coefficients, in; the merged delta out: `Method.merge`, or as good."""
 
-def merge_parameter(method: Method, deltas: Sequence[Delta], treatment: Treatment, *, transposed: bool) -> Tensor:
+
+def merge_parameter(
+    method: Method,
+    deltas: Sequence[Delta],
+    treatment: Treatment,
+    *,
+    transposed: bool,
+    merge: Merge = Method.merge,
+) -> Tensor:
     """Merges the deltas of one parameter, or of a piece of it.
 
     A method on matrices sees a convolution's weight (out, in, k, k) as a matrix (out, in·k·k), and the experts
@@ -22,6 +33,7 @@ def merge_parameter(method: Method, deltas: Sequence[Delta], treatment: Treatmen
         deltas: N deltas of one shape.
         treatment: Coefficients, the parts of a matrix that is merged in parts, and whether they are experts.
         transposed: Whether a matrix is stored (in, out), so that its parts are columns.
+        merge: Merges one matrix, or one tensor entry by entry.
 
     Returns:
         The merged delta, in the shape of the deltas.
@@ -30,11 +42,11 @@ def merge_parameter(method: Method, deltas: Sequence[Delta], treatment: Treatmen
         ValueError: If the method refuses the deltas, or nothing is left of a matrix that tasks changed.
     """
     if not treatment.expert_by_expert:
-        return _merge_one(method, deltas, treatment, transposed)
+        return _merge_one(method, deltas, treatment, transposed, merge)
     merged = torch.zeros(deltas[0].shape, device=deltas[0].device)
     for index, of_expert in enumerate(experts(deltas)):
         try:
-            one = _merge_one(method, of_expert, treatment, transposed)
+            one = _merge_one(method, of_expert, treatment, transposed, merge)
         except ValueError as error:
             raise ValueError(f"expert {index}: {error}") from error
         merged = merged.to(one.dtype)
@@ -55,28 +67,33 @@ def experts(deltas: Sequence[Delta]) -> Iterator[list[Delta]]:
         yield [delta.matrix(index) if isinstance(delta, LowRankStack) else densify(delta)[index] for delta in deltas]
 
 
-def _merge_one(method: Method, deltas: Sequence[Delta], treatment: Treatment, transposed: bool) -> Tensor:
+def _merge_one(method: Method, deltas: Sequence[Delta], treatment: Treatment, transposed: bool, merge: Merge) -> Tensor:
     """Merges one matrix, or a tensor of any shape entry by entry."""
     if treatment.split is not None:
-        merged = _merge_parts(method, deltas, treatment.split, treatment.coefficients, transposed)
+        merged = _merge_parts(method, deltas, treatment.split, treatment.coefficients, transposed, merge)
     elif method.elementwise or len(deltas[0].shape) == 2:
-        merged = method.merge(deltas, treatment.coefficients)
+        merged = merge(method, deltas, treatment.coefficients)
     else:
         matrices = [delta.flatten(1) for delta in deltas if isinstance(delta, Tensor)]
-        merged = method.merge(matrices, treatment.coefficients).reshape(deltas[0].shape)
+        merged = merge(method, matrices, treatment.coefficients).reshape(deltas[0].shape)
     if not method.elementwise:
         _require_some(method, merged, deltas, treatment.coefficients)
     return merged
 
 
 def _merge_parts(
-    method: Method, deltas: Sequence[Delta], split: Split, coefficients: Sequence[float], transposed: bool
+    method: Method,
+    deltas: Sequence[Delta],
+    split: Split,
+    coefficients: Sequence[float],
+    transposed: bool,
+    merge: Merge,
 ) -> Tensor:
     """Merges the parts of a fused matrix one by one."""
     axis = -1 if transposed else -2
     merged, start = [], 0
     for size in split_sizes(split, deltas[0].shape[axis]):
-        merged.append(method.merge([_part(delta, axis, start, size) for delta in deltas], coefficients))
+        merged.append(merge(method, [_part(delta, axis, start, size) for delta in deltas], coefficients))
         start += size
     return torch.cat(merged, dim=axis)
 

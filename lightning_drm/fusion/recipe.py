@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Self, TypeAlias, get_args
 
 from lightning_drm import merging
 from lightning_drm.deltas import Kind
@@ -138,6 +138,22 @@ class Recipe:
         else:
             method = self.method if override.density is None else with_density(self.method, override.density)
         return Treatment(rule, method, coefficients, override.split, kind == "experts" and not method.elementwise)
+
+    def for_tasks(self, tasks: Sequence[str]) -> Self:
+        """The recipe for some of its tasks, without the coefficients of all others."""
+
+        def of_these(coefficients: Mapping[str, float]) -> dict[str, float]:
+            return {task: value for task, value in coefficients.items() if task in tasks}
+
+        overrides = [replace(o, coefficients=of_these(o.coefficients)) for o in self.overrides]
+        return replace(self, coefficients=of_these(self.coefficients), overrides=overrides)
+
+    def at_unit_scale(self) -> tuple[Self, float]:
+        """The recipe with a method of scale 1, and the factor by which its merged deltas then differ."""
+        arguments = self.method.hyperparameters()
+        if "scale" not in arguments:
+            return self, 1.0
+        return replace(self, method=type(self.method)(**{**arguments, "scale": 1.0})), self.method.scale
 
     def coefficients_of(self, tasks: Sequence[str]) -> list[float]:
         """The coefficients of some tasks, in their order, exceptions aside."""

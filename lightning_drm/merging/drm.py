@@ -145,6 +145,12 @@ class DRM(Method):
         self.disjoint = disjoint
         self.scale = scale
 
+    @property
+    @override
+    def preparation(self) -> tuple[object, ...]:
+        return self.direction, self.rank_tol, self.rank_drop
+
+    @override
     def prepare(self, deltas: Sequence[Delta]) -> JointBasis:
         """Decompose once what then serves any density, coefficients and switches.
 
@@ -161,13 +167,14 @@ class DRM(Method):
         with ieee_arithmetic(checked[0].device):
             return JointBasis.of(checked, self.direction, self.rank_tol, self.rank_drop)
 
-    def merge_prepared(self, basis: JointBasis, coefficients: Sequence[float] | None = None) -> LowRank:
+    @override
+    def merge_prepared(self, prepared: JointBasis, coefficients: Sequence[float] | None = None) -> LowRank:
         """Merge deltas that have been decomposed before, possibly for another setting.
 
         A coefficient shared by all tasks only scales the result, as `scale` does: one call serves all of them.
 
         Args:
-            basis: What `prepare` of a method with the same `direction`, `rank_tol` and `rank_drop` returned.
+            prepared: What `prepare` of a method with the same `direction`, `rank_tol` and `rank_drop` returned.
             coefficients: As for `merge`.
 
         Returns:
@@ -184,14 +191,14 @@ class DRM(Method):
         refuse(
             "DRM",
             (
-                f"{name} is {getattr(self, name)!r}, but the basis was prepared with {getattr(basis, name)!r}"
+                f"{name} is {getattr(self, name)!r}, but the basis was prepared with {getattr(prepared, name)!r}"
                 for name in ("direction", "rank_tol", "rank_drop")
-                if getattr(self, name) != getattr(basis, name)
+                if getattr(self, name) != getattr(prepared, name)
             ),
         )
-        checked = check_coefficients("DRM", coefficients, len(basis.sigma))
-        with ieee_arithmetic(basis.U.device):
-            return self._fuse(basis, checked, torch.empty_like(basis.rows[0]))
+        checked = check_coefficients("DRM", coefficients, len(prepared.sigma))
+        with ieee_arithmetic(prepared.U.device):
+            return self._fuse(prepared, checked, torch.empty_like(prepared.rows[0]))
 
     @override
     def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:

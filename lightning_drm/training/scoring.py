@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.deltas import backbone_parameters, head_state, load_tensors
-from lightning_drm.evaluation import Score, linear_probe, measure
+from lightning_drm.evaluation import Score, Split, linear_probe, measure
 from lightning_drm.kinds import metrics_of
 from lightning_drm.modules import (
     MultiTaskModule,
@@ -97,7 +97,7 @@ class Scoring:
             module = self._session.finetuned(self._modules.fresh(task), task)
         else:
             module = MultiTaskModule({task: trained})
-        return self._measure(module, self._data.tasks[task], f"{task} · test")[task]
+        return self.measure(module, self._data.tasks[task], f"{task} · test")[task]
 
     def base(self, task: str, max_batches: int) -> Score | None:
         """Score of the untouched backbone with a linear head trained on it, which is stored.
@@ -133,7 +133,7 @@ class Scoring:
             write_tensors(self._folder.base_head(task), state)
         for name, tensor in head_state(base.task_module(task), head).items():
             tensor.data.copy_(state[name])
-        return self._measure(base, data, f"{task} · base")[task]
+        return self.measure(base, data, f"{task} · base")[task]
 
     def stamp(self, task: str) -> dict[str, str | None]:
         """What a finished task's scores were measured on, and by: fingerprints of test set, deltas and metrics.
@@ -161,7 +161,7 @@ class Scoring:
         Args:
             module: The model.
         """
-        return self._measure(module, self._data, "merged · test")
+        return self.measure(module, self._data, "merged · test")
 
     def stored_merged(self) -> dict[str, Score]:
         """Score by task of the merged model that the run folder has.
@@ -182,10 +182,28 @@ class Scoring:
     def _untouched(self, task: str, module: LightningModule, state: Mapping[str, Tensor] | None = None) -> Score:
         heads = {task: state} if state is not None else None
         untouched = MultiTaskModule.assemble({task: module}, heads=heads, head=self._session.head)
-        return self._measure(untouched, self._data.tasks[task], f"{task} · base")[task]
+        return self.measure(untouched, self._data.tasks[task], f"{task} · base")[task]
 
-    def _measure(self, module: MultiTaskModule, data: LightningDataModule, label: str) -> dict[str, Score]:
+    def measure(
+        self,
+        module: MultiTaskModule,
+        data: LightningDataModule,
+        label: str | None,
+        *,
+        split: Split = "test",
+        intervals: bool = True,
+    ) -> dict[str, Score]:
+        """Score by task of any model.
+
+        Args:
+            module: The model.
+            data: The data of its tasks.
+            label: What a progress bar says; none is shown if left out.
+            split: Which samples.
+            intervals: Whether scores get their intervals.
+        """
         # FSDP1 would take the module over for good, and the merged one is the user's.
         sharded = isinstance(self._strategy, FSDPStrategy)
         strategy = "ddp" if sharded else copy.deepcopy(self._arguments["strategy"])
-        return measure(module, data, {**self._arguments, "strategy": strategy}, self._progress_bar(label))
+        arguments, bar = {**self._arguments, "strategy": strategy}, self._progress_bar(label) if label else []
+        return measure(module, data, arguments, bar, intervals=intervals, split=split)

@@ -8,8 +8,7 @@ Fabric, `DRMMergeCallback` and `MergeTrainer` all talk to it in the same way.
 """
 
 import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -25,11 +24,21 @@ from lightning_drm.deltas.sharded import shard_like
 from lightning_drm.deltas.wrappers import refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.distributed.watch import watched
-from lightning_drm.fusion import Fusion, Override, Recipe, facts_on_kinds, model_card
-from lightning_drm.merging import DRM, LowRank, Method
-from lightning_drm.modules import MultiTaskModule, batch_norms, head_names_of, of_all_tasks
+from lightning_drm.fusion import (
+    Decompositions,
+    Fusion,
+    Override,
+    Recipe,
+    facts_on_kinds,
+    merge_side_by_side,
+    model_card,
+)
+from lightning_drm.merging import DRM, Method
+from lightning_drm.merging.low_rank import densify
+from lightning_drm.modules import MultiTaskModule, head_names_of, of_all_tasks
 from lightning_drm.names import check_task_name
 from lightning_drm.storage import write_json
+from lightning_drm.training.assembly import Assembled, assemble, with_deltas
 from lightning_drm.training.delta_cache import DeltaCache, Store
 from lightning_drm.training.exchange import Owners, merge_together
 from lightning_drm.training.kept_modules import KeptModules
@@ -307,10 +316,13 @@ class MergeSession:
         writes = self.run_folder is not None and self.ranks.is_first
         merged: dict[str, Tensor] = {}
         written: dict[str, Tensor] = {}
+        for task in batch_norm or ():
+            self._require_task(task)
         heads = {task: dict(vector.head) for task, vector in self.task_vectors.items()}
         with watched(self.ranks, _advice(self.run_folder)):  # which all ranks leave together
             base = self._base.tensors(module, head_names_of(module, self.head) if module is not None else ())
-            fusion = self._fusion(recipe, modules[self.tasks[0]], torch.device(device or home))
+            place = torch.device(device or home)
+            fusion = self._fusion(recipe, modules[self.tasks[0]], place, self.task_vectors)
             with merging_bar(recipe, self.ranks) as progress:
                 for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
                     # Copied where it is the base's: training may go on, and must not change the merged model by it.
@@ -319,18 +331,23 @@ class MergeSession:
                     if writes:
                         written[name] = own.cpu()
             here = {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()}
-            assembled = MultiTaskModule.assemble(modules, merged, here, head=self.head)
-            learned = self._learned_statistics(assembled)
-            statistics: dict[str, dict[str, Tensor]] = {}
-            if learned and batch_norm is not None and self.batch_norm_batches:
-                statistics = self._estimate(assembled, batch_norm, learned, torch.device(device or home))
-                assembled = MultiTaskModule.assemble(modules, merged, here, head=self.head, statistics=statistics)
+            assembled = assemble(
+                modules,
+                merged,
+                here,
+                self.task_vectors,
+                head=self.head,
+                batches=batch_norm,
+                max_batches=self.batch_norm_batches,
+                device=place,
+                ranks=self.ranks,
+            )
             if writes:
                 shapes = {name: tuple(weight.shape) for name, weight in written.items()}
                 facts = facts_on_kinds(fusion.treatments, fusion.kinds, shapes)
-                self._write(recipe, modules, written, heads, statistics, learned.keys(), facts)
-        self._merged = assembled
-        return assembled
+                self._write(recipe, modules, written, heads, assembled, facts)
+        self._merged = assembled.module
+        return assembled.module
 
     def finetuned(self, module: nn.Module, task: str) -> MultiTaskModule:
         """Rebuilds one task's finetuned model from its task vector. All ranks call it together.
@@ -346,59 +363,103 @@ class MergeSession:
             ValueError: If the module was fitted under FSDP1.
         """
         refuse_flat(module)
-        vector, device = self._vectors[task], next(module.parameters()).device
-        backbone = self._base.tensors(module, head_names_of(module, self.head))
-        for name in vector.deltas:
-            base, delta = backbone[name].to(device), self._cache.fetch(vector, name)
-            dense = delta.dense() if isinstance(delta, LowRank) else delta
-            backbone[name] = (base.to(dense.dtype) + dense.to(device)).to(base.dtype)
-        head = {key: tensor.to(device) for key, tensor in vector.head.items()}
-        return MultiTaskModule.assemble({task: module}, backbone, {task: head}, head=self.head)
+        vector = self._vectors[task]
+        deltas = ((name, densify(self._cache.fetch(vector, name))) for name in vector.deltas)
+        backbone = with_deltas(self._base, module, self.head, deltas)
+        return MultiTaskModule.assemble({task: module}, backbone, {task: vector.head}, head=self.head)
 
-    def _fusion(self, recipe: Recipe, module: nn.Module, device: torch.device) -> Fusion:
+    def base_weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The base's tensors by name.
+
+        Args:
+            module: An untrained module of this base.
+        """
+        return self._base.tensors(module, head_names_of(module, self.head))
+
+    def merge_side_by_side(
+        self,
+        recipes: Sequence[Recipe],
+        module: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        vectors: Mapping[str, TaskVector] | None = None,
+        decompositions: Decompositions | None = None,
+    ) -> Iterator[tuple[str, list[Tensor]]]:
+        """Merges by several recipes, reading each parameter's deltas once for all of them. Writes nothing.
+
+        Args:
+            recipes: How to merge.
+            module: Any module of this base, trained or not.
+            device: Where to compute; where the module is, if left out.
+            vectors: By task, what to merge; all task vectors that have arrived if left out.
+            decompositions: Keeps what later merges of the same task vectors can use again.
+
+        Yields:
+            Name of every parameter that a task has trained, and its merged deltas, one for each recipe.
+
+        Raises:
+            ValueError: If a recipe does not fit.
+        """
+        place = torch.device(device or next(module.parameters()).device)
+        chosen = self.task_vectors if vectors is None else vectors
+        fusions = [self._fusion(recipe, module, place, chosen, decompositions) for recipe in recipes]
+        yield from merge_side_by_side(fusions)
+
+    def with_deltas(
+        self,
+        deltas: Iterable[tuple[str, Tensor]],
+        module: nn.Module,
+        tasks: Sequence[str] | None = None,
+        *,
+        heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+        batch_norm: Mapping[str, Iterable[Any]] | None = None,
+    ) -> MultiTaskModule:
+        """A model whose backbone is the base plus any deltas. Writes nothing.
+
+        Args:
+            deltas: Pairs of a parameter's name and its dense delta; all other parameters are the base's.
+            module: An untrained module of this base, on the device where the model is to be.
+            tasks: The model's tasks; all if left out.
+            heads: By task, its head's tensors by name; those that were finetuned if left out.
+            batch_norm: As for `fuse`.
+        """
+        device = next(module.parameters()).device
+        chosen = list(self.tasks if tasks is None else tasks)
+        finetuned = {task: self._vectors[task].head for task in chosen} if heads is None else heads
+        known = self._modules.of_all_tasks(module, warn=False)
+        return assemble(
+            {task: known[task] for task in chosen},
+            with_deltas(self._base, module, self.head, deltas),
+            {task: {name: tensor.to(device) for name, tensor in finetuned[task].items()} for task in chosen},
+            self.task_vectors,
+            head=self.head,
+            batches=batch_norm,
+            max_batches=self.batch_norm_batches,
+            device=device,
+            ranks=self.ranks,
+        ).module
+
+    def _fusion(
+        self,
+        recipe: Recipe,
+        module: nn.Module,
+        device: torch.device,
+        vectors: Mapping[str, TaskVector],
+        decompositions: Decompositions | None = None,
+    ) -> Fusion:
         """What merges this rank's share of the parameters; finds owners for what only stored task vectors train."""
         parameters = backbone_parameters(module, head_names_of(module, self.head))
-        trained = {name for vector in self.task_vectors.values() for name in vector.deltas}
+        trained = {name for vector in vectors.values() for name in vector.deltas}
         self._owners.share_out({name: p for name, p in parameters.items() if name in trained}, self.ranks.size)
         return Fusion(
             recipe,
-            list(self.task_vectors.values()),
+            list(vectors.values()),
             device,
             shapes={name: tuple(parameter.tensor.shape) for name, parameter in parameters.items()},
             transposed=transposed_names(module, parameters),
             share={name for name, owner in self._owners.items() if owner == self.ranks.rank},
             reduce=self.ranks.sum,
-        )
-
-    def _learned_statistics(self, merged: MultiTaskModule) -> dict[str, set[str]]:
-        """By task that has some, the running means in its head, and those of the backbone that any task has changed."""
-        shared = {name for vector in self.task_vectors.values() for name in vector.deltas}
-        learned = {
-            task: {f"{name}.running_mean" for name in batch_norms(merged.task_module(task))} & {*shared, *vector.head}
-            for task, vector in self.task_vectors.items()
-        }
-        return {task: means for task, means in learned.items() if means}
-
-    def _estimate(
-        self,
-        merged: MultiTaskModule,
-        batches: Mapping[str, Iterable[Any]],
-        learned: Mapping[str, Set[str]],
-        device: torch.device,
-    ) -> dict[str, dict[str, Tensor]]:
-        """Estimates the statistics of batch norms on batches of the tasks."""
-        for task in batches:
-            self._require_task(task)
-        without = [task for task in self.tasks if task not in batches]
-        if without and self.ranks.is_first:
-            warnings.warn(
-                f"No training data of {', '.join(without)} are at hand here, so their batch norms have statistics that "
-                "were merged like all other buffers. Give fuse(batch_norm=…) batches of all tasks.",
-                stacklevel=3,
-            )
-        merged.to(device)
-        return merged.estimate_batch_norm(
-            batches, max_batches=self.batch_norm_batches, layers=learned, ranks=self.ranks
+            decompositions=decompositions,
         )
 
     def _write(
@@ -407,13 +468,12 @@ class MergeSession:
         modules: Mapping[str, nn.Module],
         backbone: Mapping[str, Tensor],
         heads: Mapping[str, Mapping[str, Tensor]],
-        statistics: Mapping[str, Mapping[str, Tensor]],
-        learned: Set[str],
+        assembled: Assembled,
         facts: Sequence[str],
     ) -> None:
         run_folder = self.run_folder
         assert run_folder is not None
-        first = self.tasks[0]
+        first, statistics = self.tasks[0], assembled.statistics
         if statistics:
             common = {name: tensor for name, tensor in of_all_tasks(statistics).items() if name in backbone}
             backbone = {**backbone, **{name: tensor.to(backbone[name].dtype) for name, tensor in common.items()}}
@@ -431,8 +491,8 @@ class MergeSession:
             "base_fingerprint": fingerprint(self._base.hashes),
             "deltas": {task: run_folder.fingerprint(task) for task in self.tasks},
         }
-        if learned:  # else no setting can change them, and the record is that of versions without one
-            number = self.batch_norm_batches if statistics.keys() == set(learned) else 0
+        if assembled.learned:  # else no setting can change them, and the record is that of versions without one
+            number = self.batch_norm_batches if statistics.keys() == set(assembled.learned) else 0
             record[BATCH_NORM] = {"batches": number, "tasks": sorted(statistics)}
 
         def finish(partial: Path) -> None:

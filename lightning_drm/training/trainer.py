@@ -9,34 +9,33 @@ report. One rank reads and writes the run folder, since the others may see new f
 """
 
 import copy
-import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any, TypeVar, cast
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from typing_extensions import override
 
 from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.evaluation import Comparison, Score, logged_metrics, terminal_table, write_report
+from lightning_drm.evaluation import Split
 from lightning_drm.modules import MultiTaskModule, unmeasurable
 from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
-from lightning_drm.training.chosen_weights import Weights, callbacks_of, ends_with, settings_of
+from lightning_drm.training.candidates import RunCandidates
+from lightning_drm.training.chosen_weights import settings_of
 from lightning_drm.training.collect import CollectTask
 from lightning_drm.training.failures import Failures
 from lightning_drm.training.finished import finished_tasks, require_done, require_merged_as_configured
 from lightning_drm.training.foreign import problem_of_class
 from lightning_drm.training.interruption import Interruptible
 from lightning_drm.training.progress import TaskProgressBar
+from lightning_drm.training.run import Run, is_writer
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
 from lightning_drm.training.session import MergeSession
@@ -46,19 +45,6 @@ from lightning_drm.training.task_fit import TaskFit
 from lightning_drm.training.task_modules import TaskModules
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What one call of `fit`, `merge` or `test` works with."""
-
-    session: MergeSession
-    folder: RunFolder
-    data: MultiTaskDataModule
-    modules: TaskModules
-    scoring: Scoring
-    interruptible: Interruptible
-    weights: Weights
 
 
 class MergeTrainer(Trainer):
@@ -141,19 +127,19 @@ class MergeTrainer(Trainer):
             for task in tasks:
                 if task in done:
                     score = folder.read_metrics(task)["individual"]
-                    self._say(f"{task}: finetuned before ({score}), not trained again")
+                    run.say(f"{task}: finetuned before ({score}), not trained again")
                     continue
                 run.interruptible.unfinished = f"task {task!r} was"
                 with failures.of(task):
                     start, module = time.perf_counter(), None
                     if task not in collected:
                         module = self._finetune(run, task, settings[task], checkpoints.get(task))
-                    self._measure(run, task, module, base_batches, start)
+                    run.measure(task, module, base_batches, start)
                 module = None
             failures.report(tasks)
             if only is None:
                 run.interruptible.unfinished = "all tasks are finetuned, but the merge was"
-                self._merge_and_report(run)
+                run.merge_and_report()
 
         with run.interruptible, _locked(folder, tasks):
             finished = finished_tasks(
@@ -163,9 +149,9 @@ class MergeTrainer(Trainer):
         if only is None:
             return
         if missing := folder.missing(session.tasks):
-            self._say(f"In {folder.path}: {', '.join(missing)} still to be finetuned.")
+            run.say(f"In {folder.path}: {', '.join(missing)} still to be finetuned.")
         else:
-            self._say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
+            run.say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
 
     def merge(self, model: LightningModule, datamodule: MultiTaskDataModule) -> None:
         """Merges the finetuned tasks again, with any method, and tests. Trains nothing.
@@ -182,7 +168,7 @@ class MergeTrainer(Trainer):
 
         def restore_and_merge() -> None:
             run.session.restore(run.session.tasks)
-            self._merge_and_report(run)
+            run.merge_and_report()
 
         with run.interruptible, _locked(run.folder, run.session.tasks):
             self._on_all_ranks(run.session, restore_and_merge)
@@ -218,11 +204,37 @@ class MergeTrainer(Trainer):
 
         def measure_again() -> list[Mapping[str, float]]:
             run.session.restore(run.session.tasks)
-            scores = {task: self._scores(run, task, again=True) for task in run.session.tasks}
-            return [self._report(run, scores, run.scoring.stored_merged())]
+            scores = {task: run.scores(task, again=True) for task in run.session.tasks}
+            return [run.report(scores, run.scoring.stored_merged())]
 
         with run.interruptible, _locked(run.folder, run.session.tasks):
             return self._on_all_ranks(run.session, measure_again)
+
+    def _study(
+        self,
+        model: LightningModule,
+        datamodule: MultiTaskDataModule,
+        function: Callable[[Run, RunCandidates], T],
+        *,
+        split: Split = "validation",
+        num_samples: int | None = None,
+    ) -> T:
+        """Studies merges of the finetuned tasks, on one process."""
+        if self.world_size > 1:
+            raise ValueError(
+                f"Merges are studied on one device, got {self.world_size}: give --trainer.devices 1 and, for a "
+                "strategy of several processes, --trainer.strategy auto."
+            )
+        run = self._run_of(model, datamodule)
+        require_done(run.folder, run.session)
+
+        def studied() -> T:
+            run.session.restore(run.session.tasks)
+            with RunCandidates(run, split, num_samples) as candidates:
+                return function(run, candidates)
+
+        with run.interruptible, _locked(run.folder, run.session.tasks):
+            return self._on_all_ranks(run.session, studied)
 
     def _on_all_ranks(self, session: MergeSession, function: Callable[[], T]) -> T:
         """Calls a function on all processes of the strategy, which start here unless something else started them."""
@@ -243,7 +255,7 @@ class MergeTrainer(Trainer):
             raise
 
     def _finetune(
-        self, run: _Run, task: str, settings: Mapping[str, object], checkpoint: Path | None
+        self, run: Run, task: str, settings: Mapping[str, object], checkpoint: Path | None
     ) -> LightningModule:
         """Finetunes a task, or finishes it; returns its trained module."""
         fit = self._fit_of(run, task)
@@ -254,7 +266,7 @@ class MergeTrainer(Trainer):
         run.scoring.check(task, module)
         run.interruptible.check()
         if checkpoint is not None:
-            self._say(f"{task}: going on from {checkpoint}")
+            run.say(f"{task}: going on from {checkpoint}")
         trainer = fit.trainer(
             [CollectTask(run.session, task, settings, run.weights), *self._progress_bar(f"{task} · finetune")],
         )
@@ -268,73 +280,10 @@ class MergeTrainer(Trainer):
         run.interruptible.check()
         return module
 
-    def _measure(self, run: _Run, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
-        """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
-        seconds = round(time.perf_counter() - start, 1) if module is not None else None
-        ends_as_stored = module is not None and ends_with(run.weights, callbacks_of(module.trainer))
-        score = run.scoring.finetuned(task, module if ends_as_stored else None)
-        run.interruptible.check()
-        how = f"finetuned in {seconds:.0f} s" if seconds is not None else "finetuned before, measured now"
-        self._say(f"{task}: {score}, {how}")
-        del module
-        gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
-        base = run.scoring.base(task, base_batches)
-        run.interruptible.check()
-        if is_writer():
-            scores = {"individual": score, "base": base, "finetune_seconds": seconds}
-            run.folder.write_metrics(task, {**scores, **run.scoring.stamp(task)})
-        run.session.ranks.wait()
-
-    def _scores(self, run: _Run, task: str, *, again: bool = False) -> dict[str, Any]:
-        """A finished task's scores as they are stored; measured again if asked, or where data or deltas are others."""
-        found = (run.folder.read_metrics(task), run.scoring.stamp(task)) if is_writer() else ({}, {})
-        stored, stamp = self.strategy.broadcast(found)
-        if not again and stamp.items() <= stored.items():
-            return stored
-        if not again:
-            self._say(f"{task}: its scores are of other test data, or of another metric, so it is measured again")
-        scores = {**stored, "individual": run.scoring.finetuned(task), "base": run.scoring.stored_base(task), **stamp}
-        if is_writer():
-            run.folder.write_metrics(task, scores)
-        return scores
-
-    def _fit_of(self, run: _Run, task: str) -> TaskFit:
+    def _fit_of(self, run: Run, task: str) -> TaskFit:
         return TaskFit(task, run.folder.task(task), self._arguments, self._task_callbacks)
 
-    def _merge_and_report(self, run: _Run) -> None:
-        earlier = run.folder.merge_record
-        merged = run.session.fuse(
-            module=run.modules.make_known(),
-            device=self.strategy.root_device,
-            batch_norm=run.modules.training_batches(self),
-        )
-        if earlier is not None and earlier != run.folder.merge_record:
-            self._say(f"The merge before this one, with its report: {run.folder.history_of(earlier)}")
-        scores = {task: self._scores(run, task) for task in run.session.tasks}
-        self._report(run, scores, run.scoring.merged(merged))
-
-    def _report(
-        self, run: _Run, scores: Mapping[str, Mapping[str, Any]], merged: Mapping[str, Score]
-    ) -> dict[str, float]:
-        method = run.session.recipe.description(run.session.tasks)
-        base, individual = ({task: scores[task][row] for task in scores} for row in ("base", "individual"))
-        comparison = Comparison(run.session.tasks, base, individual, merged, method)
-        metrics = logged_metrics(comparison)
-        folder = run.folder
-        if is_writer():
-            write_report(comparison, folder.path)
-        for logger in self.loggers:
-            logger.log_hyperparams(method)
-            logger.log_metrics(metrics)
-            logger.save()
-        self._console.print(terminal_table(comparison))
-        self._say(f"Report: {folder.path}/report.md, report.png, report.json. Merged model: {folder.merged}")
-        return metrics
-
-    def _say(self, sentence: str) -> None:
-        self._console.print(sentence, soft_wrap=True)
-
-    def _settings(self, run: _Run, task: str) -> dict[str, Any]:
+    def _settings(self, run: Run, task: str) -> dict[str, Any]:
         seed = run.modules.seed
         settings = finetune_settings(run.modules.template, run.data.tasks[task], self._arguments, seed)
         return {**settings, **settings_of(run.weights, self._task_callbacks)}
@@ -344,7 +293,7 @@ class MergeTrainer(Trainer):
         own = any(isinstance(callback, ProgressBar) for callback in self._given_callbacks)
         return [TaskProgressBar(label)] if shown and not own else []
 
-    def _run_of(self, model: LightningModule, data: MultiTaskDataModule) -> _Run:
+    def _run_of(self, model: LightningModule, data: MultiTaskDataModule) -> Run:
         found = [callback for callback in self._given_callbacks if isinstance(callback, DRMMergeCallback)]
         if len(found) != 1:
             raise ValueError(f"MergeTrainer needs one DRMMergeCallback among its callbacks, got {len(found)}.")
@@ -357,12 +306,17 @@ class MergeTrainer(Trainer):
         modules = TaskModules(model, data, session, self.strategy)
         arguments, strategy, bar = self._arguments, self.strategy, self._progress_bar
         scoring = Scoring(session, session.run_folder, modules, data, arguments, strategy, bar)
-        return _Run(session, session.run_folder, data, modules, scoring, Interruptible("the run was"), found[0].weights)
-
-
-def is_writer() -> bool:
-    """Whether this process writes and prints: Trainers that run know their rank, the one that starts them does not."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+        return Run(
+            self,
+            session,
+            session.run_folder,
+            data,
+            modules,
+            scoring,
+            Interruptible("the run was"),
+            found[0].weights,
+            self._console,
+        )
 
 
 def _locked(folder: RunFolder, tasks: Sequence[str]) -> AbstractContextManager[None]:

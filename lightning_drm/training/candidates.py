@@ -1,0 +1,195 @@
+"""Models that are tried out: merged in memory, measured, and thrown away. Nothing is written."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Self
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_drm.data import MultiTaskDataModule, SampledData, require_validation_sets
+from lightning_drm.deltas import TaskVector, load_tensors
+from lightning_drm.evaluation import Candidates, Deltas, Score, Split
+from lightning_drm.fusion import Decompositions, Recipe, free_bytes
+from lightning_drm.merging.low_rank import densify
+from lightning_drm.modules import MultiTaskModule
+from lightning_drm.training.run import Run
+
+_MEMORY = 0.5  # of what is free: models that are measured need the rest
+
+
+class RunCandidates(Candidates):
+    """The models that recipes make of a run's task vectors, and their scores on one split of the tasks' data.
+
+    What a model is made of is a mapping of names to deltas: of a merge, of a finetune, or of any mixture of these.
+    Needs all of the run's tasks restored. As a context manager, it frees what its merges have kept for each other.
+
+    Args:
+        run: The run.
+        split: Which samples measure a candidate.
+        num_samples: How many of each task's, always the same ones, classes in proportion; all if left out.
+
+    Raises:
+        ValueError: If a task has no samples of the split.
+    """
+
+    def __init__(self, run: Run, split: Split = "validation", num_samples: int | None = None) -> None:
+        self._run = run
+        self.split = split
+        if split == "validation":
+            require_validation_sets(run.data)
+        self._data = run.data if num_samples is None else SampledData(run.data.tasks, num_samples)
+        self._module = run.modules.make_known().to(run.trainer.strategy.root_device)
+        self._unit: tuple[Recipe, Deltas] | None = None
+        self._decompositions = Decompositions()
+
+    def __enter__(self) -> Self:
+        self._decompositions.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._decompositions.__exit__(*error)
+        self._unit = None
+
+    @property
+    @override
+    def tasks(self) -> list[str]:
+        return self._run.session.tasks
+
+    @property
+    @override
+    def recipe(self) -> Recipe:
+        return self._run.session.recipe
+
+    @property
+    @override
+    def vectors(self) -> dict[str, TaskVector]:
+        return self._run.session.task_vectors
+
+    @cached_property
+    @override
+    def individual(self) -> dict[str, Score]:
+        found: dict[str, Score] = {}
+        for task in self.tasks:
+            found |= self.scores(self.of_task(task), [task], label=f"{task} · finetuned", own_statistics=True)
+        return found
+
+    @cached_property
+    @override
+    def base(self) -> dict[str, Score | None]:
+        return {task: self._score_of_base(task) for task in self.tasks}
+
+    @override
+    def base_weights(self) -> dict[str, Tensor]:
+        return self._run.session.base_weights(self._module)
+
+    @override
+    def of_task(self, task: str) -> Deltas:
+        return _Dense(self.vectors[task])
+
+    @override
+    def merged(self, recipe: Recipe, vectors: Mapping[str, TaskVector] | None = None) -> Deltas:
+        unit, scale = recipe.at_unit_scale()
+        if vectors is not None:
+            return _Scaled(next(self._merge([unit.for_tasks(list(vectors))], vectors)), scale)
+        if self._unit is None or self._unit[0] != unit:
+            self._unit = None  # before the next one comes
+            self._unit = unit, next(self._merge([unit], None))
+        return _Scaled(self._unit[1], scale)
+
+    @override
+    def merged_side_by_side(self, recipes: Sequence[Recipe]) -> Iterator[Deltas]:
+        size = sum(parameter.nbytes for parameter in self._module.parameters())
+        together = max(1, int(_MEMORY * free_bytes(self._module.device) / max(1, size)))
+        for start in range(0, len(recipes), together):
+            yield from self._merge(recipes[start : start + together], None)
+
+    @override
+    def model(
+        self,
+        deltas: Deltas,
+        tasks: Sequence[str] | None = None,
+        *,
+        heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+        own_statistics: bool = False,
+    ) -> MultiTaskModule:
+        batches = None if own_statistics else self._run.modules.training_batches(self._run.trainer)
+        return self._run.session.with_deltas(deltas.items(), self._module, tasks, heads=heads, batch_norm=batches)
+
+    @override
+    def scores(
+        self,
+        deltas: Deltas,
+        tasks: Sequence[str] | None = None,
+        *,
+        label: str | None = None,
+        heads: Mapping[str, Mapping[str, Tensor]] | None = None,
+        own_statistics: bool = False,
+        intervals: bool = True,
+    ) -> dict[str, Score]:
+        model = self.model(deltas, tasks, heads=heads, own_statistics=own_statistics)
+        data = self.data(model.task_names)
+        found = self._run.scoring.measure(model, data, label, split=self.split, intervals=intervals)
+        self._run.interruptible.check()
+        return found
+
+    @override
+    def data(self, tasks: Sequence[str]) -> MultiTaskDataModule:
+        return self._data if list(tasks) == self.tasks else self._data.of_tasks(tasks)
+
+    def _score_of_base(self, task: str) -> Score | None:
+        file = self._run.folder.base_head(task)
+        if self.vectors[task].head and not file.is_file():
+            return None
+        heads = {task: load_tensors(file, "a head") if file.is_file() else {}}
+        return self.scores({}, [task], label=f"{task} · base", heads=heads, own_statistics=True)[task]
+
+    def _merge(self, recipes: Sequence[Recipe], vectors: Mapping[str, TaskVector] | None) -> Iterator[Deltas]:
+        kept = self._decompositions if vectors is None else None
+        merged: list[dict[str, Tensor]] = [{} for _ in recipes]
+        for name, deltas in self._run.session.merge_side_by_side(
+            recipes, self._module, vectors=vectors, decompositions=kept
+        ):
+            for model, delta in zip(merged, deltas, strict=True):
+                model[name] = delta
+        while merged:
+            yield merged.pop(0)
+
+
+class _Scaled(Mapping[str, Tensor]):
+    """Tensors by name times a factor, made when they are asked for.
+
+    Args:
+        tensors: The tensors.
+        factor: The factor.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], factor: float) -> None:
+        self._tensors = tensors
+        self._factor = factor
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor if self._factor == 1.0 else tensor * self._factor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class _Dense(Mapping[str, Tensor]):
+    """A task vector's deltas by name, dense, made when they are asked for."""
+
+    def __init__(self, vector: TaskVector) -> None:
+        self._deltas = vector.deltas
+
+    def __getitem__(self, name: str) -> Tensor:
+        return densify(self._deltas[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deltas)
+
+    def __len__(self) -> int:
+        return len(self._deltas)

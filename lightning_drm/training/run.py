@@ -1,0 +1,124 @@
+"""One call of `MergeTrainer`: what it works with, how its tasks are measured, and how it reports."""
+
+import gc
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from lightning_drm.data import MultiTaskDataModule
+from lightning_drm.evaluation import Comparison, Score, logged_metrics, terminal_table, write_report
+from lightning_drm.training.chosen_weights import Weights, callbacks_of, ends_with
+from lightning_drm.training.interruption import Interruptible
+from lightning_drm.training.run_folder import RunFolder
+from lightning_drm.training.scoring import Scoring
+from lightning_drm.training.session import MergeSession
+from lightning_drm.training.task_modules import TaskModules
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of `MergeTrainer` works with.
+
+    Attributes:
+        trainer: The Trainer, whose strategy and loggers are used.
+        session: What was collected.
+        folder: Where it is stored.
+        data: The tasks' data.
+        modules: Makes the tasks' modules.
+        scoring: Measures models.
+        interruptible: Tells whether a signal has come.
+        weights: Which weights of a fit are merged.
+        console: Where sentences are printed.
+    """
+
+    trainer: Trainer
+    session: MergeSession
+    folder: RunFolder
+    data: MultiTaskDataModule
+    modules: TaskModules
+    scoring: Scoring
+    interruptible: Interruptible
+    weights: Weights
+    console: Console
+
+    def measure(self, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
+        """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
+        seconds = round(time.perf_counter() - start, 1) if module is not None else None
+        ends_as_stored = module is not None and ends_with(self.weights, callbacks_of(module.trainer))
+        score = self.scoring.finetuned(task, module if ends_as_stored else None)
+        self.interruptible.check()
+        how = f"finetuned in {seconds:.0f} s" if seconds is not None else "finetuned before, measured now"
+        self.say(f"{task}: {score}, {how}")
+        del module
+        gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
+        base = self.scoring.base(task, base_batches)
+        self.interruptible.check()
+        if is_writer():
+            scores = {"individual": score, "base": base, "finetune_seconds": seconds}
+            self.folder.write_metrics(task, {**scores, **self.scoring.stamp(task)})
+        self.session.ranks.wait()
+
+    def scores(self, task: str, *, again: bool = False) -> dict[str, Any]:
+        """A finished task's scores as they are stored; measured again if asked, or where data or deltas are others."""
+        found = (self.folder.read_metrics(task), self.scoring.stamp(task)) if is_writer() else ({}, {})
+        stored, stamp = self.trainer.strategy.broadcast(found)
+        if not again and stamp.items() <= stored.items():
+            return stored
+        if not again:
+            self.say(f"{task}: its scores are of other test data, or of another metric, so it is measured again")
+        scores = {**stored, "individual": self.scoring.finetuned(task), "base": self.scoring.stored_base(task), **stamp}
+        if is_writer():
+            self.folder.write_metrics(task, scores)
+        return scores
+
+    def merge_and_report(self) -> None:
+        """Merges by the session's recipe, and reports."""
+        earlier = self.folder.merge_record
+        merged = self.session.fuse(
+            module=self.modules.make_known(),
+            device=self.trainer.strategy.root_device,
+            batch_norm=self.modules.training_batches(self.trainer),
+        )
+        if earlier is not None and earlier != self.folder.merge_record:
+            self.say(f"The merge before this one, with its report: {self.folder.history_of(earlier)}")
+        scores = {task: self.scores(task) for task in self.session.tasks}
+        self.report(scores, self.scoring.merged(merged))
+
+    def report(self, scores: Mapping[str, Mapping[str, Any]], merged: Mapping[str, Score]) -> dict[str, float]:
+        """Writes, logs and prints the report.
+
+        Args:
+            scores: What `scores` gave, by task.
+            merged: The merged model's score by task.
+
+        Returns:
+            What was logged.
+        """
+        method = self.session.recipe.description(self.session.tasks)
+        base, individual = ({task: scores[task][row] for task in scores} for row in ("base", "individual"))
+        comparison = Comparison(self.session.tasks, base, individual, merged, method)
+        metrics = logged_metrics(comparison)
+        folder = self.folder
+        if is_writer():
+            write_report(comparison, folder.path)
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(method)
+            logger.log_metrics(metrics)
+            logger.save()
+        self.console.print(terminal_table(comparison))
+        self.say(f"Report: {folder.path}/report.md, report.png, report.json. Merged model: {folder.merged}")
+        return metrics
+
+    def say(self, sentence: str) -> None:
+        """Prints a sentence, in the process that writes."""
+        self.console.print(sentence, soft_wrap=True)
+
+
+def is_writer() -> bool:
+    """Whether this process writes and prints: Trainers that run know their rank, the one that starts them does not."""
+    return getattr(rank_zero_only, "rank", 0) == 0
