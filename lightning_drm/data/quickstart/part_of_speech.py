@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import xxhash
 
@@ -19,16 +19,22 @@ NUM_PER_CLASS = 1800
 def read() -> Iterator[dict[str, str]]:
     """Yield as many words of each class, each with the class it most often has; words of one family share a group."""
     words: dict[str, list[str]] = defaultdict(list)
-    lexicon = package_folder(PACKAGE) / "en" / "en-lexicon.txt"
-    for line in lexicon.read_text(encoding="utf-8").splitlines():
-        word, _, tag = line.partition(" ")
+    for word, tag in lexicon():
         if tag in CLASSES and re.fullmatch(r"[a-z]{3,}", word):
             words[tag].append(word)
     for tag, label in CLASSES.items():
-        for word in sorted(words[tag], key=_draw)[:NUM_PER_CLASS]:
+        for word in first_by_hash(words[tag], NUM_PER_CLASS):
             yield {"text": word, "label": label, "group": word_family(word)}
 
 
-def _draw(word: str) -> str:
-    """An order that is as good as random, and the same everywhere; the lexicon is sorted by the alphabet."""
-    return xxhash.xxh64_hexdigest(word.encode())
+def lexicon() -> Iterator[tuple[str, str]]:
+    """Yield the lexicon's words, each with the tag that it has most often."""
+    file = package_folder(PACKAGE) / "en" / "en-lexicon.txt"
+    for line in file.read_text(encoding="utf-8").splitlines():
+        word, _, tag = line.partition(" ")
+        yield word, tag
+
+
+def first_by_hash(texts: Iterable[str], number: int) -> list[str]:
+    """Some of the texts, in an order that is as good as random, and the same everywhere."""
+    return sorted(texts, key=lambda text: xxhash.xxh64_hexdigest(text.encode()))[:number]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+import numpy.typing as npt
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from sklearn.feature_extraction.text import CountVectorizer
@@ -31,7 +32,31 @@ def similar_groups(texts: Sequence[str], similarity: Fraction = Fraction(1, 3)) 
     shared = ((has_word * weights) @ has_word.T).tocoo()
     either = weight[shared.row] + weight[shared.col] - shared.data
     alike = similarity.denominator * shared.data >= similarity.numerator * either
-    pairs = csr_array((np.ones(alike.sum()), (shared.row[alike], shared.col[alike])), shape=shared.shape)
+    return _components(shared.row[alike], shared.col[alike], len(texts))
+
+
+def joined_groups(keys: Sequence[Sequence[str]]) -> list[int]:
+    """Number rows so that two share a number if they have a key in common, or both have one in common with a third.
+
+    Args:
+        keys: each row's keys; a key at one place is never the same as one at another place.
+
+    Example:
+        >>> joined_groups([("love", "a"), ("hate", "b"), ("love", "b"), ("like", "c")])
+        [0, 0, 0, 1]
+    """
+    numbers: dict[tuple[int, str], int] = {}
+    pairs = [
+        (row, len(keys) + numbers.setdefault(place, len(numbers)))
+        for row, own in enumerate(keys)
+        for place in enumerate(own)
+    ]
+    rows, found = np.array(pairs).T
+    return _components(rows, found, len(keys) + len(numbers))[: len(keys)]
+
+
+def _components(ones: npt.NDArray[np.integer], others: npt.NDArray[np.integer], number: int) -> list[int]:
+    pairs = csr_array((np.ones(len(ones)), (ones, others)), shape=(number, number))
     _, groups = connected_components(pairs, directed=False)
     return [int(group) for group in groups]
 

@@ -10,9 +10,20 @@ from datasets import Dataset, DatasetDict
 
 from lightning_drm.data.quickstart.splits import split_by_content
 from lightning_drm.kinds import Classification, Kind
-from lightning_drm.pretrained import QUICKSTART_PACKAGES, package_folder
+from lightning_drm.pretrained import QUICKSTART_PACKAGES, STUDY_PACKAGES, package_folder
 
-TextSource = Literal["news_topic", "word_valence", "emoji_language", "part_of_speech", "word_rating", "emoji_languages"]
+TextSource = Literal[
+    "news_topic",
+    "word_valence",
+    "emoji_language",
+    "part_of_speech",
+    "word_rating",
+    "emoji_languages",
+    "subjectivity",
+    "proper_noun",
+    "surname_language",
+    "verse_genre",
+]
 WordsSource = Literal["capital_letters"]
 
 LABEL = "label"
@@ -48,7 +59,7 @@ def load_source(source: str, seed: int) -> DatasetDict:
     """
     module = import_module(f"{__package__}.{source}")
     package_folder(module.PACKAGE)  # raises if it is not installed
-    expected, installed = QUICKSTART_PACKAGES[module.PACKAGE], version(module.PACKAGE)
+    expected, installed = (QUICKSTART_PACKAGES | STUDY_PACKAGES)[module.PACKAGE], version(module.PACKAGE)
     if installed != expected:
         raise ValueError(
             f"The rows of {source!r} are those of {module.PACKAGE} {expected}, but version {installed} is "

@@ -18,7 +18,9 @@ class QuickstartTask(TextTask):
         source: `news_topic` (the topic of a BBC article), `word_valence` (whether people find a word positive or
             negative), `emoji_language` (the language of an emoji's name), `part_of_speech` (whether a word is a noun,
             an adjective, a verb or an adverb), `word_rating` (how positive or negative people find a word, from -4 to
-            4) or `emoji_languages` (every language in which this is an emoji's name).
+            4) or `emoji_languages` (every language in which this is an emoji's name); with the extra `study` also
+            `subjectivity` (whether a word's sense is a matter of opinion), `proper_noun` (whether a word is a name),
+            `surname_language` (the language of a surname) or `verse_genre` (the kind of book of a Bible verse).
         pretrained: whose tokenizer to use, in the notation of `resolve_pretrained`.
         metric: what is measured, as for `DatasetTask`; what the kind of task usually has if left out.
         score: which of the results is the task's score; the first one if left out.
