@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Self
 
+from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_drm.data import MultiTaskDataModule, SampledData, require_validation_sets
+from lightning_drm.data import MultiTaskDataModule, SampledData
 from lightning_drm.deltas import TaskVector, load_tensors
 from lightning_drm.evaluation import Candidates, Deltas, Score, Split
 from lightning_drm.fusion import Decompositions, Recipe, free_bytes
@@ -28,18 +29,12 @@ class RunCandidates(Candidates):
         run: The run.
         split: Which samples measure a candidate.
         num_samples: How many of each task's, always the same ones, classes in proportion; all if left out.
-
-    Raises:
-        ValueError: If a task has no samples of the split.
     """
 
     def __init__(self, run: Run, split: Split = "validation", num_samples: int | None = None) -> None:
         self._run = run
         self.split = split
-        if split == "validation":
-            require_validation_sets(run.data)
         self._data = run.data if num_samples is None else SampledData(run.data.tasks, num_samples)
-        self._module = run.modules.make_known().to(run.trainer.strategy.root_device)
         self._unit: tuple[Recipe, Deltas] | None = None
         self._decompositions = Decompositions()
 
@@ -136,6 +131,11 @@ class RunCandidates(Candidates):
     @override
     def data(self, tasks: Sequence[str]) -> MultiTaskDataModule:
         return self._data if list(tasks) == self.tasks else self._data.of_tasks(tasks)
+
+    @cached_property
+    def _module(self) -> LightningModule:
+        """An untrained module. Made when it is needed: it may take the data to know how many classes there are."""
+        return self._run.modules.make_known().to(self._run.trainer.strategy.root_device)
 
     def _score_of_base(self, task: str) -> Score | None:
         file = self._run.folder.base_head(task)

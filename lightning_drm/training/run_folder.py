@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def analysis(self) -> Path:
+        """Folder of what analyses found."""
+        return self.path / "analysis"
+
+    @property
     def merge_record(self) -> dict[str, Any] | None:
         """How ``merged/`` was made: method, base and deltas; ``None`` if that was not noted, or nothing is merged.
 

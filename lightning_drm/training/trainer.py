@@ -22,10 +22,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from typing_extensions import override
 
-from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.evaluation import Split
+from lightning_drm.analysis import Analysis, chosen_analyses
+from lightning_drm.data import MultiTaskDataModule, require_validation_sets
+from lightning_drm.evaluation import Split, StoredFinding
 from lightning_drm.modules import MultiTaskModule, unmeasurable
 from lightning_drm.storage import writing
+from lightning_drm.training.analyses import run_analyses
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.candidates import RunCandidates
 from lightning_drm.training.chosen_weights import settings_of
@@ -210,6 +212,41 @@ class MergeTrainer(Trainer):
         with run.interruptible, _locked(run.folder, run.session.tasks):
             return self._on_all_ranks(run.session, measure_again)
 
+    def analyze(
+        self,
+        model: LightningModule,
+        datamodule: MultiTaskDataModule,
+        *,
+        only: str | list[str] | None = None,
+        analyses: list[Analysis] | None = None,
+        split: Split = "validation",
+    ) -> list[StoredFinding]:
+        """Studies the stored deltas: the paper's tables and figures, each with what it says in one sentence.
+
+        Args:
+            model: Template of a task's module, as for ``fit``.
+            datamodule: The tasks.
+            only: Run this analysis, or these; all if left out.
+            analyses: Analyses with options of their own, as ``class_path`` and ``init_args``. Each takes the place of
+                the one with its default options; one of your own is added.
+            split: Which samples measure a model, for analyses that need scores.
+
+        Returns:
+            What was found, as it is stored in ``analysis/`` of the run folder.
+
+        Raises:
+            ValueError: If tasks are not finetuned yet, or an analysis is unknown, does not fit or failed.
+            ExceptionGroup: If an analysis failed by a bug, with its traceback.
+        """
+        chosen = chosen_analyses(only, analyses or [])
+        return self._study(
+            model,
+            datamodule,
+            lambda run, candidates: run_analyses(run, candidates, chosen),
+            split=split,
+            measured=any(analysis.needs_scores for analysis in chosen),
+        )
+
     def _study(
         self,
         model: LightningModule,
@@ -218,6 +255,7 @@ class MergeTrainer(Trainer):
         *,
         split: Split = "validation",
         num_samples: int | None = None,
+        measured: bool = True,
     ) -> T:
         """Studies merges of the finetuned tasks, on one process."""
         if self.world_size > 1:
@@ -227,6 +265,8 @@ class MergeTrainer(Trainer):
             )
         run = self._run_of(model, datamodule)
         require_done(run.folder, run.session)
+        if measured and split == "validation":
+            require_validation_sets(datamodule)
 
         def studied() -> T:
             run.session.restore(run.session.tasks)
