@@ -42,6 +42,14 @@ class Candidates(ABC):
 
     @property
     @abstractmethod
+    def snapshots(self) -> dict[int, dict[str, TaskVector]]:
+        """By number of steps, in order, and by task: the task vectors of before their training ended.
+
+        Only the steps of which all tasks have one.
+        """
+
+    @property
+    @abstractmethod
     def individual(self) -> dict[str, Score]:
         """By task, the score of its own finetune; measured once."""
 

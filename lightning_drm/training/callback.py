@@ -249,7 +249,8 @@ class DRMMergeCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._fit is not None and self._taking is not None, "setup comes before"
+        assert self._fit is not None, "setup comes before"
+        assert self._taking is not None, "setup comes before"
         self._taking.on_train_end(trainer, pl_module)
         with whole_weights(trainer.strategy):
             self._fit.collect(trainer, pl_module)

@@ -1,7 +1,7 @@
-"""Snapshots: what a task's training has added to the base after some of its steps, for looking at merges over training.
+"""Snapshots: what a task's training has added to the base after some of its steps, to look at merges over training.
 
-Each is a folder of the run folder, of the same files as the task's own: ``tasks/<task>/snapshots/<step>/``. It holds the
-weights of its own step, also where a fit is merged by its best checkpoint.
+Each is a folder with the same files as the task's own, ``tasks/<task>/snapshots/<step>/``. It holds the weights of its
+own step, also where a fit is merged by its best checkpoint.
 
 Snapshots change nothing in a fit: weights are read, random numbers are left alone, and all ranks wait for the one that
 writes. A fit that goes on from a checkpoint keeps those that it has passed, and takes the later ones again.

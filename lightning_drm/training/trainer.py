@@ -42,6 +42,8 @@ from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.settings import finetune_settings
+from lightning_drm.training.snapshot_merges import merge_snapshots, require_measurable
+from lightning_drm.training.snapshots import TakeSnapshots
 from lightning_drm.training.strategies import refuse_strategy
 from lightning_drm.training.task_fit import TaskFit
 from lightning_drm.training.task_modules import TaskModules
@@ -119,6 +121,8 @@ class MergeTrainer(Trainer):
         if problem := unmeasurable(model):
             raise ValueError(problem)
         run = self._run_of(model, datamodule)
+        if run.snapshots.merge:
+            require_measurable(run)
         session, folder = run.session, run.folder
         tasks = _chosen(session.tasks, only)
         settings = {task: self._settings(run, task) for task in tasks}
@@ -141,6 +145,8 @@ class MergeTrainer(Trainer):
             failures.report(tasks)
             if only is None:
                 run.interruptible.unfinished = "all tasks are finetuned, but the merge was"
+                if run.snapshots.merge:
+                    merge_snapshots(run)
                 run.merge_and_report()
 
         with run.interruptible, _locked(folder, tasks):
@@ -307,9 +313,9 @@ class MergeTrainer(Trainer):
         run.interruptible.check()
         if checkpoint is not None:
             run.say(f"{task}: going on from {checkpoint}")
-        trainer = fit.trainer(
-            [CollectTask(run.session, task, settings, run.weights), *self._progress_bar(f"{task} · finetune")],
-        )
+        collect = CollectTask(run.session, task, settings, run.weights)
+        snapshots = TakeSnapshots(run.session, task, run.snapshots, settings)
+        trainer = fit.trainer([collect, snapshots, *self._progress_bar(f"{task} · finetune")])
         requeued = fit.requeued()
         try:
             with writing(run.folder.task(task)):  # its logs among other things
@@ -355,6 +361,7 @@ class MergeTrainer(Trainer):
             scoring,
             Interruptible("the run was"),
             found[0].weights,
+            found[0].snapshots,
             self._console,
         )
 
