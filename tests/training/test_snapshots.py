@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.on_cpu import FSDPOnCPU
 from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import FSDPStrategy
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Validated(Vectors):
 
 def fit(
     run: Path, *, lora: bool = False, snapshots: tuple[int, ...] = (), every: int | None = None, **arguments: object
-):
+) -> None:
     """One task, with the callback alone."""
     merge = DRMMergeCallback(["a"], dirpath=run, snapshots=snapshots, snapshot_every_n_epochs=every)
     seed_everything(3, verbose=False)
@@ -53,13 +53,11 @@ def fit(
     callbacks = [merge.for_task("a"), *arguments.pop("callbacks", [])]
     trainer = quiet_trainer(callbacks=callbacks, **{"max_epochs": 3, **arguments})
     trainer.fit(module, Vectors(1), ckpt_path=resume)
-    return module
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {
-        f"{name}:{k}": t for name in ("deltas", "head") for k, t in load_file(folder / f"{name}.safetensors").items()
-    }
+    files = {name: load_file(folder / f"{name}.safetensors") for name in ("deltas", "head")}
+    return {f"{file}:{name}": tensor for file, content in files.items() for name, tensor in content.items()}
 
 
 def same(ours: Path, theirs: Path) -> bool:
@@ -135,9 +133,9 @@ def two_tasks(kind: type[Vectors] = Validated) -> MultiTaskDataModule:
 
 
 def test_merged_snapshots_are_logged_at_their_step(tmp_path: Path):
-    trainer = merge_trainer(tmp_path / "run", tmp_path, snapshots=[2, 5], merge_at_snapshots=True)
+    trainer = merge_trainer(tmp_path / "run", tmp_path / "logs", snapshots=[2, 5], merge_at_snapshots=True)
     trainer.fit(VectorTask(), datamodule=two_tasks(), base_batches=0)
-    rows = [row for row in csv.DictReader((tmp_path / "run/metrics.csv").open()) if row["merge/snapshot/average"]]
+    rows = [row for row in csv.DictReader((tmp_path / "logs/run/metrics.csv").open()) if row["merge/snapshot/average"]]
     assert [int(row["step"]) for row in rows] == [2, 5]
     for row, step in zip(rows, (2, 5), strict=True):
         expected = merged_accuracies(tmp_path / "run", step)
@@ -207,10 +205,8 @@ def test_fits_that_cannot_have_them_are_refused_before_they_begin(tmp_path: Path
 def test_fsdp1_is_refused(tmp_path: Path):
     merge = DRMMergeCallback(["a"], dirpath=tmp_path)
     taking = TakeSnapshots(merge.session, "a", SnapshotPlan([2]))
-    trainer = quiet_trainer()
-    trainer.strategy.__class__ = FSDPStrategy
-    with pytest.raises(ValueError, match="FSDPStrategy puts the weights together only when training ends"):
-        taking.setup(trainer, VectorTask(), "fit")
+    with pytest.raises(ValueError, match="FSDPOnCPU puts the weights together only when training ends"):
+        taking.setup(quiet_trainer(strategy=FSDPOnCPU()), VectorTask(), "fit")
 
 
 def test_steps_that_a_fit_did_not_reach_are_named(tmp_path: Path):
