@@ -32,6 +32,14 @@ class Analysis(ABC):
         """
         return []
 
+    def unavailable(self, candidates: Candidates) -> str | None:
+        """Why these tasks cannot be studied so, whatever the options; ``None`` if they can.
+
+        Args:
+            candidates: The task vectors.
+        """
+        return None
+
     @abstractmethod
     def run(self, candidates: Candidates, on_step: OnStep) -> Sequence[Finding]:
         """Studies some tasks.

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from lightning_drm.analysis.ablation import Ablation
 from lightning_drm.analysis.analysis import Analysis
+from lightning_drm.analysis.trajectory import Trajectory
 
-STANDARD: tuple[type[Analysis], ...] = ()
+STANDARD: tuple[type[Analysis], ...] = (Ablation, Trajectory)
 """The analyses that are run if none are named, in this order."""
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.deltas import TaskVector
 from lightning_drm.evaluation.measure import Split
+from lightning_drm.evaluation.predictions import Predictions
 from lightning_drm.evaluation.score import Score
 from lightning_drm.fusion import Recipe
 from lightning_drm.modules import MultiTaskModule
@@ -128,6 +129,16 @@ class Candidates(ABC):
             heads: As for `model`.
             own_statistics: As for `model`.
             intervals: Whether scores get their intervals, which take longer.
+        """
+
+    @abstractmethod
+    def predictions(self, deltas: Deltas, task: str, *, own_statistics: bool = False) -> Predictions | None:
+        """What a model says of each sample of a task; ``None`` where that is not one class per sample.
+
+        Args:
+            deltas: As for `model`.
+            task: The task's name.
+            own_statistics: As for `model`.
         """
 
     @abstractmethod

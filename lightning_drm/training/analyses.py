@@ -24,6 +24,12 @@ def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis])
         ValueError: If options do not fit the tasks, before anything is run; or if an analysis failed, at the end.
         ExceptionGroup: If one failed by a bug, with its traceback.
     """
+    left_out = {analysis.name: why for analysis in analyses if (why := analysis.unavailable(candidates)) is not None}
+    if len(left_out) == len(analyses):
+        raise ValueError("\n".join(f"{name} cannot be run: {why}." for name, why in left_out.items()))
+    for name, why in left_out.items():
+        run.say(f"{name} is left out: {why}.")
+    analyses = [analysis for analysis in analyses if analysis.name not in left_out]
     problems = [f"{analysis.name}: {problem}" for analysis in analyses for problem in analysis.problems(candidates)]
     if problems:
         raise ValueError("\n".join(problems))

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightning_drm.data import MultiTaskDataModule, SampledData
 from lightning_drm.deltas import TaskVector, load_tensors
-from lightning_drm.evaluation import Candidates, Deltas, Score, Split
+from lightning_drm.evaluation import Candidates, Deltas, Predictions, RecordPredictions, Score, Split
 from lightning_drm.fusion import Decompositions, Recipe, free_bytes
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.modules import MultiTaskModule
@@ -134,6 +134,14 @@ class RunCandidates(Candidates):
         found = self._run.scoring.measure(model, data, label, split=self.split, intervals=intervals)
         self._run.interruptible.check()
         return found
+
+    @override
+    def predictions(self, deltas: Deltas, task: str, *, own_statistics: bool = False) -> Predictions | None:
+        model, recorder = self.model(deltas, [task], own_statistics=own_statistics), RecordPredictions(task)
+        scoring, data = self._run.scoring, self.data([task])
+        scoring.measure(model, data, None, split=self.split, intervals=False, callbacks=[recorder])
+        self._run.interruptible.check()
+        return recorder.predictions
 
     @override
     def data(self, tasks: Sequence[str]) -> MultiTaskDataModule:

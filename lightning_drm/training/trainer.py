@@ -226,6 +226,7 @@ class MergeTrainer(Trainer):
         only: str | list[str] | None = None,
         analyses: list[Analysis] | None = None,
         split: Split = "validation",
+        num_samples: int | None = None,
     ) -> list[StoredFinding]:
         """Studies the stored deltas: the paper's tables and figures, each with what it says in one sentence.
 
@@ -236,6 +237,8 @@ class MergeTrainer(Trainer):
             analyses: Analyses with options of their own, as ``class_path`` and ``init_args``. Each takes the place of
                 the one with its default options; one of your own is added.
             split: Which samples measure a model, for analyses that need scores.
+            num_samples: How many validation samples of each task measure a model, always the same ones, classes in
+                proportion; all if left out.
 
         Returns:
             What was found, as it is stored in ``analysis/`` of the run folder.
@@ -250,6 +253,7 @@ class MergeTrainer(Trainer):
             datamodule,
             lambda run, candidates: run_analyses(run, candidates, chosen),
             split=split,
+            num_samples=num_samples,
             measured=any(analysis.needs_scores for analysis in chosen),
         )
 
