@@ -4,9 +4,12 @@ from collections.abc import Sequence
 
 from lightning_drm.analysis.ablation import Ablation
 from lightning_drm.analysis.analysis import Analysis
+from lightning_drm.analysis.conflicts import Conflicts
+from lightning_drm.analysis.layers import Layers
+from lightning_drm.analysis.tasks import Tasks
 from lightning_drm.analysis.trajectory import Trajectory
 
-STANDARD: tuple[type[Analysis], ...] = (Ablation, Trajectory)
+STANDARD: tuple[type[Analysis], ...] = (Ablation, Tasks, Conflicts, Layers, Trajectory)
 """The analyses that are run if none are named, in this order."""
 
 

@@ -99,9 +99,12 @@ def line(axes: Axes, index: int, places: Sequence[float], values: Sequence[Point
         label: Its name.
     """
     style = style_of(index)
-    axes.plot(places, [value for value, _ in values], linewidth=1.2, markersize=4, label=label, **style)  # type: ignore[arg-type]
+    color, marker = style["color"], style["marker"]
+    axes.plot(
+        places, [value for value, _ in values], color=color, marker=marker, linewidth=1.2, markersize=4, label=label
+    )
     edges = [interval or (value, value) for value, interval in values]
-    axes.fill_between(places, [low for low, _ in edges], [high for _, high in edges], alpha=0.15, color=style["color"])
+    axes.fill_between(places, [low for low, _ in edges], [high for _, high in edges], alpha=0.15, color=color)
 
 
 def heat_map(
