@@ -185,11 +185,10 @@ def _figure(found: Found, method: DRM, title: str) -> Figure:
         direction: [found[name, direction, method.rank_drop].point for name in switches] for direction in directions
     }
     bars(left, switches, series, what)
-    left.legend(loc="outside lower left", fontsize=8, frameon=False)
     for number, direction in enumerate(directions):
         curve = _curve(found, direction)
         line(right, number, list(curve), [value.point for value in curve.values()], direction)
     right.set_xlabel("share of the joint basis' directions that is dropped")
     percent(right, what)
-    right.legend(fontsize=8, frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure

@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_drm.analysis.analysis import Analysis, OnStep
 from lightning_drm.analysis.blocks import OUTSIDE, block_of, in_depth, short_names
 from lightning_drm.analysis.summary import comparison
+from lightning_drm.deltas import Kind
 from lightning_drm.evaluation import Candidates, Deltas, Finding
 from lightning_drm.evaluation.figures import heat_map, new_figure
 from lightning_drm.fusion import method_title
@@ -48,7 +49,7 @@ class Layers(Analysis):
         whole = comparison(candidates, candidates.scores(merged, intervals=False))
         if not whole.compared:
             raise ValueError("No task has a finetune with a score above 0, by which merged ones could be divided.")
-        blocks = grouped(candidates)
+        blocks = grouped({n: kind for vector in candidates.vectors.values() for n, kind in vector.kinds.items()})
         jobs = [(task, block, what) for task in whole.compared for block in blocks for what in (OWN, BASE)]
         table = []
         for number, (task, block, what) in enumerate(jobs, 1):
@@ -73,13 +74,16 @@ class Layers(Analysis):
         return [Finding(self.name, title, _sentence(found), found, _figure(found, title))]
 
 
-def grouped(candidates: Candidates) -> dict[str, list[str]]:
-    """The parameters that any task has trained, by block in the order of depth.
+def grouped(kinds: Mapping[str, Kind]) -> dict[str, list[str]]:
+    """Parameters by block, in the order of depth; first what is in no block.
 
     Args:
-        candidates: The task vectors.
+        kinds: By name, what each parameter is to its layer.
+
+    Example:
+        >>> grouped({"layer.1.weight": "matrix", "words.weight": "embedding", "norm.bias": "other"})
+        {'embeddings': ['words.weight'], 'outside blocks': ['norm.bias'], 'block layer.1': ['layer.1.weight']}
     """
-    kinds = {name: kind for vector in candidates.vectors.values() for name, kind in vector.kinds.items()}
     found: dict[str, list[str]] = {}
     for name, kind in kinds.items():
         block = block_of(name)
@@ -113,10 +117,10 @@ def _sentence(found: pd.DataFrame) -> str:
     most, least = own.loc[own[CHANGE].idxmax()], base.loc[base[CHANGE].idxmin()]
     by_block = own.groupby("block", sort=False)[CHANGE].mean()
     return (
-        f"The merge costs {most['task']} most in {most['block']}: with its own delta there its normalized score changes by "
-        f"{most[CHANGE]:+.1f} points. On average over tasks, {by_block.idxmax()} costs most ({by_block.max():+.1f} points "
-        f"with a task's own delta). Without the merged delta of {least['block']}, {least['task']} changes by "
-        f"{least[CHANGE]:+.1f} points, the largest loss."
+        f"The merge costs {most['task']} most in {most['block']}: with its own delta there, its normalized score "
+        f"changes by {most[CHANGE]:+.1f} points. On average over tasks, {by_block.idxmax()} costs most: {by_block.max():+.1f} "
+        f"points with a task's own delta. The base's weights cost most in {least['block']}: {least['task']} changes by "
+        f"{least[CHANGE]:+.1f} points."
     )
 
 
