@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from lightning_drm.analysis.analysis import Analysis
+from lightning_drm.analysis.pruning_profile import PruningProfile
+from lightning_drm.analysis.sign_agreement import SignAgreement
 
-STANDARD: tuple[type[Analysis], ...] = ()
+STANDARD: tuple[type[Analysis], ...] = (PruningProfile, SignAgreement)
 """The analyses that are run if none are named, in this order."""
 
 
