@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from typing_extensions import override
 
 from lightning_drm.analysis.analysis import Analysis, OnStep
+from lightning_drm.analysis.matrices import drm_of
 from lightning_drm.analysis.summary import Summary, comparison, points, rows, summary
 from lightning_drm.evaluation import Candidates, Finding
 from lightning_drm.evaluation.figures import Point, bars, line, new_figure, percent
@@ -132,11 +133,6 @@ class Ablation(Analysis):
             switched.append(Variation(f"{other} pruning", _with(full, "prune", other)))
         dropped = [k for k in (0.0, *self.rank_drops) if k != full.rank_drop]
         return [Variation(FULL, full), *switched, *(Variation(FULL, _with(full, "rank_drop", k)) for k in dropped)]
-
-
-def drm_of(recipe: Recipe) -> DRM:
-    """DRM."""
-    return recipe.method if isinstance(recipe.method, DRM) else DRM()
 
 
 def _with(method: DRM, name: str, value: object) -> DRM:

@@ -6,10 +6,20 @@ from lightning_drm.analysis.ablation import Ablation
 from lightning_drm.analysis.analysis import Analysis
 from lightning_drm.analysis.conflicts import Conflicts
 from lightning_drm.analysis.layers import Layers
+from lightning_drm.analysis.pruning_profile import PruningProfile
+from lightning_drm.analysis.sign_agreement import SignAgreement
 from lightning_drm.analysis.tasks import Tasks
 from lightning_drm.analysis.trajectory import Trajectory
 
-STANDARD: tuple[type[Analysis], ...] = (Ablation, Tasks, Conflicts, Layers, Trajectory)
+STANDARD: tuple[type[Analysis], ...] = (
+    PruningProfile,
+    SignAgreement,
+    Ablation,
+    Tasks,
+    Conflicts,
+    Layers,
+    Trajectory,
+)
 """The analyses that are run if none are named, in this order."""
 
 

@@ -82,7 +82,7 @@ def grouped(kinds: Mapping[str, Kind]) -> dict[str, list[str]]:
 
     Example:
         >>> grouped({"layer.1.weight": "matrix", "words.weight": "embedding", "norm.bias": "other"})
-        {'embeddings': ['words.weight'], 'outside blocks': ['norm.bias'], 'block layer.1': ['layer.1.weight']}
+        {'embeddings': ['words.weight'], 'outside blocks': ['norm.bias'], 'block 1': ['layer.1.weight']}
     """
     found: dict[str, list[str]] = {}
     for name, kind in kinds.items():
@@ -118,8 +118,8 @@ def _sentence(found: pd.DataFrame) -> str:
     by_block = own.groupby("block", sort=False)[CHANGE].mean()
     return (
         f"The merge costs {most['task']} most in {most['block']}: with its own delta there, its normalized score "
-        f"changes by {most[CHANGE]:+.1f} points. On average over tasks, {by_block.idxmax()} costs most: {by_block.max():+.1f} "
-        f"points with a task's own delta. The base's weights cost most in {least['block']}: {least['task']} changes by "
+        f"changes by {most[CHANGE]:+.1f} points. On average over tasks, {by_block.idxmax()} costs most, "
+        f"{by_block.max():+.1f} points. The base's weights cost most in {least['block']}: {least['task']} changes by "
         f"{least[CHANGE]:+.1f} points."
     )
 

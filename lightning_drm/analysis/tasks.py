@@ -173,8 +173,9 @@ class Tasks(Analysis):
         own = candidates.recipe.method
         if self.baselines is not None:
             return [own, *self.baselines]
-        classes = [getattr(merging, name) for name in merging.__all__]
-        found = [known() for known in classes if issubclass(known, Method) and known not in (Method, type(own))]
+        exported = [getattr(merging, name) for name in merging.__all__]
+        classes = [known for known in exported if isinstance(known, type) and issubclass(known, Method)]
+        found = [known() for known in classes if known not in (Method, type(own))]
         return [own, *found]
 
     def _subsets(self, tasks: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -50,16 +50,22 @@ class Trajectory(Analysis):
     def unavailable(self, candidates: Candidates) -> str | None:
         if unknown := [task for task, vector in candidates.vectors.items() if vector.num_steps is None]:
             return f"it is not known how many steps {', '.join(unknown)} took"
-        if candidates.snapshots:
-            return None
-        return (
-            "there is no step of which all tasks have a snapshot; finetune with --drm.snapshots '[25, 50]', say, and "
-            "--retrain true"
-        )
+        found = candidates.snapshots
+        if without := [task for task, snapshots in found.items() if not snapshots]:
+            return (
+                f"{', '.join(without)} have no snapshots: finetune them again, with --drm.snapshots '[25, 50]', say, and "
+                f"--retrain true{f' --only {without[0]}' if len(without) < len(found) else ''}"
+            )
+        if not candidates.snapshots_of_all:
+            steps = "; ".join(f"{task} {', '.join(map(str, snapshots))}" for task, snapshots in found.items())
+            return (
+                f"there is no step of which all tasks have a snapshot ({steps}): finetune them again with the same ones"
+            )
+        return None
 
     @override
     def run(self, candidates: Candidates, on_step: OnStep) -> list[Finding]:
-        steps = {**candidates.snapshots, _end(candidates): candidates.vectors}
+        steps = {**candidates.snapshots_of_all, _end(candidates): candidates.vectors}
         found: dict[int, At] = {}
         for number, (step, vectors) in enumerate(steps.items(), 1):
             at_end = step == max(steps)

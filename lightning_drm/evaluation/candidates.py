@@ -43,11 +43,15 @@ class Candidates(ABC):
 
     @property
     @abstractmethod
-    def snapshots(self) -> dict[int, dict[str, TaskVector]]:
-        """By number of steps, in order, and by task: the task vectors of before their training ended.
+    def snapshots(self) -> dict[str, dict[int, TaskVector]]:
+        """By task, and by number of steps in order: its task vectors of before its training ended."""
 
-        Only the steps of which all tasks have one.
-        """
+    @property
+    def snapshots_of_all(self) -> dict[int, dict[str, TaskVector]]:
+        """By number of steps, in order, and by task: the snapshots of steps of which all tasks have one."""
+        found = self.snapshots
+        steps = set.intersection(*(set(snapshots) for snapshots in found.values()))
+        return {step: {task: found[task][step] for task in self.tasks} for step in sorted(steps)}
 
     @property
     @abstractmethod

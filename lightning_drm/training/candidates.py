@@ -61,12 +61,10 @@ class RunCandidates(Candidates):
     def vectors(self) -> dict[str, TaskVector]:
         return self._run.session.task_vectors
 
-    @property
+    @cached_property
     @override
-    def snapshots(self) -> dict[int, dict[str, TaskVector]]:
-        found = {task: self._run.folder.snapshots(task) for task in self.tasks}
-        steps = set.intersection(*(set(snapshots) for snapshots in found.values()))
-        return {step: {task: found[task][step] for task in self.tasks} for step in sorted(steps)}
+    def snapshots(self) -> dict[str, dict[int, TaskVector]]:
+        return {task: self._run.folder.snapshots(task) for task in self.tasks}
 
     @cached_property
     @override

@@ -38,9 +38,10 @@ def merge_snapshots(run: Run) -> None:
         run: The run, with all tasks finetuned.
     """
     with RunCandidates(run, "validation") as candidates:
-        if not candidates.snapshots:
+        steps = candidates.snapshots_of_all
+        if not steps:
             run.say("merge_at_snapshots: there is no step of which all tasks have a snapshot, so nothing is merged.")
-        for step, vectors in candidates.snapshots.items():
+        for step, vectors in steps.items():
             heads = {task: vector.head for task, vector in vectors.items()}
             merged = candidates.merged(candidates.recipe, vectors)
             scores = candidates.scores(merged, heads=heads, label=f"step {step} · merged", intervals=False)
