@@ -96,8 +96,9 @@ class Conflicts(Analysis):
         method = method_title(candidates.recipe.method)
         title = f"Conflicts of {task} in the merge of {len(candidates.tasks)} tasks ({method})"
         before, after = tables
-        with_classes = before is not None and after is not None
-        sentence = _sentence(task, found) + ("" if with_classes else f" {task} has no classes, so no confusion matrix.")
+        sentence = _sentence(task, found)
+        if before is None or after is None:
+            sentence += f" {task} has no classes, so there is no confusion matrix."
         findings = [Finding(self.name, title, sentence, _table(found), _figure(task, found, title))]
         if before is not None and after is not None:
             title = f"Confusions of {task} before and after the merge of {len(candidates.tasks)} tasks ({method})"

@@ -48,18 +48,19 @@ class Trajectory(Analysis):
 
     @override
     def unavailable(self, candidates: Candidates) -> str | None:
-        if unknown := [task for task, vector in candidates.vectors.items() if vector.num_steps is None]:
-            return f"it is not known how many steps {', '.join(unknown)} took"
         found = candidates.snapshots
         if without := [task for task, snapshots in found.items() if not snapshots]:
+            only = "" if len(without) == len(found) else f" --only '[{', '.join(without)}]'"
             return (
-                f"{', '.join(without)} have no snapshots: finetune them again, with --drm.snapshots '[25, 50]', say, and "
-                f"--retrain true{f' --only {without[0]}' if len(without) < len(found) else ''}"
+                f"{', '.join(without)} have no snapshots: finetune them again, with --drm.snapshots '[25, 50]', say, "
+                f"and --retrain true{only}"
             )
+        if unknown := [task for task, vector in candidates.vectors.items() if vector.num_steps is None]:
+            return f"it is not known how many steps {', '.join(unknown)} took"
         if not candidates.snapshots_of_all:
             steps = "; ".join(f"{task} {', '.join(map(str, snapshots))}" for task, snapshots in found.items())
             return (
-                f"there is no step of which all tasks have a snapshot ({steps}): finetune them again with the same ones"
+                f"there is no step of which all tasks have a snapshot ({steps}): finetune them again at the same steps"
             )
         return None
 
