@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from lightning_drm.analysis.alignment import Alignment
 from lightning_drm.analysis.analysis import Analysis
 from lightning_drm.analysis.pruning_profile import PruningProfile
 from lightning_drm.analysis.sign_agreement import SignAgreement
+from lightning_drm.analysis.spectrum import Spectrum
 
-STANDARD: tuple[type[Analysis], ...] = (PruningProfile, SignAgreement)
+STANDARD: tuple[type[Analysis], ...] = (PruningProfile, SignAgreement, Spectrum, Alignment)
 """The analyses that are run if none are named, in this order."""
 
 

@@ -49,12 +49,19 @@ def percent(axes: Axes, label: str) -> None:
     axes.set_ylabel(f"{label} (%)")
 
 
-def style_of(index: int) -> dict[str, str]:
+def style_of(index: int) -> dict[str, Any]:
     """Color and marker of one of several lines; no two of the first 56 are alike."""
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[(index // len(COLORS) + index) % len(MARKERS)]}
 
 
-def heat_map(axes: Axes, values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str]) -> None:
+def heat_map(
+    axes: Axes,
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    decimals: int = 1,
+) -> None:
     """Draws a table of numbers as colored cells, with the numbers in them.
 
     Args:
@@ -62,6 +69,7 @@ def heat_map(axes: Axes, values: Sequence[Sequence[float]], rows: Sequence[str],
         values: By row, one number for each column; NaN leaves a cell empty.
         rows: The rows' names.
         columns: The columns' names.
+        decimals: How many of a number are shown.
     """
     table = np.asarray(values, dtype=float)
     image = axes.imshow(table, aspect="auto", cmap=matplotlib.colormaps["cividis"])
@@ -70,7 +78,7 @@ def heat_map(axes: Axes, values: Sequence[Sequence[float]], rows: Sequence[str],
     dark = np.asarray(image.norm(table)) < 0.5
     for row, column in np.argwhere(~np.isnan(table)):
         color = "w" if dark[row, column] else "k"
-        axes.text(column, row, f"{table[row, column]:.1f}", ha="center", va="center", fontsize=7, color=color)
+        axes.text(column, row, f"{table[row, column]:.{decimals}f}", ha="center", va="center", fontsize=7, color=color)
 
 
 def write_svg(figure: Figure, path: Path) -> None:
