@@ -4,7 +4,20 @@ To add one, derive from `Analysis` and name the class in a configuration's ``ana
 `choice.STANDARD`.
 """
 
+from lightning_drm.analysis.alignment import Alignment
 from lightning_drm.analysis.analysis import Analysis, OnStep
 from lightning_drm.analysis.choice import STANDARD, chosen_analyses
+from lightning_drm.analysis.pruning_profile import PruningProfile
+from lightning_drm.analysis.sign_agreement import SignAgreement
+from lightning_drm.analysis.spectrum import Spectrum
 
-__all__ = ["STANDARD", "Analysis", "OnStep", "chosen_analyses"]
+__all__ = [
+    "STANDARD",
+    "Alignment",
+    "Analysis",
+    "OnStep",
+    "PruningProfile",
+    "SignAgreement",
+    "Spectrum",
+    "chosen_analyses",
+]

@@ -3,19 +3,23 @@
 from collections.abc import Sequence
 
 from lightning_drm.analysis.ablation import Ablation
+from lightning_drm.analysis.alignment import Alignment
 from lightning_drm.analysis.analysis import Analysis
 from lightning_drm.analysis.conflicts import Conflicts
 from lightning_drm.analysis.layers import Layers
 from lightning_drm.analysis.pruning_profile import PruningProfile
 from lightning_drm.analysis.sign_agreement import SignAgreement
+from lightning_drm.analysis.spectrum import Spectrum
 from lightning_drm.analysis.tasks import Tasks
 from lightning_drm.analysis.trajectory import Trajectory
 
 STANDARD: tuple[type[Analysis], ...] = (
-    PruningProfile,
-    SignAgreement,
     Ablation,
     Tasks,
+    PruningProfile,
+    SignAgreement,
+    Spectrum,
+    Alignment,
     Conflicts,
     Layers,
     Trajectory,

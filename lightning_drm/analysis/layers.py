@@ -112,16 +112,23 @@ def exchanged(merged: Deltas, own: Deltas, names: Sequence[str]) -> dict[str, Te
 
 
 def _sentence(found: pd.DataFrame) -> str:
-    own = found[found["in place of the merged delta"] == OWN]
-    base = found[found["in place of the merged delta"] == BASE]
+    own, base = (found[found["in place of the merged delta"] == what] for what in (OWN, BASE))
     most, least = own.loc[own[CHANGE].idxmax()], base.loc[base[CHANGE].idxmin()]
     by_block = own.groupby("block", sort=False)[CHANGE].mean()
-    return (
-        f"The merge costs {most['task']} most in {most['block']}: with its own delta there, its normalized score "
-        f"changes by {most[CHANGE]:+.1f} points. On average over tasks, {by_block.idxmax()} costs most, "
-        f"{by_block.max():+.1f} points. The base's weights cost most in {least['block']}: {least['task']} changes by "
-        f"{least[CHANGE]:+.1f} points."
-    )
+    costs = "The merge costs no task anything in any single block."
+    if most[CHANGE] > 0:
+        costs = (
+            f"The merge costs {most['task']} most in {most['block']}: with its own delta there, its normalized score "
+            f"changes by {most[CHANGE]:+.1f} points. On average over tasks, {by_block.idxmax()} costs most, "
+            f"{by_block.max():+.1f} points."
+        )
+    worse = "No task owes anything to the merged delta of any single block."
+    if least[CHANGE] < 0:
+        worse = (
+            f"{least['task']} owes most to the merged delta of {least['block']}: with the base's weights there, its "
+            f"normalized score changes by {least[CHANGE]:+.1f} points."
+        )
+    return f"{costs} {worse}"
 
 
 def _figure(found: pd.DataFrame, title: str) -> Figure:

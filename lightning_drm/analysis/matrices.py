@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor
 
 from lightning_drm.analysis.blocks import in_depth
 from lightning_drm.deltas import TaskVector
+from lightning_drm.evaluation import Deltas
 from lightning_drm.fusion import Recipe
 from lightning_drm.fusion.parameter import experts
 from lightning_drm.fusion.task_deltas import TaskDeltas
@@ -66,6 +68,22 @@ class Matrices:
         if not self.names:
             return [f"no matrix that is merged matches {self._pattern!r}; there are {', '.join(self._all[:3])} …"]
         return []
+
+
+def matrix_of(deltas: Deltas, name: str) -> Tensor:
+    """One of the matrices that `Matrices` names, from dense deltas by parameter name.
+
+    Args:
+        deltas: The deltas.
+        name: The matrix' name: ``weight``, or ``weight[2]`` for an expert's.
+
+    Example:
+        >>> matrix_of({"up": torch.tensor([[[1.0]], [[2.0]]])}, "up[1]")
+        tensor([[2.]])
+    """
+    parameter, _, index = name.partition("[")
+    delta = deltas[parameter]
+    return delta[int(index.removesuffix("]"))] if index else delta.flatten(1)
 
 
 def drm_of(recipe: Recipe) -> DRM:

@@ -72,8 +72,11 @@ def count_votes(tasks: Sequence[Tensor]) -> Votes:
                [0, 1, 0],
                [0, 1, 1]])
     """
-    stack, size = torch.stack(list(tasks)), len(tasks) + 1
-    positive, negative = (stack > 0).sum(dim=0), (stack < 0).sum(dim=0)
+    size = len(tasks) + 1
+    positive, negative = (torch.zeros(tasks[0].shape, dtype=torch.int32) for _ in range(2))
+    for task in tasks:
+        positive += task > 0
+        negative += task < 0
     codes = (positive + negative) * size + torch.maximum(positive, negative)
     return torch.bincount(codes.flatten(), minlength=size**2).reshape(size, size).numpy()
 
@@ -95,7 +98,7 @@ def agreement(votes: Votes, fewest: int = 1) -> float:
         >>> round(agreement(votes), 4), agreement(votes, fewest=2)
         (0.8333, 0.75)
     """
-    entries, majority = np.indices(votes.shape)
+    entries, majority = _axes(votes)
     counted = entries >= fewest
     return _mean(majority[counted] / entries[counted], votes[counted])
 
@@ -138,7 +141,7 @@ class SignAgreement(Analysis):
         method = drm_of(candidates.recipe)
         matrices = Matrices(candidates.vectors, candidates.recipe, self.layers)
         total = {form: np.zeros((len(matrices.tasks) + 1,) * 2, dtype=np.int64) for form in FORMS}
-        rows = []
+        rows: list[dict[str, object]] = []
         for done, (name, deltas) in enumerate(matrices, 1):
             votes = {form: count_votes(tasks) for form, tasks in _forms(method, deltas)}
             for form in FORMS:
@@ -184,13 +187,18 @@ def _rows(name: str, votes: Mapping[str, Votes]) -> Iterator[dict[str, object]]:
 
 def _histogram(votes: Votes) -> list[tuple[tuple[float, float], float]]:
     """Share of the positions with an entry by agreement; of the ranges, the last one alone includes its upper end."""
-    entries, majority = np.indices(votes.shape)
+    entries, majority = _axes(votes)
     counted = entries >= 1
     values, weights = majority[counted] / entries[counted], votes[counted]
     inside = (values >= EDGES[0]) & (weights > 0)  # no majority is below one half
-    counts, _ = np.histogram(values[inside] + 1e-9, bins=EDGES, weights=weights[inside])
+    counts, _ = np.histogram((values[inside] + 1e-9).clip(max=1), bins=EDGES, weights=weights[inside])
     shares = counts / max(1, weights.sum())
     return list(zip(pairwise(EDGES.tolist()), shares.tolist(), strict=True))
+
+
+def _axes(votes: Votes) -> tuple[Votes, Votes]:
+    """By place in a table of votes, the number of entries and that of the majority."""
+    return np.arange(len(votes))[:, None] + np.zeros_like(votes), np.arange(len(votes)) + np.zeros_like(votes)
 
 
 def _mean(values: NDArray[np.float64], weights: NDArray[np.int64]) -> float:

@@ -53,7 +53,7 @@ def percent(axes: Axes, label: str) -> None:
     axes.set_ylabel(f"{label} (%)")
 
 
-def style_of(index: int) -> dict[str, str]:
+def style_of(index: int) -> dict[str, Any]:
     """Color and marker of one of several lines; no two of the first 56 are alike."""
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[(index // len(COLORS) + index) % len(MARKERS)]}
 
@@ -115,6 +115,7 @@ def heat_map(
     *,
     texts: Sequence[Sequence[str]] | None = None,
     around_zero: bool = False,
+    decimals: int = 1,
 ) -> None:
     """Draws a table of numbers as colored cells, with the numbers in them.
 
@@ -125,6 +126,7 @@ def heat_map(
         columns: The columns' names.
         texts: What is written in place of the numbers.
         around_zero: Whether numbers above 0 and below it are to be told apart at a glance.
+        decimals: How many of a number are shown.
     """
     table = np.asarray(values, dtype=float)
     if around_zero:
@@ -138,7 +140,7 @@ def heat_map(
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     for row, column in np.argwhere(~np.isnan(table)):
         color = "w" if dark[row, column] else "k"
-        text = f"{table[row, column]:.1f}" if texts is None else texts[row][column]
+        text = f"{table[row, column]:.{decimals}f}" if texts is None else texts[row][column]
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
 
 
