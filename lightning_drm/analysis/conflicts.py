@@ -156,8 +156,15 @@ def _sentence(task: str, found: Others) -> str:
     return (
         f"{task} falls from {found.finetuned} to {found.merged} in the merge of all tasks. {which}: merged with {pair} "
         f"alone it has {found.pairs[pair]}, the lowest of all pairs; without {left} it has {found.without[left]}, the "
-        "highest of all merges that leave one task out."
+        f"highest of all merges that leave one task out.{_uncertainty(found.merged)}"
     )
+
+
+def _uncertainty(score: Score) -> str:
+    if score.interval is None or not score.metric.is_fraction:
+        return ""
+    half = (score.interval[1] - score.interval[0]) / 2
+    return f" Each score is known to ±{100 * half:.1f} points."
 
 
 def _table(found: Others) -> pd.DataFrame:
@@ -182,33 +189,37 @@ def _table(found: Others) -> pd.DataFrame:
 
 
 def _sentence_on_confusions(before: Tensor, after: Tensor, names: Sequence[str]) -> str:
-    """The two classes between which most samples are lost."""
+    """How many samples are right before and after, and the confusion that grows most."""
+    total, right, still = int(before.sum()), int(before.trace()), int(after.trace())
     grown = (after - before).fill_diagonal_(-1)
     true, predicted = divmod(int(grown.argmax()), len(names))
-    total, right = int(before.sum()), (int(before.trace()), int(after.trace()))
-    share = ", ".join(f"{100 * hits / total:.1f} %" for hits in right)
-    more = f"most are lost from {names[true]} to {names[predicted]}" if grown.max() > 0 else "no confusion has grown"
-    numbers = (
-        f" ({int(before[true, predicted])} before, {int(after[true, predicted])} after)" if grown.max() > 0 else ""
+    more = "No confusion has grown."
+    if grown.max() > 0:
+        counts = f"{int(before[true, predicted])} times before, {int(after[true, predicted])} times after"
+        more = f"What grows most: {names[true]} is taken for {names[predicted]}, {counts}."
+    return (
+        f"Of {total} samples, {100 * right / total:.1f} % are put into their own class before the merge and "
+        f"{100 * still / total:.1f} % after it. {more}"
     )
-    return f"Of {total} samples, {share} are in their class before and after the merge; {more}{numbers}."
 
 
 def _figure(task: str, found: Others, title: str) -> Figure:
-    figure, (left, right) = new_figure(10.0, 1.8 + 0.35 * (len(found.pairs) + 2), columns=2)
+    figure, axes = new_figure(10.0, 1.8 + 0.35 * (len(found.pairs) + 2), columns=2)
     figure.suptitle(title, fontsize=9)
-    what = (
-        f"{found.merged.metric.name} of {task}"
-        if found.merged.metric.is_fraction
-        else f"{task}, of its finetune's score"
-    )
-    ends: dict[str, Score] = {"own finetune": found.finetuned, "all tasks merged": found.merged}
-    for plot, label, part in ((left, "merged with one other", found.pairs), (right, "all but one", found.without)):
+    info = found.merged.metric
+    what = f"{info.name} of {task}" if info.is_fraction else f"{task}, of its finetune's score"
+    ends = {"own finetune": found.finetuned, "all tasks merged": found.merged}
+    parts = {
+        f"{task} merged with one other task": {f"with {other}": score for other, score in found.pairs.items()},
+        f"{task} in the merge without one task": {f"without {other}": score for other, score in found.without.items()},
+    }
+    for plot, (heading, part) in zip(axes, parts.items(), strict=True):
         shown = {**ends, **part}
-        bars(plot, list(shown), {label: [_point(found, score) for score in shown.values()]}, what)
-        plot.set_title(
-            f"{task} {'merged with one other task' if plot is left else 'in the merge without one task'}", fontsize=9
-        )
+        bars(plot, list(shown), {task: [_point(found, score) for score in shown.values()]}, what)
+        plot.set_title(heading, fontsize=9)
+    right = max(plot.get_xlim()[1] for plot in axes)
+    for plot in axes:
+        plot.set_xlim(0, right)
     return figure
 
 
@@ -223,7 +234,7 @@ def _figure_of_confusions(counts: Mapping[str, Tensor], names: Sequence[str], ti
     for plot, (model, matrix) in zip(axes, counts.items(), strict=True):
         shares = 100 * matrix / matrix.sum(1, keepdim=True).clamp(min=1)
         texts = None if len(names) <= _FEW else [[""] * len(names)] * len(names)
-        heat_map(plot, shares.tolist(), names, names, texts=texts)
+        heat_map(plot, shares.tolist(), names, names, texts=texts, limits=(0, 100))
         plot.tick_params(axis="x", rotation=90)
         plot.set_title(f"{model}: share of each true class (%)", fontsize=8)
         plot.set_xlabel("predicted class")

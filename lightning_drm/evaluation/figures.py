@@ -115,6 +115,7 @@ def heat_map(
     *,
     texts: Sequence[Sequence[str]] | None = None,
     around_zero: bool = False,
+    limits: tuple[float, float] | None = None,
     decimals: int = 1,
 ) -> None:
     """Draws a table of numbers as colored cells, with the numbers in them.
@@ -126,6 +127,8 @@ def heat_map(
         columns: The columns' names.
         texts: What is written in place of the numbers.
         around_zero: Whether numbers above 0 and below it are to be told apart at a glance.
+        limits: The numbers at the ends of the colors, where several maps are to have the same; otherwise, those of the
+            table.
         decimals: How many of a number are shown.
     """
     table = np.asarray(values, dtype=float)
@@ -134,7 +137,8 @@ def heat_map(
         image = axes.imshow(table, aspect="auto", cmap=matplotlib.colormaps["PuOr_r"], vmin=-limit, vmax=limit)
         dark = np.abs(table) > 0.7 * limit
     else:
-        image = axes.imshow(table, aspect="auto", cmap=matplotlib.colormaps["cividis"])
+        low, high = limits or (None, None)
+        image = axes.imshow(table, aspect="auto", cmap=matplotlib.colormaps["cividis"], vmin=low, vmax=high)
         dark = np.asarray(image.norm(table)) < 0.5
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)

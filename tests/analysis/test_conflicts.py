@@ -55,7 +55,10 @@ def test_confusions_are_counted_before_and_after(three_tasks: ThreeTasks, of_bee
             expected[target, predicted] += 1
         found = table[table["model"] == model].pivot(index="true class", columns="predicted class", values="samples")
         assert (found.to_numpy() == expected).all()
-    assert "Of 32 samples" in finding.sentence
+    right = [100 * three_tasks.accuracy(deltas, "bee") for deltas in models.values()]
+    assert finding.sentence.startswith(
+        f"Of 32 samples, {right[0]:.1f} % are put into their own class before the merge and {right[1]:.1f} % after it."
+    )
 
 
 def test_the_task_that_lost_most_is_taken(three_tasks: ThreeTasks):
