@@ -8,8 +8,8 @@ The studies of Tables 3, 7 and 8 and Figure 6 of arXiv 2505.23117, on the tasks 
 3. Drop the weakest share k of the joint basis' directions before renormalization, for k from 0 to 0.95.
 4. Measure every merged model.
 
-All merges of one direction and one k share a decomposition. Cost: one evaluation of all tasks for each of six
-merges and ten further k in each direction, which is nearly all of it.
+All merges of one direction and one k share a decomposition. Nearly all of the cost are evaluations of all tasks. Each
+direction takes six of them for steps 1 and 2, and one for each further k.
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,9 +116,8 @@ class Ablation(Analysis):
         title = f"Ablation of {len(candidates.tasks)} tasks' merge ({method_title(method)})"
         sentence = _sentence(found, method)
         if method is not candidates.recipe.method:
-            sentence += (
-                f" The configured method is {method_title(candidates.recipe.method)}; this is DRM with defaults."
-            )
+            configured = method_title(candidates.recipe.method)
+            sentence += f" The configured method is {configured}, so this is DRM with its defaults."
         return [Finding(self.name, title, sentence, pd.DataFrame(table), _figure(found, method, title))]
 
     def _variations(self, method: DRM, direction: Direction) -> list[Variation]:
@@ -162,8 +161,8 @@ def _dropped(found: Found, direction: Direction, whole: Summary) -> str:
     if len(changes) == 1:
         return ""
     flat = [k for k in changes if all(abs(changes[below]) <= FLAT for below in changes if below <= k)]
-    within = f"within {100 * FLAT:g} point up to {flat[-1]:g}, " if flat else ""
-    return f"; rank drop {within}{points(changes[max(changes)])} at {max(changes):g}"
+    within = f"by at most {100 * FLAT:g} point up to a share of {flat[-1]:g}, and " if flat else ""
+    return f"; dropping directions changes it {within}by {points(changes[max(changes)])} at {max(changes):g}"
 
 
 def _curve(found: Found, direction: Direction) -> dict[float, Summary]:

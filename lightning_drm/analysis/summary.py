@@ -31,8 +31,9 @@ class Summary:
         return self.value, self.interval
 
     def __str__(self) -> str:
-        """In percent: ``84.1 %``."""
-        return f"{100 * self.value:.1f} %"
+        """In percent, with half of the interval: ``84.1 ±1.2 %``."""
+        half = f" ±{50 * (self.interval[1] - self.interval[0]):.1f}" if self.interval is not None else ""
+        return f"{100 * self.value:.1f}{half} %"
 
 
 def comparison(candidates: Candidates, merged: Mapping[str, Score], tasks: Sequence[str] | None = None) -> Comparison:

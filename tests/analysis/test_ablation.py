@@ -61,7 +61,7 @@ def test_directions_are_dropped_and_nothing_else_is_in_the_table(three_tasks: Th
 
 def test_the_sentence_has_the_numbers(three_tasks: ThreeTasks, finding: StoredFinding):
     full, plain = (by_hand(three_tasks, DRM("vertical", 0.5, disjoint=on))["average"] for on in (True, False))
-    assert f"DRM, vertical, with all steps: average score {100 * full:.1f} %" in finding.sentence
+    assert f"DRM, vertical, with all steps: average score {100 * full:.1f} ±" in finding.sentence
     assert f"no disjoint average {100 * (plain - full):+.1f} points" in finding.sentence
     assert f">{100 * full:.1f}</text>" in finding.figure.read_text()
 

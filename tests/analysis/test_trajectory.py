@@ -28,8 +28,8 @@ def test_merged_and_individual_scores_are_those_of_each_step(three_tasks: ThreeT
     assert averages["individual", SNAPSHOT] != averages["individual", 12], "the case shows nothing"
     merged, own = ({step: averages[model, step] for step in (SNAPSHOT, 12)} for model in ("merged", "individual"))
     top, own_top = max(merged, key=merged.__getitem__), max(own, key=own.__getitem__)
-    assert f"is highest at step {top} ({100 * merged[top]:.1f} %)" in finding.sentence
-    assert f"is highest at step {own_top} ({100 * own[own_top]:.1f} %)." in finding.sentence
+    assert f"is highest at step {top} ({100 * merged[top]:.1f} ±" in finding.sentence
+    assert f"is highest at step {own_top} ({100 * own[own_top]:.1f} ±" in finding.sentence
 
 
 def test_a_run_without_snapshots_says_what_to_do(three_tasks: ThreeTasks, tmp_path: Path):
