@@ -1,9 +1,35 @@
-"""Finetunes of three small tasks that cannot all be right, each with a snapshot; only read."""
+"""Runs that were finetuned, and analyzed, once: one of two tiny tasks of texts, and one of three that conflict."""
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
-from helpers.three_tasks import ThreeTasks, finetuned
+from helpers import three_tasks as three
+from helpers.run import Run
+from helpers.three_tasks import ThreeTasks
+from helpers.tiny import save_run_config
+
+from lightning_drm.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def analyzed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """After ``fit`` and ``analyze``; only read."""
+    config = save_run_config(tmp_path_factory.mktemp("analyzed"))
+    main(["fit", "--config", str(config)])
+    short = {"class_path": "Ablation", "init_args": {"directions": ["horizontal"], "rank_drops": [0.5]}}
+    main(["analyze", "--config", str(config), "--split", "test", "--analyses", json.dumps([short])])
+    return Run(config, config.parent / "run")
+
+
+@pytest.fixture
+def finetuned(analyzed: Run, tmp_path: Path) -> Run:
+    """The same before ``analyze``, to write into."""
+    return Run(analyzed.config, shutil.copytree(analyzed.folder, tmp_path / "run", ignore=lambda *_: ["analysis"]))
 
 
 @pytest.fixture(scope="session")
 def three_tasks(tmp_path_factory: pytest.TempPathFactory) -> ThreeTasks:
-    return finetuned(tmp_path_factory.mktemp("three"))
+    """After ``fit``, each task with a snapshot; only its analyses are written."""
+    return three.finetuned(tmp_path_factory.mktemp("three"))
