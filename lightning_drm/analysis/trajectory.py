@@ -132,7 +132,7 @@ def _figure(found: Mapping[int, At], title: str) -> Figure:
     for index, task in enumerate(last.compared):
         values = [found[step].merged.normalized[task] for step in steps]
         line(right, index, steps, [(value if value is not None else float("nan"), None) for value in values], task)
-    percent(right, "merged score, of the finetune's at the end")
+    percent(right, "merged score, share of the finetune's at the end")
     right.set_title("by task", fontsize=9)
     for plot in (left, right):
         plot.set_xlabel("finetuning steps")

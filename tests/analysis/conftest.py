@@ -1,6 +1,5 @@
 """Runs that were finetuned, and analyzed, once: one of two tiny tasks of texts, and one of three that conflict."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,14 +11,15 @@ from helpers.tiny import save_run_config
 
 from lightning_drm.cli.main import main
 
+OF_DELTAS = ("pruning_profile", "sign_agreement", "spectrum", "alignment")
+
 
 @pytest.fixture(scope="session")
 def analyzed(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """After ``fit`` and ``analyze``; only read."""
+    """After ``fit``, and ``analyze`` of what does not try many merges; only read."""
     config = save_run_config(tmp_path_factory.mktemp("analyzed"))
     main(["fit", "--config", str(config)])
-    short = {"class_path": "Ablation", "init_args": {"directions": ["horizontal"], "rank_drops": [0.5]}}
-    main(["analyze", "--config", str(config), "--split", "test", "--analyses", json.dumps([short])])
+    main(["analyze", "--config", str(config), "--split", "test", "--only", f"[{','.join(OF_DELTAS)},trajectory]"])
     return Run(config, config.parent / "run")
 
 
