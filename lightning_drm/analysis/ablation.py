@@ -8,8 +8,8 @@ The studies of Tables 3, 7 and 8 and Figure 6 of arXiv 2505.23117, on the tasks 
 3. Drop the weakest share k of the joint basis' directions before renormalization, for k from 0 to 0.95.
 4. Measure every merged model.
 
-All merges of one direction and one k share a decomposition. Nearly all of the cost are evaluations of all tasks. Each
-direction takes six of them for steps 1 and 2, and one for each further k.
+The merges of steps 1 and 2 share a decomposition in each direction. Nearly all of the cost are evaluations of all tasks:
+six in each direction for these steps, and one for each further k.
 """
 
 from collections.abc import Mapping, Sequence
@@ -102,8 +102,10 @@ class Ablation(Analysis):
         found: dict[tuple[str, Direction, float], Summary] = {}
         table: list[dict[str, object]] = []
         for number, variation in enumerate(variations, 1):
-            merged = candidates.scores(candidates.merged(variation.of(candidates.recipe)))
-            compared, setting = comparison(candidates, merged), variation.method
+            setting = variation.method
+            alone = candidates.vectors if setting.rank_drop != method.rank_drop else None  # nothing to keep for others
+            merged = candidates.merged(variation.of(candidates.recipe), alone)
+            compared = comparison(candidates, candidates.scores(merged))
             found[variation.name, setting.direction, setting.rank_drop] = summary(compared)
             labels = {
                 "variation": variation.name,

@@ -246,14 +246,14 @@ def _figure(table: pd.DataFrame, title: str) -> Figure:
     for index, method in enumerate(methods):
         style = style_of(index)
         of_method = table[table["method"] == method]
-        places = of_method["number of tasks"] + 0.5 * ((index + 0.5) / len(methods) - 0.5)
+        places = of_method["number of tasks"] + 0.3 * ((index + 0.5) / len(methods) - 0.5)
         plot.scatter(places, of_method[NORMALIZED], s=8, alpha=0.4, color=style["color"], marker=style["marker"])
         means = of_method.groupby("number of tasks")[NORMALIZED].mean()
         width = 2.0 if index == 0 else 1.0
         plot.plot(means.index, means, linewidth=width, color=style["color"], marker=style["marker"], label=method)
     plot.set_xticks(sorted(set(table["number of tasks"])))
     plot.set_xlabel("number of merged tasks (line: mean; points: subsets)")
-    percent(plot, "average score, of the finetunes'")
+    percent(plot, "average normalized score")
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
 

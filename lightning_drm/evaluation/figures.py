@@ -135,7 +135,7 @@ def heat_map(
     if around_zero:
         limit = max(float(np.nanmax(np.abs(table))), 1e-12)
         image = axes.imshow(table, aspect="auto", cmap=matplotlib.colormaps["PuOr_r"], vmin=-limit, vmax=limit)
-        dark = np.abs(table) > 0.7 * limit
+        dark = np.abs(table) > 0.5 * limit
     else:
         low, high = limits or (None, None)
         image = axes.imshow(table, aspect="auto", cmap=matplotlib.colormaps["cividis"], vmin=low, vmax=high)
