@@ -8,8 +8,8 @@ The studies of Tables 3, 7 and 8 and Figure 6 of arXiv 2505.23117, on the tasks 
 3. Drop the weakest share k of the joint basis' directions before renormalization, for k from 0 to 0.95.
 4. Measure every merged model.
 
-The merges of steps 1 and 2 share a decomposition in each direction. Nearly all of the cost are evaluations of all tasks:
-six in each direction for these steps, and one for each further k.
+The merges of steps 1 and 2 share a decomposition in each direction. Nearly all of the cost are evaluations of all
+tasks: six in each direction for these steps, and one for each further k.
 """
 
 from collections.abc import Mapping, Sequence
