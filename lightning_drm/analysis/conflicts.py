@@ -129,6 +129,7 @@ def confusion_matrix(predictions: Predictions) -> Tensor:
         predictions: Predicted and true classes.
 
     Example:
+        >>> import torch
         >>> confusion_matrix(Predictions(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2))
         tensor([[1, 1],
                 [0, 1]])

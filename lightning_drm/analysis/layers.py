@@ -82,7 +82,7 @@ def grouped(kinds: Mapping[str, Kind]) -> dict[str, list[str]]:
 
     Example:
         >>> grouped({"layer.1.weight": "matrix", "words.weight": "embedding", "norm.bias": "other"})
-        {'embeddings': ['words.weight'], 'outside blocks': ['norm.bias'], 'block 1': ['layer.1.weight']}
+        {'embeddings': ['words.weight'], 'outside blocks': ['norm.bias'], 'layer.1': ['layer.1.weight']}
     """
     found: dict[str, list[str]] = {}
     for name, kind in kinds.items():
@@ -91,7 +91,7 @@ def grouped(kinds: Mapping[str, Kind]) -> dict[str, list[str]]:
     outside = [block for block in (EMBEDDINGS, OUTSIDE) if block in found]
     inside = in_depth(block for block in found if block not in outside)
     short = short_names(inside)
-    return {block: found[block] for block in outside} | {f"block {short[block]}": found[block] for block in inside}
+    return {block: found[block] for block in outside} | {short[block]: found[block] for block in inside}
 
 
 def exchanged(merged: Deltas, own: Deltas, names: Sequence[str]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from helpers.three_tasks import CLASSES, ThreeTasks
 from lightning_drm import DRM
 from lightning_drm.analysis.layers import CHANGE, Layers, grouped
 
-BLOCKS = {"block 0": "backbone.0.", "block 1": "backbone.1.", "block 3": "backbone.3."}
+BLOCKS = {"backbone.0": "backbone.0.", "backbone.1": "backbone.1.", "backbone.3": "backbone.3."}
 
 
 def test_scores_of_models_with_one_block_exchanged(three_tasks: ThreeTasks):
@@ -36,6 +36,6 @@ def test_blocks_come_in_the_order_of_depth_with_what_is_outside_first():
     assert grouped(kinds) == {
         "embeddings": ["words.w"],
         "outside blocks": ["pooler.w"],
-        "block 2": ["encoder.layer.2.w", "encoder.layer.2.attention.0.w"],
-        "block 10": ["encoder.layer.10.w"],
+        "layer.2": ["encoder.layer.2.w", "encoder.layer.2.attention.0.w"],
+        "layer.10": ["encoder.layer.10.w"],
     }
