@@ -68,28 +68,30 @@ class Alignment(Analysis):
             for part in (OVERALL, block_of(name)):
                 products[part] = products[part] + product if part in products else product
             on_step(done, num_steps)
-        pairs = pd.DataFrame(_pairs(products, deltas.tasks))
 
         merged = candidates.merged(candidates.recipe)
         rows: list[dict[str, object]] = []
         for done, (name, of_tasks) in enumerate(matrices, len(deltas.kinds) + 1):
             rows += _ratios(name, matrix_of(merged, name), dict(zip(matrices.tasks, of_tasks, strict=True)), self.error)
             on_step(min(done, num_steps - 1), num_steps)
+        if not rows:
+            raise ValueError("the merge changes no matrix, so tasks cannot be aligned with it.")
         scores = candidates.scores(merged, intervals=False)
         kept = Comparison(candidates.tasks, {}, candidates.individual, scores, {}).normalized
         on_step(num_steps, num_steps)
         ratios = pd.DataFrame(rows)
         ratios[KEPT] = ratios["task"].map(kept)
 
-        cosine_title = f"Cosines between the task vectors of {len(matrices.tasks)} tasks"
         setting = f"{method_title(candidates.recipe.method)}, {candidates.split} sets"
         title = f"Alignment of tasks with their merge ({setting}, error {100 * self.error:g} %)"
-        return [
-            Finding("alignment", title, _told_ratios(ratios), ratios, _figure_of_ratios(ratios, title)),
-            Finding(
-                "alignment_cosines", cosine_title, _told_cosines(pairs), pairs, _figure_of_cosines(pairs, cosine_title)
-            ),
-        ]
+        found = [Finding("alignment", title, _told_ratios(ratios), ratios, _figure_of_ratios(ratios, title))]
+        return [*found, _of_pairs(products, deltas.tasks)] if len(deltas.tasks) > 1 else found
+
+
+def _of_pairs(products: Mapping[str, Tensor], tasks: Sequence[str]) -> Finding:
+    pairs = pd.DataFrame(_pairs(products, tasks))
+    title = f"Cosines between the task vectors of {len(tasks)} tasks"
+    return Finding("alignment_cosines", title, _told_cosines(pairs), pairs, _figure_of_cosines(pairs, title))
 
 
 def _pairs(products: Mapping[str, Tensor], tasks: Sequence[str]) -> Iterator[dict[str, object]]:
@@ -135,8 +137,6 @@ def _told_ratios(ratios: pd.DataFrame) -> str:
 
 def _told_cosines(pairs: pd.DataFrame) -> str:
     overall = pairs[pairs["part"] == OVERALL].sort_values("cosine")
-    if overall.empty:
-        return "There is one task, and no pair."
     least, most = overall.iloc[0], overall.iloc[-1]
     return (
         f"Over all parameters, {most['task']} and {most['other task']} are most alike (cosine {most['cosine']:.3f}), "
