@@ -14,6 +14,7 @@ from math import sqrt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
@@ -165,9 +166,8 @@ def _figure_of_ratios(ratios: pd.DataFrame, title: str) -> Figure:
     left.set_xlabel("alignment ratio, average over matrices")
     percent(left, "merged over finetuned score")
     left.legend(fontsize=7, frameon=False)
-    right.set_xticks(range(len(blocks)), short_names(blocks).values(), fontsize=8)
+    _name_blocks(right, blocks)
     right.set_ylabel("alignment ratio")
-    right.set_xlabel("block")
     right.legend(fontsize=7, frameon=False)
     return figure
 
@@ -177,20 +177,25 @@ def _figure_of_cosines(pairs: pd.DataFrame, title: str) -> Figure:
     figure.suptitle(title, fontsize=9)
     overall = pairs[pairs["part"] == OVERALL]
     tasks = list(dict.fromkeys([*overall["task"], *overall["other task"]]))
-    table = np.eye(len(tasks))
+    table = np.full((len(tasks), len(tasks)), np.nan)  # the diagonal's ones would hide all differences
     for row in overall.itertuples(index=False):
         here, there = tasks.index(row[1]), tasks.index(row[2])
         table[here, there] = table[there, here] = row[3]
-    heat_map(left, table.tolist(), tasks, tasks, decimals=2)
+    heat_map(left, table.tolist(), tasks, tasks, decimals=3)
     left.set_title(OVERALL, fontsize=9)
     parts = [part for part in pairs["part"].unique() if part != OVERALL]
     for index, ((task, other), rows) in enumerate(pairs[pairs["part"] != OVERALL].groupby(["task", "other task"])):
         values = rows.set_index("part")["cosine"].reindex(parts)
         right.plot(range(len(parts)), values, linewidth=1, markersize=4, label=f"{task}, {other}", **style_of(index))
     right.axhline(0, color="0.6", linewidth=0.8)
-    right.set_xticks(range(len(parts)), short_names(parts).values(), fontsize=8)
+    _name_blocks(right, parts)
     right.set_ylabel("cosine")
-    right.set_xlabel("block")
     if len(overall) <= 10:
         right.legend(fontsize=7, frameon=False)
     return figure
+
+
+def _name_blocks(plot: Axes, blocks: Sequence[str]) -> None:
+    names = [name.replace(" ", "\n") for name in short_names(blocks).values()]
+    plot.set_xticks(range(len(names)), names, fontsize=8, rotation=90 if len(names) > 8 else 0)
+    plot.set_xlabel("block")
