@@ -14,6 +14,7 @@ from math import sqrt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
@@ -68,28 +69,30 @@ class Alignment(Analysis):
             for part in (OVERALL, block_of(name)):
                 products[part] = products[part] + product if part in products else product
             on_step(done, num_steps)
-        pairs = pd.DataFrame(_pairs(products, deltas.tasks))
 
         merged = candidates.merged(candidates.recipe)
         rows: list[dict[str, object]] = []
         for done, (name, of_tasks) in enumerate(matrices, len(deltas.kinds) + 1):
             rows += _ratios(name, matrix_of(merged, name), dict(zip(matrices.tasks, of_tasks, strict=True)), self.error)
             on_step(min(done, num_steps - 1), num_steps)
+        if not rows:
+            raise ValueError("the merge changes no matrix, so tasks cannot be aligned with it.")
         scores = candidates.scores(merged, intervals=False)
         kept = Comparison(candidates.tasks, {}, candidates.individual, scores, {}).normalized
         on_step(num_steps, num_steps)
         ratios = pd.DataFrame(rows)
         ratios[KEPT] = ratios["task"].map(kept)
 
-        cosine_title = f"Cosines between the task vectors of {len(matrices.tasks)} tasks"
         setting = f"{method_title(candidates.recipe.method)}, {candidates.split} sets"
         title = f"Alignment of tasks with their merge ({setting}, error {100 * self.error:g} %)"
-        return [
-            Finding("alignment", title, _told_ratios(ratios), ratios, _figure_of_ratios(ratios, title)),
-            Finding(
-                "alignment_cosines", cosine_title, _told_cosines(pairs), pairs, _figure_of_cosines(pairs, cosine_title)
-            ),
-        ]
+        found = [Finding("alignment", title, _told_ratios(ratios), ratios, _figure_of_ratios(ratios, title))]
+        return [*found, _of_pairs(products, deltas.tasks)] if len(deltas.tasks) > 1 else found
+
+
+def _of_pairs(products: Mapping[str, Tensor], tasks: Sequence[str]) -> Finding:
+    pairs = pd.DataFrame(_pairs(products, tasks))
+    title = f"Cosines between the task vectors of {len(tasks)} tasks"
+    return Finding("alignment_cosines", title, _told_cosines(pairs), pairs, _figure_of_cosines(pairs, title))
 
 
 def _pairs(products: Mapping[str, Tensor], tasks: Sequence[str]) -> Iterator[dict[str, object]]:
@@ -135,8 +138,6 @@ def _told_ratios(ratios: pd.DataFrame) -> str:
 
 def _told_cosines(pairs: pd.DataFrame) -> str:
     overall = pairs[pairs["part"] == OVERALL].sort_values("cosine")
-    if overall.empty:
-        return "There is one task, and no pair."
     least, most = overall.iloc[0], overall.iloc[-1]
     return (
         f"Over all parameters, {most['task']} and {most['other task']} are most alike (cosine {most['cosine']:.3f}), "
@@ -165,9 +166,8 @@ def _figure_of_ratios(ratios: pd.DataFrame, title: str) -> Figure:
     left.set_xlabel("alignment ratio, average over matrices")
     percent(left, "merged over finetuned score")
     left.legend(fontsize=7, frameon=False)
-    right.set_xticks(range(len(blocks)), short_names(blocks).values(), fontsize=8)
+    _name_blocks(right, blocks)
     right.set_ylabel("alignment ratio")
-    right.set_xlabel("block")
     right.legend(fontsize=7, frameon=False)
     return figure
 
@@ -177,20 +177,25 @@ def _figure_of_cosines(pairs: pd.DataFrame, title: str) -> Figure:
     figure.suptitle(title, fontsize=9)
     overall = pairs[pairs["part"] == OVERALL]
     tasks = list(dict.fromkeys([*overall["task"], *overall["other task"]]))
-    table = np.eye(len(tasks))
+    table = np.full((len(tasks), len(tasks)), np.nan)  # the diagonal's ones would hide all differences
     for row in overall.itertuples(index=False):
         here, there = tasks.index(row[1]), tasks.index(row[2])
         table[here, there] = table[there, here] = row[3]
-    heat_map(left, table.tolist(), tasks, tasks, decimals=2)
+    heat_map(left, table.tolist(), tasks, tasks, decimals=3)
     left.set_title(OVERALL, fontsize=9)
     parts = [part for part in pairs["part"].unique() if part != OVERALL]
     for index, ((task, other), rows) in enumerate(pairs[pairs["part"] != OVERALL].groupby(["task", "other task"])):
         values = rows.set_index("part")["cosine"].reindex(parts)
         right.plot(range(len(parts)), values, linewidth=1, markersize=4, label=f"{task}, {other}", **style_of(index))
     right.axhline(0, color="0.6", linewidth=0.8)
-    right.set_xticks(range(len(parts)), short_names(parts).values(), fontsize=8)
+    _name_blocks(right, parts)
     right.set_ylabel("cosine")
-    right.set_xlabel("block")
     if len(overall) <= 10:
         right.legend(fontsize=7, frameon=False)
     return figure
+
+
+def _name_blocks(plot: Axes, blocks: Sequence[str]) -> None:
+    names = [name.replace(" ", "\n") for name in short_names(blocks).values()]
+    plot.set_xticks(range(len(names)), names, fontsize=8, rotation=90 if len(names) > 8 else 0)
+    plot.set_xlabel("block")

@@ -98,7 +98,7 @@ class PruningProfile(Analysis):
             pd.DataFrame(
                 {
                     "layer": layer,
-                    "pruned (fraction)": 1 - setting.density,
+                    "pruned (fraction)": round(1 - setting.density, 12),
                     "renormalized": setting.renormalize,
                     "task": task,
                     "row": range(1, len(relative) + 1),
@@ -115,7 +115,7 @@ class PruningProfile(Analysis):
         return [Finding(self.name, title, _sentence(table, self.dropped), table, _figure(table, title))]
 
     def _settings(self, method: DRM) -> Iterator[DRM]:
-        for density in sorted({1 - self.dropped, method.density} - {1.0}, reverse=True):
+        for density in sorted({round(1 - self.dropped, 12), method.density} - {1.0}, reverse=True):
             for renormalize in (False, True):
                 setting = copy.copy(method)
                 setting.density, setting.renormalize = density, renormalize
@@ -123,7 +123,7 @@ class PruningProfile(Analysis):
 
 
 def _sentence(table: pd.DataFrame, pruned: float) -> str:
-    at = table[table["pruned (fraction)"] == pruned]
+    at = table[table["pruned (fraction)"] == round(pruned, 12)]
     top = at[at["row"] <= math.ceil(TOP * at["row"].max())]
     plain, unit = (at.loc[at["renormalized"] == on, DROPPED] for on in (False, True))
     vanished = [

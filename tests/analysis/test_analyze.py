@@ -49,11 +49,11 @@ def test_some_are_run_by_name(finetuned: Run, capsys: pytest.CaptureFixture):
 
 
 def test_options_are_given_with_the_class(finetuned: Run, tmp_path: Path):
-    settings = {"class_path": "PruningProfile", "init_args": {"layer": "*.layer.0.*.query.weight", "dropped": 0.25}}
+    settings = {"class_path": "PruningProfile", "init_args": {"layer": "*.layer.0.*.query.weight", "dropped": 0.3}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"analyses": [settings], "only": "pruning_profile"}))
     analyze(finetuned, "--config", str(tmp_path / "own.yaml"))
     content = (finetuned.folder / "analysis" / "pruning_profile.csv").read_text()
-    assert "layer.0.attention.self.query.weight,0.25," in content
+    assert "layer.0.attention.self.query.weight,0.3," in content
 
 
 def test_deltas_are_studied_without_data(finetuned: Run, tmp_path: Path):
