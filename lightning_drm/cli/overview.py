@@ -1,9 +1,9 @@
 """What ``lightning-drm --help`` shows: the subcommands with an example each. Nothing heavy is imported for it."""
 
-SUBCOMMANDS = ("fit", "merge", "test")
+SUBCOMMANDS = ("fit", "merge", "analyze", "test")
 
 OVERVIEW = """\
-usage: lightning-drm [-h] [--version] {fit,merge,test} ...
+usage: lightning-drm [-h] [--version] {fit,merge,analyze,test} ...
 
 Finetune several tasks from one base, merge the finetunes into one multitask model, and test it.
 
@@ -17,6 +17,9 @@ subcommands:
             lightning-drm merge --config configs/quickstart.yaml --drm.method TIES --drm.method.density 0.3
           from files: merge models, adapters and checkpoints that are on disk or on the hub.
             lightning-drm merge --base BASE --models.sst2 PATH --models.rte PATH --output DIR
+
+  analyze  Study the stored deltas: tables and figures, each with what it says in one sentence. No training.
+            lightning-drm analyze --config configs/quickstart.yaml --only spectrum
 
   test    Measure the base, every finetune and the merged model of a run again.
             lightning-drm test --config configs/quickstart.yaml

@@ -1,4 +1,4 @@
-"""``lightning-drm fit | merge | test`` on one YAML file: a LightningCLI around `MergeTrainer`."""
+"""``lightning-drm fit | merge | analyze | test`` on one YAML file: a LightningCLI around `MergeTrainer`."""
 
 import sys
 
@@ -61,6 +61,7 @@ class MergeCLI(LightningCLI):
         return {
             "fit": {*_LIGHTNINGS_OWN, "train_dataloaders", "val_dataloaders"},
             "merge": {"model", "datamodule"},
+            "analyze": {"model", "datamodule"},
             "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
         }
 

@@ -106,6 +106,7 @@ class Base:
         task: str,
         settings: Mapping[str, object] | None = None,
         *,
+        num_steps: int | None = None,
         ranks: Ranks = ALONE,
         keep: Keep | None = None,
     ) -> TaskVector:
@@ -116,6 +117,7 @@ class Base:
             head: Names of its head.
             task: The task's name.
             settings: Hyper-parameters of the finetune to keep with it.
+            num_steps: How many optimizer steps it took, where that is known.
             ranks: The processes that trained it together.
             keep: What becomes of each delta as it is taken, given its name and itself on the module's device.
 
@@ -153,6 +155,7 @@ class Base:
             head={name: tensor.detach().clone() for name, tensor in state.items()},
             base_hashes=dict(self.hashes),
             settings=dict(settings or {}),
+            num_steps=num_steps,
         )
 
     def tensors(self, module: nn.Module | None = None, head: Sequence[str] = ()) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ HEAD_FILE = "head.safetensors"
 
 _FORMAT = "lightning_drm.deltas/1"
 _HASHES = "tensor_hashes"  # files that older versions wrote have none
+_NUM_STEPS = "num_steps"  # nor this
 _PIECE = 16 << 20  # bytes that are hashed at once
 # Not ".up": a module may have a parameter of that name.
 _UP, _DOWN = "::up", "::down"
@@ -55,6 +56,7 @@ def save_task_vector(vector: TaskVector, folder: Path) -> None:
             "base_hashes": json.dumps(vector.base_hashes),
             "kinds": json.dumps(vector.kinds),
             "settings": json.dumps(vector.settings),
+            _NUM_STEPS: json.dumps(vector.num_steps),
             "versions": json.dumps({name: version(name) for name in ("lightning_drm", "torch", "lightning")}),
         },
     )
@@ -78,6 +80,7 @@ def load_task_vector(folder: Path) -> TaskVector:
         head=load_tensors(folder / HEAD_FILE, "a head"),
         base_hashes=deltas.base_hashes(),
         settings=deltas.described("settings"),
+        num_steps=deltas.num_steps(),
     )
 
 
@@ -238,6 +241,17 @@ class StoredDeltas(Mapping[str, Delta]):
         if wrong := [name for name in self.headers if kinds.get(name) not in get_args(Kind)]:
             raise ValueError(f"{self.path} is damaged: it does not say what {wrong[0]} is to its layer.")
         return cast(dict[str, Kind], kinds)
+
+    def num_steps(self) -> int | None:
+        """How many optimizer steps the finetune took; ``None`` where that is not known.
+
+        Raises:
+            ValueError: If this is damaged.
+        """
+        stored = self.metadata.get(_NUM_STEPS, "null")
+        if stored != "null" and not stored.isdecimal():
+            raise ValueError(f"{self.path} is damaged: its number of steps is {shown(stored)}.")
+        return None if stored == "null" else int(stored)
 
     def __getitem__(self, name: str) -> Delta:
         if name not in self.headers:

@@ -31,6 +31,7 @@ class TaskVector:
         head: The head's tensors by name.
         base_hashes: Hash by name of every backbone parameter that the task started from.
         settings: Hyper-parameters of the finetune, as they should be shown and compared.
+        num_steps: How many optimizer steps it took, where that is known.
     """
 
     task: str
@@ -39,6 +40,7 @@ class TaskVector:
     head: Mapping[str, Tensor]
     base_hashes: Mapping[str, str]
     settings: Mapping[str, object] = field(default_factory=dict)
+    num_steps: int | None = None
 
     def read(self, name: str, rows: slice | None = None) -> Delta | None:
         """A parameter's delta, or some rows of it; ``None`` if the task did not train it."""

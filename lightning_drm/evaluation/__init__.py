@@ -5,6 +5,7 @@ from lightning_drm.evaluation.comparison import Comparison
 from lightning_drm.evaluation.finding import Finding, StoredFinding, read_findings, write_finding
 from lightning_drm.evaluation.linear_probe import linear_probe
 from lightning_drm.evaluation.measure import Split, measure
+from lightning_drm.evaluation.predictions import Predictions, RecordPredictions
 from lightning_drm.evaluation.report import logged_metrics, markdown, report_content, terminal_table, write_report
 from lightning_drm.evaluation.score import Score, bootstrap_interval
 
@@ -13,6 +14,8 @@ __all__ = [
     "Comparison",
     "Deltas",
     "Finding",
+    "Predictions",
+    "RecordPredictions",
     "Score",
     "Split",
     "StoredFinding",

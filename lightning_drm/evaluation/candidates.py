@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.deltas import TaskVector
 from lightning_drm.evaluation.measure import Split
+from lightning_drm.evaluation.predictions import Predictions
 from lightning_drm.evaluation.score import Score
 from lightning_drm.fusion import Recipe
 from lightning_drm.modules import MultiTaskModule
@@ -39,6 +40,18 @@ class Candidates(ABC):
     @abstractmethod
     def vectors(self) -> dict[str, TaskVector]:
         """By task, its task vector."""
+
+    @property
+    @abstractmethod
+    def snapshots(self) -> dict[str, dict[int, TaskVector]]:
+        """By task, and by number of steps in order: its task vectors of before its training ended."""
+
+    @property
+    def snapshots_of_all(self) -> dict[int, dict[str, TaskVector]]:
+        """By number of steps, in order, and by task: the snapshots of steps of which all tasks have one."""
+        found = self.snapshots
+        steps = set.intersection(*(set(snapshots) for snapshots in found.values()))
+        return {step: {task: found[task][step] for task in self.tasks} for step in sorted(steps)}
 
     @property
     @abstractmethod
@@ -120,6 +133,16 @@ class Candidates(ABC):
             heads: As for `model`.
             own_statistics: As for `model`.
             intervals: Whether scores get their intervals, which take longer.
+        """
+
+    @abstractmethod
+    def predictions(self, deltas: Deltas, task: str, *, own_statistics: bool = False) -> Predictions | None:
+        """What a model says of each sample of a task; ``None`` where that is not one class per sample.
+
+        Args:
+            deltas: As for `model`.
+            task: The task's name.
+            own_statistics: As for `model`.
         """
 
     @abstractmethod

@@ -6,6 +6,7 @@ from math import isclose
 from typing import Any, Literal
 
 from lightning import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_drm.evaluation.score import NUM_RESAMPLES, Score, bootstrap_interval
@@ -53,7 +54,7 @@ def measure(
         **{name: arguments[name] for name in _HARDWARE if name in arguments},
         limit_val_batches=arguments.get("limit_test_batches"),
         callbacks=callbacks,
-        enable_progress_bar=bool(callbacks),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_model_summary=False,
         enable_checkpointing=False,
         logger=DummyLogger(),  # for test steps that draw: nothing is kept

@@ -60,7 +60,7 @@ from typing_extensions import override
 from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import check_coefficients, choice, finite, fraction, refuse
 from lightning_drm.merging.joint_basis import Direction, JointBasis
-from lightning_drm.merging.linalg.selection import prune_each, thresholds
+from lightning_drm.merging.linalg.selection import prune, prune_each, thresholds
 from lightning_drm.merging.linalg.spectral import eigen_cost
 from lightning_drm.merging.low_rank import Delta, LowRank
 from lightning_drm.merging.method import COST_PER_VALUE, Method
@@ -188,6 +188,43 @@ class DRM(Method):
             >>> [DRM(density=density).merge_prepared(basis).dense()[0, 0].item() for density in (0.1, 0.2)]
             [1.5, 1.5]
         """
+        self._require_preparation_of(prepared)
+        checked = check_coefficients("DRM", coefficients, len(prepared.sigma))
+        with ieee_arithmetic(prepared.U.device):
+            return self._fuse(prepared, checked, torch.empty_like(prepared.rows[0]))
+
+    def pruned(self, prepared: JointBasis) -> tuple[Tensor, ...]:
+        r"""What the tasks vote with: their rows :math:`P_t` in the joint basis, after pruning and before the election.
+
+        .. math:: D_t \approx 2^e\, U P_t, \qquad P_t = \Sigma_t\, \mathrm{prune}(\tilde V_t^T)
+
+        Args:
+            prepared: As for `merge_prepared`.
+
+        Returns:
+            N tensors of shape (r, n), zero where pruned.
+
+        Raises:
+            ValueError: If the basis was prepared differently.
+
+        Example:
+            Of the unit rows (0.6, 0.8) and (1, 0), the 0.8 and the 1 stay.
+
+            >>> method = DRM(density=1 / 4)
+            >>> basis = method.prepare([torch.tensor([[6.0, 8.0]]), torch.tensor([[2.0, 0.0]])])
+            >>> [rows.abs().tolist() for rows in method.pruned(basis)]
+            [[[0.0, 8.0]], [[2.0, 0.0]]]
+        """
+        self._require_preparation_of(prepared)
+        with ieee_arithmetic(prepared.U.device):
+            norms, lengths = self._norms_and_lengths(prepared)
+            limits = self._limits(prepared, norms)
+            return tuple(
+                prune(seen, limit).mul_(length[:, None])
+                for seen, limit, length in zip(_seen(prepared, norms, slice(None)), limits, lengths, strict=True)
+            )
+
+    def _require_preparation_of(self, prepared: JointBasis) -> None:
         refuse(
             "DRM",
             (
@@ -196,9 +233,6 @@ class DRM(Method):
                 if getattr(self, name) != getattr(prepared, name)
             ),
         )
-        checked = check_coefficients("DRM", coefficients, len(prepared.sigma))
-        with ieee_arithmetic(prepared.U.device):
-            return self._fuse(prepared, checked, torch.empty_like(prepared.rows[0]))
 
     @override
     def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:
@@ -225,9 +259,7 @@ class DRM(Method):
 
         `merged` takes the outcome P, (r, n). It may be the first task's rows, of a basis that nobody needs any more.
         """
-        # Pruning sees unit rows or, without renormalization, the rows of V_tᵀ, whose lengths are ‖v_{t,i}‖.
-        joint = torch.linalg.vector_norm(basis.sigma, dim=0).clamp(min=torch.finfo(basis.sigma.dtype).tiny)
-        norms, lengths = (None, basis.sigma) if self.renormalize else ((basis.sigma / joint)[..., None], joint[None])
+        norms, lengths = self._norms_and_lengths(basis)
         limits = self._limits(basis, norms)
         for part in _slices(basis):
             seen = list(_seen(basis, norms, part))
@@ -240,6 +272,14 @@ class DRM(Method):
         times_power_(merged, basis.exponent)
         factors = LowRank(basis.U, merged).to(basis.dtype)
         return factors.T if self.direction == "vertical" else factors
+
+    def _norms_and_lengths(self, basis: JointBasis) -> tuple[Tensor | None, Tensor]:
+        """What rows are multiplied by before pruning, (N, r, 1), if at all, and after it, (N, r)."""
+        if self.renormalize:
+            return None, basis.sigma
+        # Without renormalization, pruning sees the rows of V_tᵀ, whose lengths are ‖v_{t,i}‖.
+        joint = torch.linalg.vector_norm(basis.sigma, dim=0).clamp(min=torch.finfo(basis.sigma.dtype).tiny)
+        return (basis.sigma / joint)[..., None], joint.expand_as(basis.sigma)
 
     def _limits(self, basis: JointBasis, norms: Tensor | None) -> tuple[float, ...]:
         """One threshold for each task, the same for all where pruning is joint."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -20,6 +20,7 @@ from lightning_drm.training.collect import CollectTask, join_processes
 from lightning_drm.training.delta_cache import Store
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.session import MergeSession
+from lightning_drm.training.snapshots import SnapshotPlan, TakeSnapshots
 from lightning_drm.training.strategies import whole_weights
 from lightning_drm.training.training_batches import TrainingBatches, is_one_loader
 
@@ -54,11 +55,17 @@ class DRMMergeCallback(Callback):
         batch_norm_batches: How many training batches of each task (of each process) estimate the running statistics of
             the merged model's batch norms again, for each task its own; 0 leaves them merged like all other buffers.
             It costs nothing where there are none, or where training has kept their statistics fixed.
+        snapshots: Keep each task's deltas and head as they are after these optimizer steps, too, for looking at merges
+            over training: ``[25, 50, 100]``. They change nothing in the fits; not under FSDP1.
+        snapshot_every_n_epochs: The same after every so many epochs.
+        merge_at_snapshots: When all tasks are finetuned, merge the snapshots of each step that all of them have, and
+            log ``merge/snapshot/<task>`` and ``merge/snapshot/average``, measured on the validation sets, at that step.
+            Only with `MergeTrainer`, on one device, as it knows the data of all tasks.
 
     Raises:
         ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks,
-            ``store="disk"`` has no ``dirpath``, ``batch_norm_batches`` is negative, or there is no such choice of
-            ``weights``.
+            ``store="disk"`` has no ``dirpath``, ``batch_norm_batches`` is negative, there is no such choice of
+            ``weights``, or snapshots cannot be taken so.
 
     Example:
         >>> merge = DRMMergeCallback(["topic", "valence"], method=DRM(density=0.2))
@@ -80,9 +87,13 @@ class DRMMergeCallback(Callback):
         head: Sequence[str] | None = None,
         weights: Weights = "last",
         batch_norm_batches: int = 100,
+        snapshots: Sequence[int] = (),
+        snapshot_every_n_epochs: int | None = None,
+        merge_at_snapshots: bool = False,
     ) -> None:
         require_choice(weights)
         self.weights = weights
+        self.snapshots = SnapshotPlan(tuple(snapshots), snapshot_every_n_epochs, merge_at_snapshots)
         self.session = MergeSession(
             tasks,
             method,
@@ -95,9 +106,11 @@ class DRMMergeCallback(Callback):
             store=store,
             batch_norm_batches=batch_norm_batches,
         )
+        self.snapshots.require_room(self.session, weights)
         self._batches: dict[str, TrainingBatches] = {}
         self._announced: str | None = None
         self._fit: CollectTask | None = None
+        self._taking: TakeSnapshots | None = None
 
     def for_task(self, task: str) -> Self:
         """Says which task the next fit belongs to: ``Trainer(callbacks=[merge.for_task("topic")])``.
@@ -201,8 +214,16 @@ class DRMMergeCallback(Callback):
             rank_zero_info(f"{self.run_folder.path} already has {', '.join(found)}.")
         task = self._task_of(pl_module, announced)
         self._refuse_other_weights(task)
-        self._fit = CollectTask(self.session, task, settings_of(self.weights, callbacks_of(trainer)), self.weights)
+        if self.snapshots.merge:
+            raise ValueError(
+                "merge_at_snapshots measures on the validation sets of all tasks, which MergeTrainer alone knows: fit "
+                "with it, or leave merge_at_snapshots out."
+            )
+        settings = settings_of(self.weights, callbacks_of(trainer))
+        self._fit = CollectTask(self.session, task, settings, self.weights)
         self._fit.setup(trainer, pl_module, stage)
+        self._taking = TakeSnapshots(self.session, task, self.snapshots, settings)
+        self._taking.setup(trainer, pl_module, stage)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,14 +231,33 @@ class DRMMergeCallback(Callback):
         self._fit.note_start(trainer, pl_module, self)
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._taking is not None, "setup comes before"
+        self._taking.on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._taking is not None, "setup comes before"
+        self._taking.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._taking is not None, "setup comes before"
+        self._taking.on_train_epoch_end(trainer, pl_module)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._fit is not None, "setup comes before"
+        assert self._taking is not None, "setup comes before"
+        self._taking.on_train_end(trainer, pl_module)
         with whole_weights(trainer.strategy):
             self._fit.collect(trainer, pl_module)
             self._keep_batches(self._fit.task, trainer, pl_module)
             if not self.missing:
                 self.fuse()
-        self._fit = None
+        self._fit = self._taking = None
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,11 +267,11 @@ class DRMMergeCallback(Callback):
         self._keep_batches(self._fit.task, trainer, pl_module)
         if not self.missing:
             self.fuse()
-        self._fit = None
+        self._fit = self._taking = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._fit = None
+        self._fit = self._taking = None
 
     def _keep_batches(self, task: str, trainer: Trainer, module: LightningModule) -> None:
         """Keeps hold of a task's training data where the merged model will need them: its fit has them, nobody else."""

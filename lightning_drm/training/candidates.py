@@ -4,12 +4,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Self
 
+from lightning import LightningModule
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_drm.data import MultiTaskDataModule, SampledData, require_validation_sets
+from lightning_drm.data import MultiTaskDataModule, SampledData
 from lightning_drm.deltas import TaskVector, load_tensors
-from lightning_drm.evaluation import Candidates, Deltas, Score, Split
+from lightning_drm.evaluation import Candidates, Deltas, Predictions, RecordPredictions, Score, Split
 from lightning_drm.fusion import Decompositions, Recipe, free_bytes
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.modules import MultiTaskModule
@@ -28,18 +29,12 @@ class RunCandidates(Candidates):
         run: The run.
         split: Which samples measure a candidate.
         num_samples: How many of each task's, always the same ones, classes in proportion; all if left out.
-
-    Raises:
-        ValueError: If a task has no samples of the split.
     """
 
     def __init__(self, run: Run, split: Split = "validation", num_samples: int | None = None) -> None:
         self._run = run
         self.split = split
-        if split == "validation":
-            require_validation_sets(run.data)
         self._data = run.data if num_samples is None else SampledData(run.data.tasks, num_samples)
-        self._module = run.modules.make_known().to(run.trainer.strategy.root_device)
         self._unit: tuple[Recipe, Deltas] | None = None
         self._decompositions = Decompositions()
 
@@ -65,6 +60,11 @@ class RunCandidates(Candidates):
     @override
     def vectors(self) -> dict[str, TaskVector]:
         return self._run.session.task_vectors
+
+    @cached_property
+    @override
+    def snapshots(self) -> dict[str, dict[int, TaskVector]]:
+        return {task: self._run.folder.snapshots(task) for task in self.tasks}
 
     @cached_property
     @override
@@ -134,8 +134,21 @@ class RunCandidates(Candidates):
         return found
 
     @override
+    def predictions(self, deltas: Deltas, task: str, *, own_statistics: bool = False) -> Predictions | None:
+        model, recorder = self.model(deltas, [task], own_statistics=own_statistics), RecordPredictions(task)
+        scoring, data = self._run.scoring, self.data([task])
+        scoring.measure(model, data, None, split=self.split, intervals=False, callbacks=[recorder])
+        self._run.interruptible.check()
+        return recorder.predictions
+
+    @override
     def data(self, tasks: Sequence[str]) -> MultiTaskDataModule:
         return self._data if list(tasks) == self.tasks else self._data.of_tasks(tasks)
+
+    @cached_property
+    def _module(self) -> LightningModule:
+        """An untrained module. Made when it is needed: it may take the data to know how many classes there are."""
+        return self._run.modules.make_known().to(self._run.trainer.strategy.root_device)
 
     def _score_of_base(self, task: str) -> Score | None:
         file = self._run.folder.base_head(task)

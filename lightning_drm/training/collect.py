@@ -158,7 +158,7 @@ class CollectTask(Callback):
             )
         self._collected = True
         with chosen_weights(self.weights, trainer, module, self.task, self._frozen, self.session.ranks):
-            self.session.collect(module, self.task, settings=self.settings)
+            self.session.collect(module, self.task, settings=self.settings, num_steps=trainer.global_step)
         num_tasks = len(self.session.tasks)
         rank_zero_info(f"Collected task {self.task!r} ({num_tasks - len(self.session.missing)} of {num_tasks}).")
 

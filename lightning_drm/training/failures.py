@@ -36,7 +36,7 @@ class Failures:
         except Exception as error:  # a bug of one task, too, must not cost the others; `report` raises it
             if not self._keep_going:
                 if is_mistake(error):
-                    raise ValueError(f"Task {task!r}: {_reason(error)}") from error
+                    raise ValueError(f"Task {task!r}: {reason(error)}") from error
                 raise
             traceback.clear_frames(error.__traceback__)  # which hold the task's model
             self._errors[task] = error
@@ -53,7 +53,7 @@ class Failures:
         """
         if not self._errors:
             return
-        lines = [f"  task {task!r}: {_reason(error)}" for task, error in self._errors.items()]
+        lines = [f"  task {task!r}: {reason(error)}" for task, error in self._errors.items()]
         finetuned = [task for task in tasks if task not in self._errors]
         kept = f"Finetuned: {', '.join(finetuned)}. " if finetuned else ""
         summary = "Not finetuned, so nothing is merged:\n" + "\n".join(lines)
@@ -75,10 +75,14 @@ def is_mistake(error: BaseException) -> bool:
     return error.__cause__ is not None and is_mistake(error.__cause__)
 
 
-def _reason(error: BaseException) -> str:
-    """What an error says in one line: the last one where a worker's traceback is in it, the first one elsewhere."""
+def reason(error: BaseException) -> str:
+    """What an error says in one line: the last one where a worker's traceback is in it, the whole one elsewhere.
+
+    Args:
+        error: Any error; one that is no mistake is named by its class.
+    """
     if not isinstance(error, _MISTAKES) and error.__cause__ is not None and is_mistake(error):
-        return _reason(error.__cause__)
+        return reason(error.__cause__)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return f"{type(error).__name__}."

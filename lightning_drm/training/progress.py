@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typing_extensions import override
 
 from lightning_drm.distributed.ranks import Ranks
@@ -47,3 +49,46 @@ def merging_bar(recipe: Recipe, ranks: Ranks) -> Iterator[Callable[[int, int], N
     with Progress(console=Console(stderr=True), disable=not ranks.is_first) as bar:
         row = bar.add_task(f"merging with {type(recipe.method).__name__}", total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
+
+
+class AnalysisBar:
+    """Shows which analysis is run, and how far it is, below what is printed meanwhile.
+
+    Args:
+        console: Where sentences are printed; there is no bar where that is no terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._all = self._progress.add_task("analyses", total=None)
+        self._one = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, name: str, num_done: int, num_all: int) -> None:
+        """An analysis begins.
+
+        Args:
+            name: Its name.
+            num_done: How many were run before it.
+            num_all: How many will be run.
+        """
+        self._progress.update(self._all, completed=num_done, total=num_all)
+        self._progress.reset(self._one, description=name, total=None)
+
+    def step(self, num_done: int, num_all: int) -> None:
+        """The analysis has come further.
+
+        Args:
+            num_done: How many of its steps are done.
+            num_all: How many there are.
+        """
+        self._progress.update(self._one, completed=num_done, total=num_all)

@@ -17,6 +17,7 @@ from lightning_drm.training.interruption import Interruptible
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
 from lightning_drm.training.session import MergeSession
+from lightning_drm.training.snapshots import SnapshotPlan
 from lightning_drm.training.task_modules import TaskModules
 
 
@@ -33,6 +34,7 @@ class Run:
         scoring: Measures models.
         interruptible: Tells whether a signal has come.
         weights: Which weights of a fit are merged.
+        snapshots: When a fit's snapshots are taken, and what becomes of them.
         console: Where sentences are printed.
     """
 
@@ -44,6 +46,7 @@ class Run:
     scoring: Scoring
     interruptible: Interruptible
     weights: Weights
+    snapshots: SnapshotPlan
     console: Console
 
     def measure(self, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:

@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def analysis(self) -> Path:
+        """Folder of what analyses found."""
+        return self.path / "analysis"
+
+    @property
     def merge_record(self) -> dict[str, Any] | None:
         """How ``merged/`` was made: method, base and deltas; ``None`` if that was not noted, or nothing is merged.
 
@@ -92,6 +97,35 @@ class RunFolder:
     def task(self, task: str) -> Path:
         """Folder of one task."""
         return self.path / "tasks" / task
+
+    def snapshot(self, task: str, num_steps: int) -> Path:
+        """Folder of what a task's training had added to the base after some steps."""
+        return self._snapshots(task) / str(num_steps)
+
+    def snapshots(self, task: str) -> dict[int, TaskVector]:
+        """By number of steps, in order, the snapshots of the finetune that a task has now."""
+        if not self.has_task_vector(task):
+            return {}
+        end = self.load_task_vector(task)
+        found = {step: load_task_vector(self.snapshot(task, step)) for step in self._snapshot_steps(task)}
+        return {
+            step: vector
+            for step, vector in found.items()
+            if (vector.settings, vector.base_hashes) == (end.settings, end.base_hashes)
+        }
+
+    def has_snapshot(self, task: str, num_steps: int) -> bool:
+        """Whether a snapshot was taken, of the finetune that a task has now or of the one that it will have."""
+        return num_steps in self._snapshot_steps(task)
+
+    def remove_snapshots(self, task: str, *, after: int) -> None:
+        """Removes a task's snapshots of more than some steps, before it is trained on from there."""
+        for step in self._snapshot_steps(task):
+            if step > after:
+                folder = self.snapshot(task, step)
+                with writing(folder):
+                    _remove(folder / DELTAS_FILE)  # first, as a snapshot counts by it
+                    shutil.rmtree(folder)
 
     def base_head(self, task: str) -> Path:
         """The head that was trained on the untouched base, where there is one."""
@@ -211,6 +245,13 @@ class RunFolder:
                 raise ValueError(f"{file}: expected two numbers for {row}_interval, got {shown(interval)}.")
             metrics[row] = Score(value, metric, tuple(interval) if interval else None) if value is not None else None
         return metrics
+
+    def _snapshot_steps(self, task: str) -> list[int]:
+        files = self._snapshots(task).glob(f"*/{DELTAS_FILE}")
+        return sorted(int(file.parent.name) for file in files if file.parent.name.isdecimal())
+
+    def _snapshots(self, task: str) -> Path:
+        return self.task(task) / "snapshots"
 
     def _begun(self, task: str) -> Path:
         return self.task(task) / "begun.json"

@@ -4,7 +4,7 @@ Every measurement has a Trainer of its own, so that no other Trainer's state is 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -192,6 +192,7 @@ class Scoring:
         *,
         split: Split = "test",
         intervals: bool = True,
+        callbacks: Sequence[Callback] = (),
     ) -> dict[str, Score]:
         """Score by task of any model.
 
@@ -201,9 +202,10 @@ class Scoring:
             label: What a progress bar says; none is shown if left out.
             split: Which samples.
             intervals: Whether scores get their intervals.
+            callbacks: What else looks on.
         """
         # FSDP1 would take the module over for good, and the merged one is the user's.
         sharded = isinstance(self._strategy, FSDPStrategy)
         strategy = "ddp" if sharded else copy.deepcopy(self._arguments["strategy"])
         arguments, bar = {**self._arguments, "strategy": strategy}, self._progress_bar(label) if label else []
-        return measure(module, data, arguments, bar, intervals=intervals, split=split)
+        return measure(module, data, arguments, [*bar, *callbacks], intervals=intervals, split=split)

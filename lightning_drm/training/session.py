@@ -19,7 +19,14 @@ from lightning.fabric import is_wrapped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_drm.deltas import Base, TaskVector, backbone_parameters, fingerprint, transposed_names
+from lightning_drm.deltas import (
+    Base,
+    TaskVector,
+    backbone_parameters,
+    fingerprint,
+    save_task_vector,
+    transposed_names,
+)
 from lightning_drm.deltas.sharded import shard_like
 from lightning_drm.deltas.wrappers import refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
@@ -222,7 +229,14 @@ class MergeSession:
             raise ValueError("\n".join(problems))
         self._owners.share_out(trained, self.ranks.size)
 
-    def collect(self, module: nn.Module, task: str, *, settings: Mapping[str, object] | None = None) -> None:
+    def collect(
+        self,
+        module: nn.Module,
+        task: str,
+        *,
+        settings: Mapping[str, object] | None = None,
+        num_steps: int | None = None,
+    ) -> None:
         """Takes what training added to the base; stores it if there is a run folder. The module stays as it is.
 
         A task that is collected again replaces what was collected before.
@@ -231,21 +245,53 @@ class MergeSession:
             module: The task's module after training, however it was trained.
             task: The task's name.
             settings: Hyper-parameters of the finetune, to be stored with it.
+            num_steps: How many optimizer steps it took, to be stored with it.
 
         Raises:
             ValueError: If there is no such task, a delta is not finite, or frozen parameters have changed.
             RuntimeError: If `note_base` was not called before training, or the module is sharded and was not kept.
         """
-        module = _unwrapped(module)
-        self._require_task(task)
-        if not self._base.hashes:
-            raise RuntimeError(f"Task {task!r} cannot be collected: call note_base(module) before it is trained.")
+        module = self._trained(module, task)
         self._modules.keep_trained(module, task)
         head, cache = head_names_of(module, self.head), self._cache
-        vector = self._base.task_vector(module, head, task, settings, ranks=self.ranks, keep=cache.place)
+        vector = self._base.task_vector(
+            module, head, task, settings, num_steps=num_steps, ranks=self.ranks, keep=cache.place
+        )
         self._vectors[task] = cache.take_in(vector)
         self._merged = None
         self._device = next(module.parameters()).device
+
+    def snapshot(
+        self, module: nn.Module, task: str, num_steps: int, *, settings: Mapping[str, object] | None = None
+    ) -> None:
+        """Stores what training has added to the base so far, and changes nothing. All ranks call it together.
+
+        Args:
+            module: The task's module in its training.
+            task: The task's name.
+            num_steps: How many optimizer steps it has taken.
+            settings: Hyper-parameters of the finetune, to be stored with it.
+
+        Raises:
+            ValueError: If there is no run folder, and as `collect`.
+            RuntimeError: If `note_base` was not called before training.
+        """
+        if self.run_folder is None:
+            raise ValueError("Snapshots are files of the run folder: give a dirpath.")
+        module = self._trained(module, task)
+        place = "cpu" if self.ranks.is_first else "meta"
+        vector = self._base.task_vector(
+            module,
+            head_names_of(module, self.head),
+            task,
+            settings,
+            num_steps=num_steps,
+            ranks=self.ranks,
+            keep=lambda name, delta: delta.to(place),
+        )
+        if self.ranks.is_first:
+            save_task_vector(vector, self.run_folder.snapshot(task, num_steps))
+        self.ranks.wait()
 
     def restore(self, tasks: Sequence[str] | None = None) -> list[str]:
         """Takes up task vectors that the run folder already has.
@@ -500,6 +546,12 @@ class MergeSession:
             run_folder.put_aside(record)
 
         write_merged(run_folder.merged, module, head_names_of(module, self.head), heads, card, finish, statistics)
+
+    def _trained(self, module: nn.Module, task: str) -> nn.Module:
+        self._require_task(task)
+        if not self._base.hashes:
+            raise RuntimeError(f"Task {task!r} cannot be collected: call note_base(module) before it is trained.")
+        return _unwrapped(module)
 
     def _require_task(self, task: str) -> None:
         if task not in self.tasks:

@@ -22,10 +22,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from typing_extensions import override
 
-from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.evaluation import Split
+from lightning_drm.analysis import Analysis, chosen_analyses
+from lightning_drm.data import MultiTaskDataModule, require_validation_sets
+from lightning_drm.evaluation import Split, StoredFinding
 from lightning_drm.modules import MultiTaskModule, unmeasurable
 from lightning_drm.storage import writing
+from lightning_drm.training.analyses import run_analyses
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.candidates import RunCandidates
 from lightning_drm.training.chosen_weights import settings_of
@@ -40,6 +42,8 @@ from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.settings import finetune_settings
+from lightning_drm.training.snapshot_merges import merge_snapshots, require_measurable
+from lightning_drm.training.snapshots import TakeSnapshots
 from lightning_drm.training.strategies import refuse_strategy
 from lightning_drm.training.task_fit import TaskFit
 from lightning_drm.training.task_modules import TaskModules
@@ -117,6 +121,8 @@ class MergeTrainer(Trainer):
         if problem := unmeasurable(model):
             raise ValueError(problem)
         run = self._run_of(model, datamodule)
+        if run.snapshots.merge:
+            require_measurable(run)
         session, folder = run.session, run.folder
         tasks = _chosen(session.tasks, only)
         settings = {task: self._settings(run, task) for task in tasks}
@@ -139,6 +145,8 @@ class MergeTrainer(Trainer):
             failures.report(tasks)
             if only is None:
                 run.interruptible.unfinished = "all tasks are finetuned, but the merge was"
+                if run.snapshots.merge:
+                    merge_snapshots(run)
                 run.merge_and_report()
 
         with run.interruptible, _locked(folder, tasks):
@@ -210,6 +218,45 @@ class MergeTrainer(Trainer):
         with run.interruptible, _locked(run.folder, run.session.tasks):
             return self._on_all_ranks(run.session, measure_again)
 
+    def analyze(
+        self,
+        model: LightningModule,
+        datamodule: MultiTaskDataModule,
+        *,
+        only: str | list[str] | None = None,
+        analyses: list[Analysis] | None = None,
+        split: Split = "validation",
+        num_samples: int | None = None,
+    ) -> list[StoredFinding]:
+        """Studies the stored deltas: the paper's tables and figures, each with what it says in one sentence.
+
+        Args:
+            model: Template of a task's module, as for ``fit``.
+            datamodule: The tasks.
+            only: Run this analysis, or these; all if left out.
+            analyses: Analyses with options of their own, as ``class_path`` and ``init_args``. Each takes the place of
+                the one with its default options; one of your own is added.
+            split: Which samples measure a model, for analyses that need scores.
+            num_samples: How many validation samples of each task measure a model, always the same ones, classes in
+                proportion; all if left out.
+
+        Returns:
+            What was found, as it is stored in ``analysis/`` of the run folder.
+
+        Raises:
+            ValueError: If tasks are not finetuned yet, or an analysis is unknown, does not fit or failed.
+            ExceptionGroup: If an analysis failed by a bug, with its traceback.
+        """
+        chosen = chosen_analyses(only, analyses or [])
+        return self._study(
+            model,
+            datamodule,
+            lambda run, candidates: run_analyses(run, candidates, chosen),
+            split=split,
+            num_samples=num_samples,
+            measured=any(analysis.needs_scores for analysis in chosen),
+        )
+
     def _study(
         self,
         model: LightningModule,
@@ -218,6 +265,7 @@ class MergeTrainer(Trainer):
         *,
         split: Split = "validation",
         num_samples: int | None = None,
+        measured: bool = True,
     ) -> T:
         """Studies merges of the finetuned tasks, on one process."""
         if self.world_size > 1:
@@ -227,6 +275,8 @@ class MergeTrainer(Trainer):
             )
         run = self._run_of(model, datamodule)
         require_done(run.folder, run.session)
+        if measured and split == "validation":
+            require_validation_sets(datamodule)
 
         def studied() -> T:
             run.session.restore(run.session.tasks)
@@ -267,9 +317,9 @@ class MergeTrainer(Trainer):
         run.interruptible.check()
         if checkpoint is not None:
             run.say(f"{task}: going on from {checkpoint}")
-        trainer = fit.trainer(
-            [CollectTask(run.session, task, settings, run.weights), *self._progress_bar(f"{task} · finetune")],
-        )
+        collect = CollectTask(run.session, task, settings, run.weights)
+        snapshots = TakeSnapshots(run.session, task, run.snapshots, settings)
+        trainer = fit.trainer([collect, snapshots, *self._progress_bar(f"{task} · finetune")])
         requeued = fit.requeued()
         try:
             with writing(run.folder.task(task)):  # its logs among other things
@@ -315,6 +365,7 @@ class MergeTrainer(Trainer):
             scoring,
             Interruptible("the run was"),
             found[0].weights,
+            found[0].snapshots,
             self._console,
         )
 

@@ -259,3 +259,14 @@ def test_strategies_lie_over_any_configuration(overlay: str, parse_run: Parse):
         assert strategy["init_args"]["data_parallel_size"] == parsed["trainer"]["devices"]
         assert strategy["init_args"]["tensor_parallel_size"] == 1
     assert parsed["drm"]["store"] == ("disk" if overlay == "slurm" else "auto")
+
+
+def test_snapshots_and_the_options_of_analyses_are_taken(parse_run: Parse):
+    words = ["--drm.snapshots", "[25, 50]", "--drm.snapshot_every_n_epochs", "2", "--drm.merge_at_snapshots", "true"]
+    drm = parse_run("--config", QUICKSTART, *words, subcommand="fit")["drm"]
+    assert (drm["snapshots"], drm["snapshot_every_n_epochs"], drm["merge_at_snapshots"]) == ([25, 50], 2, True)
+    analyses = "[{class_path: lightning_drm.analysis.Tasks, init_args: {baselines: [{class_path: TIES}]}}, Conflicts]"
+    found = parse_run("--config", QUICKSTART, "--analyses", analyses, "--num_samples", "50", subcommand="analyze")
+    tasks, conflicts = found["analyses"]
+    assert (tasks["init_args"]["most_subsets"], conflicts["init_args"]["task"], found["num_samples"]) == (10, None, 50)
+    assert tasks["init_args"]["baselines"][0]["class_path"] == "lightning_drm.TIES"

@@ -59,7 +59,7 @@ def test_an_unknown_subcommand_is_refused_by_name(capsys: pytest.CaptureFixture)
         main(["fitt", "--config", "x"])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert said == "lightning-drm: There is no subcommand 'fitt'; the subcommands are fit, merge, test.\n"
+    assert said == f"lightning-drm: There is no subcommand 'fitt'; the subcommands are {', '.join(SUBCOMMANDS)}.\n"
 
 
 def shown_help(capsys: pytest.CaptureFixture, *words: str) -> str:

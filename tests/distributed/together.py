@@ -39,6 +39,7 @@ from lightning_drm.data import TextTask
 GLOBAL_BATCH = 8
 # By the number of processes; FSDP1 on two of them is enough to show its way of sharding.
 STRATEGIES = {1: ("alone",), 2: ("ddp", "fsdp", "fsdp_layers", "fsdp2"), 4: ("ddp", "fsdp2")}
+SNAPSHOT = 5
 METHODS = {"drm": DRM(density=0.5), "ties": TIES(density=0.4), "dare": DARETIES(density=0.6)}
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value", "dense"], lora_dropout=0.0)
 
@@ -87,7 +88,8 @@ def run(folder: Path, out: Path, strategy: str, size: int, lora: bool) -> None:
     """The whole way, with a run folder."""
     L.seed_everything(0, verbose=False)
     data = make_data(folder, size)
-    merge = DRMMergeCallback(data.task_names, method=Average(), dirpath=out)
+    snapshots = [] if strategy in ("fsdp", "fsdp_layers") else [SNAPSHOT]  # FSDP1 cannot take any
+    merge = DRMMergeCallback(data.task_names, method=Average(), dirpath=out, snapshots=snapshots)
     trainer = MergeTrainer(callbacks=[merge], **arguments(strategy, size))
     # As many batches as there are, of any size, for the heads on the base to see the same samples.
     trainer.fit(make_module(folder, lora), datamodule=data, base_batches=100)

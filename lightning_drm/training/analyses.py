@@ -1,0 +1,71 @@
+"""Runs analyses one after another, and keeps what each has found as soon as it is done."""
+
+from collections.abc import Sequence
+
+from lightning_drm.analysis import Analysis
+from lightning_drm.evaluation import Candidates, StoredFinding, write_finding
+from lightning_drm.storage import WriteError
+from lightning_drm.training.failures import is_mistake, reason
+from lightning_drm.training.progress import AnalysisBar
+from lightning_drm.training.run import Run
+
+
+def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis]) -> list[StoredFinding]:
+    """Runs analyses, prints what each has found, and writes it to the run folder.
+
+    One that fails does not keep the others from being run.
+
+    Args:
+        run: The run.
+        candidates: Its task vectors and the models that are made of them.
+        analyses: The analyses.
+
+    Raises:
+        ValueError: If options do not fit the tasks, before anything is run; or if an analysis failed, at the end.
+        ExceptionGroup: If one failed by a bug, with its traceback.
+    """
+    left_out = {analysis.name: why for analysis in analyses if (why := analysis.unavailable(candidates)) is not None}
+    if len(left_out) == len(analyses):
+        raise ValueError("\n".join(f"{name} cannot be run: {why}." for name, why in left_out.items()))
+    for name, why in left_out.items():
+        run.say(f"{name} is left out: {why}.")
+    analyses = [analysis for analysis in analyses if analysis.name not in left_out]
+    problems = [f"{analysis.name}: {problem}" for analysis in analyses for problem in analysis.problems(candidates)]
+    if problems:
+        raise ValueError("\n".join(problems))
+    made_from = {task: run.folder.fingerprint(task) for task in candidates.tasks}
+    found: list[StoredFinding] = []
+    errors: dict[str, Exception] = {}
+    if any(analysis.needs_scores for analysis in analyses):
+        run.interruptible.unfinished = "measuring the finetunes was"
+        _ = candidates.individual  # now, since measuring them shows bars of its own
+    with AnalysisBar(run.console) as bar:
+        for number, analysis in enumerate(analyses):
+            run.interruptible.unfinished = f"the analysis {analysis.name} was"
+            bar.begin(analysis.name, number, len(analyses))
+            try:
+                for finding in analysis.run(candidates, bar.step):
+                    found.append(write_finding(finding, run.folder.analysis, made_from))
+                    run.say(f"{finding.title}: {finding.sentence}")
+            except WriteError:  # a full disk is no analysis' own
+                raise
+            except Exception as error:
+                errors[analysis.name] = error
+                run.say(f"{analysis.name} failed: {reason(error)}")
+            run.interruptible.check()
+    if found:
+        run.say(
+            f"Tables and figures: {run.folder.analysis}/{{{','.join(stored.name for stored in found)}}}.csv and .svg"
+        )
+    _report(errors)
+    return found
+
+
+def _report(errors: dict[str, Exception]) -> None:
+    if not errors:
+        return
+    lines = [f"  {name}: {reason(error)}" for name, error in errors.items()]
+    summary = "Not all analyses could be run; what the others found is kept.\n" + "\n".join(lines)
+    if bugs := [error for error in errors.values() if not is_mistake(error)]:
+        raise ExceptionGroup(summary, bugs)
+    raise ValueError(summary) from next(iter(errors.values()))

@@ -1,0 +1,93 @@
+"""The ablation's merges are those of DRM with one argument changed, whatever the configuration."""
+
+import pandas as pd
+import pytest
+from helpers.three_tasks import CLASSES, ThreeTasks
+
+from lightning_drm import DRM, Average
+from lightning_drm.analysis.ablation import Ablation
+from lightning_drm.evaluation import StoredFinding
+from lightning_drm.fusion import Override
+
+
+def scores_of(table: pd.DataFrame, direction: str, variation: str, rank_drop: float = 0.0) -> dict[str, float]:
+    rows = table[(table["direction"] == direction) & (table["variation"] == variation)]
+    return rows[rows["rank drop (fraction)"] == rank_drop].set_index("task")["score"].to_dict()
+
+
+def by_hand(run: ThreeTasks, method: DRM) -> dict[str, float]:
+    merged = run.merged(method)
+    found = {task: run.accuracy(merged, task) for task in CLASSES}
+    return {**found, "average": sum(found.values()) / len(found)}
+
+
+@pytest.fixture(scope="module")
+def finding(three_tasks: ThreeTasks) -> StoredFinding:
+    (finding,) = three_tasks.analyze(Ablation(rank_drops=[0.5]))
+    return finding
+
+
+@pytest.fixture(scope="module")
+def table(finding: StoredFinding) -> pd.DataFrame:
+    return pd.read_csv(finding.table)
+
+
+@pytest.mark.parametrize("direction", ["horizontal", "vertical"])
+@pytest.mark.parametrize(
+    ("variation", "changed"),
+    [
+        ("all steps", {}),
+        ("no renormalization", {"renormalize": False}),
+        ("no sign election", {"elect_sign": False}),
+        ("no disjoint average", {"disjoint": False}),
+        ("no pruning", {"density": 1.0}),
+        ("individual pruning", {"prune": "individual"}),
+    ],
+)
+def test_each_variation_is_drm_with_one_argument_changed(
+    three_tasks: ThreeTasks, table: pd.DataFrame, direction: str, variation: str, changed: dict[str, object]
+):
+    expected = by_hand(three_tasks, DRM(**{"direction": direction, "density": 0.5, **changed}))
+    assert scores_of(table, direction, variation) == pytest.approx(expected)
+
+
+def test_directions_are_dropped_and_nothing_else_is_in_the_table(three_tasks: ThreeTasks, table: pd.DataFrame):
+    for direction in ("horizontal", "vertical"):
+        expected = by_hand(three_tasks, DRM(direction, density=0.5, rank_drop=0.5))
+        assert scores_of(table, direction, "all steps", 0.5) == pytest.approx(expected)
+    assert len(table) == 2 * 7 * (len(CLASSES) + 1)
+    assert len(table["score"].round(6).unique()) > 5, "the case shows nothing"
+
+
+def test_the_sentence_has_the_numbers(three_tasks: ThreeTasks, finding: StoredFinding):
+    full, plain = (by_hand(three_tasks, DRM("vertical", 0.5, disjoint=on))["average"] for on in (True, False))
+    assert f"DRM, vertical, with all steps: average score {100 * full:.1f} ±" in finding.sentence
+    assert f"no disjoint average {100 * (plain - full):+.1f} points" in finding.sentence
+    assert f">{100 * full:.1f}</text>" in finding.figure.read_text()
+
+
+def test_switches_that_are_off_are_switched_on_and_exceptions_do_not_prune_where_nothing_does(three_tasks: ThreeTasks):
+    method = DRM(density=0.5, elect_sign=False, prune="individual", rank_drop=0.3)
+    overrides = [Override("backbone.0.*", density=0.2)]
+    table = three_tasks.table(Ablation(["horizontal"], [0.5]), method, overrides=overrides)
+    assert set(table["variation"]) == {
+        "all steps", "no renormalization", "with sign election", "no disjoint average", "no pruning", "joint pruning"
+    }  # fmt: skip
+    assert sorted(table.loc[table["variation"] == "all steps", "rank drop (fraction)"].unique()) == [0, 0.3, 0.5]
+    expected = by_hand(three_tasks, DRM(density=1.0, elect_sign=False, prune="individual", rank_drop=0.3))
+    assert scores_of(table, "horizontal", "no pruning", 0.3) == pytest.approx(expected)
+
+
+def test_another_method_is_named_and_drm_with_its_defaults_studied(three_tasks: ThreeTasks):
+    (finding,) = three_tasks.analyze(Ablation(["horizontal"], []), Average())
+    assert finding.sentence.endswith("The configured method is Average, so this is DRM with its defaults.")
+    assert finding.title == "Ablation of 3 tasks' merge (DRM, horizontal, density 0.2)"
+    found = scores_of(pd.read_csv(finding.table), "horizontal", "all steps")
+    assert found == pytest.approx(by_hand(three_tasks, DRM()))
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="rank_drops must be at least 0 and below 1, got 1"):
+        Ablation(rank_drops=[0.5, 1.0])
+    with pytest.raises(ValueError, match="directions must be some of horizontal, vertical"):
+        Ablation(directions=[])
