@@ -1,5 +1,6 @@
 """Models that are tried out: merged in memory, measured, and thrown away. Nothing is written."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Self
@@ -35,10 +36,7 @@ class RunCandidates(Candidates):
 
     def __init__(self, run: Run, split: Split = "validation", num_samples: int | None = None) -> None:
         self._run = run
-        self.split = split
-        if split == "validation":
-            require_validation_sets(run.data)
-        self._data = run.data if num_samples is None else SampledData(run.data.tasks, num_samples)
+        self._measure_on(split, num_samples)
         self._module = run.modules.make_known().to(run.trainer.strategy.root_device)
         self._unit: tuple[Recipe, Deltas] | None = None
         self._decompositions = Decompositions()
@@ -134,8 +132,22 @@ class RunCandidates(Candidates):
         return found
 
     @override
+    def measured_on(self, split: Split, num_samples: int | None = None) -> Self:
+        other = copy.copy(self)
+        for measured in ("individual", "base"):
+            vars(other).pop(measured, None)
+        other._measure_on(split, num_samples)
+        return other
+
+    @override
     def data(self, tasks: Sequence[str]) -> MultiTaskDataModule:
         return self._data if list(tasks) == self.tasks else self._data.of_tasks(tasks)
+
+    def _measure_on(self, split: Split, num_samples: int | None) -> None:
+        if split == "validation":
+            require_validation_sets(self._run.data)
+        self.split: Split = split
+        self._data = self._run.data if num_samples is None else SampledData(self._run.data.tasks, num_samples)
 
     def _score_of_base(self, task: str) -> Score | None:
         file = self._run.folder.base_head(task)

@@ -1,0 +1,1 @@
+"""Choosing a merge on validation sets: searches over recipes, and methods side by side."""
