@@ -5,7 +5,14 @@ from lightning_drm.evaluation.comparison import Comparison
 from lightning_drm.evaluation.finding import Finding, StoredFinding, read_findings, write_finding
 from lightning_drm.evaluation.linear_probe import linear_probe
 from lightning_drm.evaluation.measure import Split, measure
-from lightning_drm.evaluation.report import logged_metrics, markdown, report_content, terminal_table, write_report
+from lightning_drm.evaluation.report import (
+    add_section,
+    logged_metrics,
+    markdown,
+    report_content,
+    terminal_table,
+    write_report,
+)
 from lightning_drm.evaluation.score import Score, bootstrap_interval
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "Score",
     "Split",
     "StoredFinding",
+    "add_section",
     "bootstrap_interval",
     "linear_probe",
     "logged_metrics",

@@ -1,5 +1,6 @@
 """The report of a run: a table for the terminal, and ``report.json``, ``report.md`` and ``report.png``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from rich.table import Table
 from lightning_drm.evaluation.comparison import ROWS, Comparison
 from lightning_drm.evaluation.picture import write_picture
 from lightning_drm.evaluation.score import Interval
+from lightning_drm.evaluation.sections import FOLDERS as SECTIONS
+from lightning_drm.evaluation.sections import Section, read_sections, write_section
 from lightning_drm.kinds import MetricInfo
 from lightning_drm.storage import write_json, write_text
+from lightning_drm.storage.json_files import read_object
 
 SCHEMA = 2
 _COLUMNS = (*ROWS, "normalized")
@@ -18,28 +22,58 @@ _NOT_APPLICABLE = "n/a"
 _PERCENT = MetricInfo("average", is_fraction=True)
 
 
-def write_report(comparison: Comparison, folder: Path) -> None:
-    """Writes ``report.json``, ``report.md`` and ``report.png``.
+def write_report(comparison: Comparison, folder: Path, made_from: Mapping[str, str | None]) -> None:
+    """Writes ``report.json``, with the sections that studies have added, ``report.md`` and ``report.png``.
 
     Args:
         comparison: What was measured.
         folder: The run folder.
+        made_from: By task, the fingerprint of its deltas.
+
+    Raises:
+        ValueError: If a section's file is damaged.
     """
-    write_json(folder / "report.json", report_content(comparison))
+    content = {**report_content(comparison), "deltas": dict(made_from), **read_sections(folder, made_from)}
+    write_json(folder / "report.json", content)
     write_text(folder / "report.md", markdown(comparison))
     write_picture(comparison, folder / "report.png", title(comparison), method_name(comparison))
+
+
+def add_section(
+    section: Section,
+    content: Any,
+    folder: Path,
+    *,
+    metrics: Mapping[str, MetricInfo],
+    made_from: Mapping[str, str | None],
+) -> None:
+    """Keeps a study's section, and puts it into ``report.json``, which is begun if there is none of these deltas.
+
+    Args:
+        section: Its name in ``report.json``.
+        content: What stands there.
+        folder: The run folder.
+        metrics: By task, how to read its scores.
+        made_from: By task, the fingerprint of its deltas.
+
+    Raises:
+        ValueError: If ``report.json``, or a section's file, is damaged.
+    """
+    write_section(section, content, folder, made_from)
+    file = folder / "report.json"
+    report = read_object(file) if file.is_file() else {}
+    deltas = dict(made_from)
+    if report.get("tasks") != list(metrics) or report.get("deltas", deltas) != deltas:  # older reports do not say
+        report = _head(metrics)
+    earlier = {name: value for name, value in report.items() if name not in SECTIONS}
+    write_json(file, {**earlier, "deltas": deltas, **read_sections(folder, made_from)})
 
 
 def report_content(comparison: Comparison) -> dict[str, Any]:
     """What ``report.json`` holds: scores as their metrics give them, ``None`` where one does not apply."""
     content: dict[str, Any] = {
-        "schema": SCHEMA,
+        **_head(comparison.metrics),
         "method": dict(comparison.method),
-        "tasks": list(comparison.tasks),
-        "metrics": {
-            task: {"name": info.name, "higher_is_better": info.higher_is_better}
-            for task, info in comparison.metrics.items()
-        },
         "scores": comparison.scores,
         "intervals": {
             row: {task: list(interval) if interval else None for task, interval in intervals.items()}
@@ -51,6 +85,11 @@ def report_content(comparison: Comparison) -> dict[str, Any]:
     if _is_accuracy(comparison):
         content["accuracy"] = comparison.scores
     return content
+
+
+def _head(metrics: Mapping[str, MetricInfo]) -> dict[str, Any]:
+    read = {task: {"name": info.name, "higher_is_better": info.higher_is_better} for task, info in metrics.items()}
+    return {"schema": SCHEMA, "tasks": list(metrics), "metrics": read}
 
 
 def terminal_table(comparison: Comparison) -> Table:

@@ -46,6 +46,11 @@ class Run:
     weights: Weights
     console: Console
 
+    @property
+    def made_from(self) -> dict[str, str | None]:
+        """By task, the fingerprint of its deltas."""
+        return {task: self.folder.fingerprint(task) for task in self.session.tasks}
+
     def measure(self, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
         """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
         seconds = round(time.perf_counter() - start, 1) if module is not None else None
@@ -105,7 +110,7 @@ class Run:
         metrics = logged_metrics(comparison)
         folder = self.folder
         if is_writer():
-            write_report(comparison, folder.path)
+            write_report(comparison, folder.path, self.made_from)
         for logger in self.trainer.loggers:
             logger.log_hyperparams(method)
             logger.log_metrics(metrics)
