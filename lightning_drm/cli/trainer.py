@@ -1,4 +1,4 @@
-"""``lightning-drm fit | merge | test`` on one YAML file: a LightningCLI around `MergeTrainer`."""
+"""``lightning-drm fit | merge | test | tune`` on one YAML file: a LightningCLI around `MergeTrainer`."""
 
 import sys
 
@@ -62,6 +62,7 @@ class MergeCLI(LightningCLI):
             "fit": {*_LIGHTNINGS_OWN, "train_dataloaders", "val_dataloaders"},
             "merge": {"model", "datamodule"},
             "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
+            "tune": {"model", "datamodule"},
         }
 
     @override

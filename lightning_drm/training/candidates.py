@@ -1,6 +1,7 @@
 """Models that are tried out: merged in memory, measured, and thrown away. Nothing is written."""
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Self
@@ -43,11 +44,13 @@ class RunCandidates(Candidates):
 
     def __enter__(self) -> Self:
         self._decompositions.__enter__()
+        gc.freeze()  # what is there already stays: `scores` need not look through it for models that are done
         return self
 
     def __exit__(self, *error: object) -> None:
         self._decompositions.__exit__(*error)
         self._unit = None
+        gc.unfreeze()
 
     @property
     @override
@@ -128,6 +131,8 @@ class RunCandidates(Candidates):
         model = self.model(deltas, tasks, heads=heads, own_statistics=own_statistics)
         data = self.data(model.task_names)
         found = self._run.scoring.measure(model, data, label, split=self.split, intervals=intervals)
+        del model
+        gc.collect()  # a Trainer and its module refer to each other: hundreds of models would stay for a while
         self._run.interruptible.check()
         return found
 

@@ -18,7 +18,7 @@ from their best in the best setting so far.
 from collections.abc import Callable, Iterable
 from math import inf, isnan
 
-from lightning_drm.evaluation import Candidates, Comparison, Deltas, Score
+from lightning_drm.evaluation import Candidates, Comparison, Score
 from lightning_drm.fusion import Recipe
 from lightning_drm.tuning.space import Params
 from lightning_drm.tuning.trial import Trial
@@ -106,7 +106,7 @@ class Judge:
         if trial.average is None:
             return
         self._averages = sorted([*self._averages, trial.average], reverse=True)[: self._num_best]
-        if self.best is None or self.best.average is None or trial.average > self.best.average:
+        if self.best is None or trial.reached > self.best.reached:
             self.best = trial
 
     def _is_hopeless(self, bound: float) -> bool:

@@ -9,222 +9,60 @@
 4. `Judge` measures a setting task by task, and gives up the hopeless ones.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
 
-import optuna
-import xxhash
-from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
-
-from lightning_drm.storage import writing
 from lightning_drm.tuning.judge import Judge
-from lightning_drm.tuning.space import Family, Params
+from lightning_drm.tuning.settings import SearchSettings
+from lightning_drm.tuning.space import Params
+from lightning_drm.tuning.study import Study
 from lightning_drm.tuning.trial import Trial
 
-Sampler = Literal["grid", "tpe"]
-Progress = Callable[[int, int, Trial | None], None]
-
-_Key = frozenset[tuple[str, float]]
-_DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+OnTrial = Callable[[int, int, Trial | None], None]
 
 
-@contextmanager
-def study_file(path: Path) -> Iterator[optuna.storages.RDBStorage]:
-    """Opens the file that holds all studies of a run; made if missing.
-
-    Args:
-        path: The SQLite file.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and path.stat().st_size and not path.read_bytes()[:16].startswith(b"SQLite format 3"):
-            raise ValueError(f"{path} is no SQLite file: remove it, and the search begins anew.")
-        storage = optuna.storages.RDBStorage(f"sqlite:///{path.absolute()}")
-        try:
-            yield storage
-        finally:
-            storage.remove_session()
-            storage.engine.dispose()
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-class Study:
-    """The trials of one family on one choice of samples, as Optuna keeps them.
-
-    Args:
-        family: The family.
-        storage: Where they are kept.
-        num_samples: How many samples of each task they are measured on; ``None`` for all.
-        measured: Everything else that a trial's scores depend on, and that is the same for all of the family.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        storage: optuna.storages.BaseStorage,
-        num_samples: int | None,
-        measured: Mapping[str, object],
-    ) -> None:
-        self.family = family
-        self._num_samples = num_samples
-        unsearched = {name: v for name, v in family.recipe.method.hyperparameters().items() if name not in family.numbers}
-        description = family.recipe.description([])
-        about = {**measured, **description, "init_args": unsearched, "searched": sorted(family.numbers)}
-        about |= {"coefficients": dict(family.recipe.coefficients), "num_samples": num_samples}
-        text = json.dumps(about, sort_keys=True)
-        samples = "all samples" if num_samples is None else f"{num_samples} samples"
-        name = f"{family.title}, {samples} ({xxhash.xxh3_64(text.encode()).hexdigest()})"
-        self._study = optuna.create_study(
-            storage=storage, study_name=name, direction="maximize", load_if_exists=True
-        )
-        if not self._study.user_attrs:
-            self._study.set_user_attr("measured", about)
-        self._end_unfinished()
-        self._num_done = 0
-        self._trials: dict[_Key, Trial] = {}
-        for stored in self._study.get_trials(states=_DONE):
-            self._note(self._trial(stored))
-
-    @property
-    def trials(self) -> list[Trial]:
-        """All trials; of those with the same numbers, the last one."""
-        return list(self._trials.values())
-
-    def find(self, params: Params) -> Trial | None:
-        """The trial with some numbers, if there is one.
-
-        Args:
-            params: The numbers.
-        """
-        return self._trials.get(_key(params))
-
-    def try_out(self, params: Params, judge: Judge) -> Trial:
-        """Measures a setting of the family, and keeps what was found.
-
-        Args:
-            params: Its numbers.
-            judge: Measures it.
-        """
-        self._study.enqueue_trial(dict(params))
-        return self._measure(self._study.ask(self._distributions), judge)
-
-    def try_proposed(self, seed: int, judge: Judge) -> Trial:
-        """Measures the setting that TPE proposes, and keeps what was found.
-
-        Args:
-            seed: Together with the number of trials, decides what is proposed.
-            judge: Measures it.
-        """
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed + self._num_done)
-        return self._measure(self._study.ask(self._distributions), judge)
-
-    def _measure(self, asked: optuna.Trial, judge: Judge) -> Trial:
-        found = judge.measure(
-            self.family.setting(asked.params), asked.params, lambda step, average: asked.report(average, step)
-        )
-        for name in ("values", "normalized", "bound"):
-            asked.set_user_attr(name, getattr(found, name))
-        state = TrialState.PRUNED if found.average is None else TrialState.COMPLETE
-        self._study.tell(asked, found.average, state=state)
-        self._note(found)
-        return found
-
-    def _note(self, trial: Trial) -> None:
-        self._trials[_key(trial.params)] = trial
-        self._num_done += 1
-
-    @property
-    def _distributions(self) -> dict[str, BaseDistribution]:
-        return {
-            name: (IntDistribution if all(isinstance(v, int) for v in values) else FloatDistribution)(
-                min(values), max(values)
-            )
-            for name, values in self.family.numbers.items()
-        }
-
-    def _trial(self, stored: FrozenTrial) -> Trial:
-        attributes: dict[str, Any] = stored.user_attrs
-        return Trial(
-            self.family.setting(stored.params),
-            stored.params,
-            attributes["values"],
-            attributes["normalized"],
-            stored.value if stored.state == TrialState.COMPLETE else None,
-            attributes["bound"],
-            self._num_samples,
-        )
-
-    def _end_unfinished(self) -> None:
-        """Ends trials that a kill left: they are no results."""
-        for _ in self._study.get_trials(states=(TrialState.WAITING,)):
-            self._study.ask(self._distributions)
-        for stored in self._study.get_trials(states=(TrialState.RUNNING,)):
-            self._study.tell(stored.number, state=TrialState.FAIL)
-
-
-def known_trials(studies: Sequence[Study], *, sampler: Sampler, num_trials: int) -> list[Trial]:
+def known_trials(studies: Sequence[Study], settings: SearchSettings) -> list[Trial]:
     """What earlier calls have found of the settings that `search` will try.
 
     Args:
         studies: As for `search`.
-        sampler: As for `search`.
-        num_trials: As for `search`.
+        settings: As for `search`.
     """
-    wanted = ((study, params) for study in studies for params in _wanted(study, sampler, num_trials)[1])
+    wanted = ((study, params) for study in studies for params in _wanted(study, settings)[1])
     return [trial for study, params in wanted if (trial := study.find(params)) is not None]
 
 
-def search(
-    studies: Sequence[Study], judge: Judge, *, sampler: Sampler, num_trials: int, seed: int, progress: Progress
-) -> list[list[Trial]]:
+def search(studies: Sequence[Study], judge: Judge, settings: SearchSettings, on_trial: OnTrial) -> list[list[Trial]]:
     """Tries settings of several families.
 
     Args:
         studies: One for each family.
         judge: Measures settings.
-        sampler: How settings are chosen.
-        num_trials: How many TPE proposes of each family, in all calls together.
-        seed: Decides what TPE proposes.
-        progress: Called with the number of trials that are done, of all that will be, and the best one.
+        settings: How settings are chosen.
+        on_trial: Called with the number of trials that are done, of all that will be, and the best one.
 
     Returns:
         For each family its trials: of a grid in its own order, of TPE in the order of proposals.
     """
-    wanted = [_wanted(study, sampler, num_trials) for study in studies]
+    wanted = [_wanted(study, settings) for study in studies]
     total, done = sum(max(num, len(points)) for num, points in wanted), 0
     found: list[list[Trial]] = []
     for study, (num, points) in zip(studies, wanted, strict=True):
         found.append([])
         for number in range(max(num, len(points))):
-            progress(done, total, judge.best)
+            on_trial(done, total, judge.best)
             known = study.find(points[number]) if number < len(points) else None
             if known is None or not judge.holds(known):
                 propose = number >= len(points)
-                known = study.try_proposed(seed, judge) if propose else study.try_out(points[number], judge)
+                known = study.try_proposed(settings.seed, judge) if propose else study.try_out(points[number], judge)
             found[-1].append(known)
             done += 1
-    progress(done, total, judge.best)
+    on_trial(done, total, judge.best)
     return found
 
 
-def _wanted(study: Study, sampler: Sampler, num_trials: int) -> tuple[int, list[Params]]:
+def _wanted(study: Study, settings: SearchSettings) -> tuple[int, list[Params]]:
     """How many settings are tried, and those of them that are known before."""
     family = study.family
-    if sampler == "grid" or all(len(values) == 1 for values in family.numbers.values()):
+    if settings.sampler == "grid" or all(len(values) == 1 for values in family.numbers.values()):
         return len(family.points), family.points
-    return num_trials, [trial.params for trial in study.trials][:num_trials]
-
-
-def _key(params: Params) -> _Key:
-    return frozenset(params.items())
+    return settings.num_trials, [trial.params for trial in study.trials][: settings.num_trials]

@@ -1,13 +1,4 @@
-"""What is searched: methods, and for each of their hyper-parameters the values to try.
-
-The default grids are the paper's (arXiv 2505.23117, appendix H.5); the last row is this package's own, around the
-default:
-
-| method | ``scale``, the λ of all tasks | ``density``, the rate that is kept |
-|---|---|---|
-| ``TaskArithmetic`` | 0.1, 0.2, … 1.0 | |
-| ``TIES``, ``DARETIES``, ``DRM`` | 0.8, 0.9, … 1.5 | 0.1, 0.2, … 1.0 |
-| ``IsoC``, ``IsoCTS``, ``TSVM`` | 0.5, 0.6, … 2.0 | |
+"""What is searched: families of settings, each of one method.
 
 A merged delta is linear in ``scale``, so λ is applied to what is merged already. A `Family` is all settings of a method
 that differ in numbers only: DRM-H and DRM-V are two. It has a study and a picture of its own.
@@ -16,38 +7,20 @@ that differ in numbers only: DRM-H and DRM-V are two. It has a study and a pictu
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from itertools import product
 from typing import Literal, TypeAlias
 
-from lightning_drm import merging
-from lightning_drm.fusion import Recipe, class_path, method_title
-from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, Method, TaskArithmetic
-
-Value: TypeAlias = bool | int | float | str
-Grid: TypeAlias = Mapping[str, Mapping[str, Sequence[Value]]]
-"""By method, and by hyper-parameter, the values to try."""
+from lightning_drm.fusion import Recipe, method_title
+from lightning_drm.fusion.recipe import class_path
+from lightning_drm.merging import Method
+from lightning_drm.tuning.grids import Grid, Value, chosen_grids, default_scales
 
 Params: TypeAlias = Mapping[str, float]
 """By name, the numbers of one setting of a family."""
 
 Coefficients = Literal["one", "each"]
 
-ALL: tuple[type[Method], ...] = (DRM, TIES, DARETIES, TaskArithmetic, Average, IsoC, IsoCTS, TSVM)
-
 _COEFFICIENT = "coefficients."
-
-
-def _steps(first: int, last: int) -> list[Value]:
-    return [tenths / 10 for tenths in range(first, last + 1)]
-
-
-_DENSITIES = _steps(1, 10)
-_SCALES: Mapping[type[Method], list[Value]] = {
-    TaskArithmetic: _steps(1, 10),
-    **dict.fromkeys((IsoC, IsoCTS, TSVM), _steps(5, 20)),
-}
-_PAPERS_SCALES = _steps(8, 15)
 
 
 @dataclass(frozen=True)
@@ -100,6 +73,7 @@ def setting_title(recipe: Recipe) -> str:
         recipe: The setting.
 
     Example:
+        >>> from lightning_drm import DRM
         >>> setting_title(Recipe(DRM(scale=1.2), {"topic": 0.5}))
         'DRM, horizontal, density 0.2, scale 1.2, coefficient of topic 0.5'
     """
@@ -131,13 +105,14 @@ def search_space(
         ValueError: Naming all methods, hyper-parameters and values that cannot be.
 
     Example:
+        >>> from lightning_drm import DRM
         >>> (family,) = search_space(Recipe(DRM("vertical")), ["topic", "mood"])
         >>> family.title, len(family.points), family.points[1]
         ('DRM, vertical', 80, {'density': 0.1, 'scale': 0.9})
     """
     problems: list[str] = []
     families = []
-    for kind, choices in _grids(recipe, methods, grid, problems).items():
+    for kind, choices in chosen_grids(type(recipe.method), methods, grid, problems).items():
         start = recipe.method.hyperparameters() if type(recipe.method) is kind else {}
         if found := _problems(kind, start, choices):
             problems += found
@@ -148,68 +123,6 @@ def search_space(
     if problems:
         raise ValueError(" ".join(dict.fromkeys(problems)))
     return families
-
-
-def default_grid(kind: type[Method], *, directions: bool = False) -> dict[str, list[Value]]:
-    """The default grid of a method.
-
-    Args:
-        kind: The method.
-        directions: Whether DRM is searched in both.
-
-    Example:
-        >>> default_grid(TaskArithmetic)
-        {'scale': [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]}
-    """
-    names = inspect.signature(kind).parameters
-    grid: dict[str, list[Value]] = {"direction": ["horizontal", "vertical"]} if kind is DRM and directions else {}
-    if "density" in names:
-        grid["density"] = _DENSITIES
-    if "scale" in names:
-        grid["scale"] = _scales(kind)
-    return grid
-
-
-def _scales(kind: type[Method]) -> list[Value]:
-    return _SCALES.get(kind, _PAPERS_SCALES)
-
-
-def _grids(
-    recipe: Recipe, methods: str | Sequence[str] | None, grid: Grid | None, problems: list[str]
-) -> dict[type[Method], Mapping[str, Sequence[Value]]]:
-    """By method, the values to try."""
-    own = {kind: values for name, values in (grid or {}).items() if (kind := _kind(name, problems)) is not None}
-    if methods is None:
-        if grid is None:
-            return {type(recipe.method): default_grid(type(recipe.method))}
-        if not grid:
-            problems.append("The grid names no method.")
-        return own
-    if methods == "all":
-        kinds: Iterable[type[Method] | None] = ALL
-    else:
-        names = [methods] if isinstance(methods, str) else methods
-        kinds = [_kind(name, problems) for name in names]
-        if not names:
-            problems.append("There are no methods to search.")
-    chosen = dict.fromkeys(kind for kind in kinds if kind is not None)
-    for kind in own.keys() - chosen.keys():
-        problems.append(f"The grid has {kind.__name__}, which is not among the methods to search.")
-    return {kind: own.get(kind, default_grid(kind, directions=True)) for kind in chosen}
-
-
-def _kind(name: str, problems: list[str]) -> type[Method] | None:
-    """The class of a method's name."""
-    module, _, short = name.removeprefix("lightning_drm.").rpartition(".")
-    try:
-        found = getattr(import_module(module) if module else merging, short, None)
-    except ImportError:
-        found = None
-    if isinstance(found, type) and issubclass(found, Method) and not inspect.isabstract(found):
-        return found
-    known = ", ".join(kind.__name__ for kind in ALL)
-    problems.append(f"There is no method {name!r}; the methods are {known}, and one of your own by its import path.")
-    return None
 
 
 def _problems(kind: type[Method], start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]) -> list[str]:
@@ -278,7 +191,7 @@ def _families(
         else:
             others[name] = list(dict.fromkeys(values))
     if coefficients == "each":
-        lambdas = numbers.pop("scale", tuple(float(value) for value in _scales(type(method))))
+        lambdas = numbers.pop("scale", tuple(float(value) for value in default_scales(type(method))))
         current |= {"scale": 1.0} if "scale" in current else {}
         numbers |= {f"{_COEFFICIENT}{task}": lambdas for task in tasks}
     return [

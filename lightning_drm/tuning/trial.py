@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import pandas as pd
 
-from lightning_drm.fusion import Recipe, class_path
+from lightning_drm.fusion import Recipe
+from lightning_drm.fusion.recipe import class_path
 from lightning_drm.tuning.space import Params
 
 
@@ -31,6 +33,11 @@ class Trial:
     average: float | None
     bound: float
     num_samples: int | None
+
+    @property
+    def reached(self) -> float:
+        """The average, to sort by; that of a pruned trial is below all others."""
+        return -inf if self.average is None else self.average
 
 
 def table_of(trials: Sequence[Trial], tasks: Sequence[str]) -> pd.DataFrame:
