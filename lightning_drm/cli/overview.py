@@ -1,9 +1,9 @@
 """What ``lightning-drm --help`` shows: the subcommands with an example each. Nothing heavy is imported for it."""
 
-SUBCOMMANDS = ("fit", "merge", "test", "tune")
+SUBCOMMANDS = ("fit", "merge", "test", "compare", "tune")
 
 OVERVIEW = """\
-usage: lightning-drm [-h] [--version] {fit,merge,test,tune} ...
+usage: lightning-drm [-h] [--version] {fit,merge,test,compare,tune} ...
 
 Finetune several tasks from one base, merge the finetunes into one multitask model, and test it.
 
@@ -20,6 +20,9 @@ subcommands:
 
   test    Measure the base, every finetune and the merged model of a run again.
             lightning-drm test --config configs/quickstart.yaml
+
+  compare Merge a run's tasks with several methods, and show their scores side by side. No training.
+            lightning-drm compare --config configs/quickstart.yaml --methods DRM TIES TSVM
 
   tune    Search for the best method, density and coefficients on the validation sets, and test the best once.
             lightning-drm tune --config configs/quickstart.yaml --methods DRM TIES

@@ -1,13 +1,16 @@
-"""``lightning-drm fit | merge | test | tune`` on one YAML file: a LightningCLI around `MergeTrainer`."""
+"""``lightning-drm fit | merge | test | compare | tune`` on one YAML file: a LightningCLI around `MergeTrainer`."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+from jsonargparse import Namespace
 from lightning import LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-from lightning_drm.cli.arguments import own_defaults
+from lightning_drm.cli.arguments import lists_in_brackets, own_defaults
 from lightning_drm.cli.mistakes import OneSentence
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.storage import write_text
@@ -22,6 +25,11 @@ _LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}
 
 class _Parser(OneSentence, LightningArgumentParser):
     """Lightning's parser, which says what is wrong in one sentence."""
+
+    @override
+    def parse_args(self, args: Sequence[str] | None = None, *further: Any, **named: Any) -> Namespace:
+        words = lists_in_brackets(sys.argv[1:] if args is None else args, "--methods")
+        return super().parse_args(words, *further, **named)
 
 
 class MergeCLI(LightningCLI):
@@ -62,6 +70,7 @@ class MergeCLI(LightningCLI):
             "fit": {*_LIGHTNINGS_OWN, "train_dataloaders", "val_dataloaders"},
             "merge": {"model", "datamodule"},
             "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
+            "compare": {"model", "datamodule"},
             "tune": {"model", "datamodule"},
         }
 

@@ -1,8 +1,8 @@
-"""Sections of ``report.json`` that studies add: ``"methods"`` by `compare`, ``"tuned"`` by `tune`.
+"""What studies add to ``report.json``: `compare` its ``"methods"``, `tune` what it ``"tuned"``.
 
-A section is kept in its study's folder, with the fingerprints of the deltas that it is about. Every report of the run
-takes up the sections about the deltas as they are then. So a section outlives any later merge, and ends when a task is
-finetuned again.
+Such a section is kept in its study's folder, with the fingerprints of the deltas that it is about. Every report of the
+run takes up the sections about the deltas as they are then. So a section outlives any later merge, and ends when a task
+is finetuned again.
 """
 
 from collections.abc import Mapping
@@ -12,24 +12,25 @@ from typing import Any, Literal
 from lightning_drm.storage import write_json
 from lightning_drm.storage.json_files import read_object
 
-Section = Literal["methods", "tuned"]
+Study = Literal["compare", "tune", "analysis"]
+"""A study of merges, by its folder in the run folder."""
 
-FOLDERS: Mapping[Section, str] = {"methods": "compare", "tuned": "tune"}
-"""By section, its study's folder in the run folder."""
+SECTIONS: Mapping[Study, str] = {"compare": "methods", "tune": "tuned"}
+"""By study, what its section is called in ``report.json``."""
 
 _FILE = "section.json"
 
 
-def write_section(section: Section, content: Any, folder: Path, made_from: Mapping[str, str | None]) -> None:
-    """Keeps a section for the reports of a run.
+def write_section(study: Study, content: Mapping[str, Any], folder: Path, made_from: Mapping[str, str | None]) -> None:
+    """Keeps a study's section for the reports of a run.
 
     Args:
-        section: Its name in ``report.json``.
-        content: What stands there.
+        study: The study.
+        content: What stands in the section.
         folder: The run folder.
         made_from: By task, the fingerprint of its deltas.
     """
-    write_json(folder / FOLDERS[section] / _FILE, {"deltas": dict(made_from), section: content})
+    write_json(folder / study / _FILE, {"deltas": dict(made_from), SECTIONS[study]: dict(content)})
 
 
 def read_sections(folder: Path, made_from: Mapping[str, str | None]) -> dict[str, Any]:
@@ -43,9 +44,9 @@ def read_sections(folder: Path, made_from: Mapping[str, str | None]) -> dict[str
         ValueError: If a section's file is damaged.
     """
     found: dict[str, Any] = {}
-    for section, study in FOLDERS.items():
+    for study, name in SECTIONS.items():
         file = folder / study / _FILE
         stored = read_object(file) if file.is_file() else {}
-        if section in stored and stored.get("deltas") == dict(made_from):
-            found[section] = stored[section]
+        if name in stored and stored.get("deltas") == dict(made_from):
+            found[name] = stored[name]
     return found

@@ -29,6 +29,11 @@ class TaskProgressBar(RichProgressBar):
 
     @property
     @override
+    def validation_description(self) -> str:
+        return self.label
+
+    @property
+    @override
     def test_description(self) -> str:
         return self.label
 

@@ -25,12 +25,14 @@ from typing_extensions import override
 
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.evaluation import Split
+from lightning_drm.merging import Method
 from lightning_drm.modules import MultiTaskModule, unmeasurable
 from lightning_drm.storage import writing
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.candidates import RunCandidates
 from lightning_drm.training.chosen_weights import settings_of
 from lightning_drm.training.collect import CollectTask
+from lightning_drm.training.comparing import compare_methods
 from lightning_drm.training.failures import Failures
 from lightning_drm.training.finished import finished_tasks, require_done, require_merged_as_configured
 from lightning_drm.training.foreign import problem_of_class
@@ -45,8 +47,7 @@ from lightning_drm.training.strategies import refuse_strategy
 from lightning_drm.training.task_fit import TaskFit
 from lightning_drm.training.task_modules import TaskModules
 from lightning_drm.training.tuned import tune_and_test
-from lightning_drm.tuning.settings import SearchSettings
-from lightning_drm.tuning.space import search_space
+from lightning_drm.tuning import SearchSettings, search_space
 
 T = TypeVar("T")
 
@@ -214,12 +215,37 @@ class MergeTrainer(Trainer):
         with run.interruptible, _locked(run.folder, run.session.tasks):
             return self._on_all_ranks(run.session, measure_again)
 
+    def compare(
+        self,
+        model: LightningModule,
+        datamodule: MultiTaskDataModule,
+        *,
+        methods: list[Method] | None = None,
+        split: Split = "validation",
+    ) -> None:
+        """Compares methods side by side on what `fit` stored, with intervals. Trains nothing, and keeps no model.
+
+        The configured method comes first. All share the rest of the recipe: coefficients, convolutions, what is done to
+        parameters that are no matrices, and overrides.
+
+        Args:
+            model: Template of a task's module, as for ``fit``.
+            datamodule: The tasks.
+            methods: The methods to compare with the configured one, as names (each with its defaults) or as class_path
+                with init_args. All methods of this package if left out, with DRM in both directions.
+            split: The samples to measure on: ``validation``, so that test sets stay unseen, or ``test``.
+
+        Raises:
+            ValueError: If tasks are not finetuned yet, or methods are given twice or do not fit the overrides.
+        """
+        self._study(model, datamodule, lambda run, candidates: compare_methods(run, candidates, methods), split=split)
+
     def tune(
         self,
         model: LightningModule,
         datamodule: MultiTaskDataModule,
         *,
-        methods: str | list[str] | None = None,
+        methods: list[str] | None = None,
         grid: dict[str, dict[str, list[bool | int | float | str]]] | None = None,
         coefficients: Literal["one", "each"] = "one",
         search: Literal["grid", "tpe"] = "grid",

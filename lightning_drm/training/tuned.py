@@ -11,25 +11,25 @@ from typing import Any
 
 import xxhash
 import yaml
-from rich.markup import escape
-from rich.table import Table
 
-from lightning_drm.evaluation import Candidates, Comparison, Score, add_section, write_finding
-from lightning_drm.evaluation.report import notes
-from lightning_drm.evaluation.sections import FOLDERS
-from lightning_drm.evaluation.shown import shown
+from lightning_drm.evaluation import Candidates, Comparison, Score
 from lightning_drm.fusion import Recipe
 from lightning_drm.storage import write_json, write_text
 from lightning_drm.storage.json_files import read_object
 from lightning_drm.training.run import Run
-from lightning_drm.tuning.pictures import family_finding
-from lightning_drm.tuning.progress import tuning_bar
-from lightning_drm.tuning.settings import SearchSettings
-from lightning_drm.tuning.space import Family, setting_title
-from lightning_drm.tuning.trial import Trial, table_of
-from lightning_drm.tuning.tune import Tuned, tune
-
-_TESTED_FILE = "tested.json"
+from lightning_drm.tuning import (
+    Family,
+    SearchSettings,
+    Tuned,
+    family_finding,
+    setting_title,
+    table_of,
+    tune,
+    tuned_section,
+    tuned_sentence,
+    tuned_table,
+    tuning_bar,
+)
 
 
 def tune_and_test(
@@ -52,25 +52,27 @@ def tune_and_test(
     Raises:
         ValueError: If something cannot be searched.
     """
-    families = space(candidates.recipe, candidates.tasks)
-    folder = run.folder.path / FOLDERS["tuned"]
+    families, tasks = space(candidates.recipe, candidates.tasks), candidates.tasks
+    folder = run.folder.path / "tune"
     run.interruptible.unfinished = "the search was"
-    measured = {"tasks": {task: run.scoring.stamp(task, "validation") for task in candidates.tasks}}
+    measured = {"tasks": {task: run.scoring.stamp(task, "validation") for task in tasks}}
     with tuning_bar(shown=show_progress) as on_trial:
         found = tune(candidates, families, folder, settings, measured=measured, on_trial=on_trial)
-    _write_trials(run, found, folder)
-    recipe = found.chosen.recipe
-    run.interruptible.unfinished = "the chosen setting was found, but its test was"
-    individual = {task: run.scores(task)["individual"] for task in candidates.tasks}
-    test = _tested(run, candidates, recipe, individual, folder)
-    description = recipe.description(candidates.tasks)
-    comparison = Comparison(candidates.tasks, {}, individual, test, description)
-    metrics = comparison.metrics
-    untuned = _untuned(run)
-    add_section("tuned", _section(found, comparison), run.folder.path, metrics=metrics, made_from=run.made_from)
+    run.say(tuned_sentence(found))
+    _write_trials(found, tasks, folder)
+    run.interruptible.unfinished = "a setting was chosen, but its test was"
+    individual = {task: run.scores(task)["individual"] for task in tasks}
+    test = _tested(run, candidates, found.chosen.recipe, individual, folder)
+    description, title = found.chosen.recipe.description(tasks), setting_title(found.chosen.recipe)
+    comparison = Comparison(tasks, {}, individual, test, description, title)
     write_text(folder / "best.yaml", _best(found, description))
-    run.console.print(_table(comparison, untuned))
-    _say(run, found, folder)
+    run.console.print(tuned_table(comparison, _untuned(run)))
+    run.say(f"Every setting: {folder}/trials.csv. The study, which Optuna's dashboard opens: {folder}/study.db")
+    run.say(f"To merge with the best setting, give `merge` --config {folder}/best.yaml after the run's configuration.")
+    finished = [
+        (family, trials) for family, trials in found.trials if any(trial.average is not None for trial in trials)
+    ]
+    run.keep("tune", [family_finding(*pair, tasks) for pair in finished], tuned_section(found, comparison))
 
 
 def _tested(
@@ -79,14 +81,15 @@ def _tested(
     """The chosen setting's test scores: the stored ones, if they are of this setting, these deltas and samples."""
     stamps = {task: run.scoring.stamp(task) for task in candidates.tasks}
     made = json.dumps([stamps, recipe.description(candidates.tasks)], sort_keys=True)
-    digest, file = xxhash.xxh3_128(made.encode()).hexdigest(), folder / _TESTED_FILE
+    digest, file = xxhash.xxh3_128(made.encode()).hexdigest(), folder / "tested.json"
     stored = read_object(file) if file.is_file() else {}
     if stored.get("of") == digest:
         run.say("The chosen setting was tested before; the test sets are not touched again.")
-        scores = stored["scores"]
         return {
-            task: Score(scores[task]["value"], individual[task].metric, _pair(scores[task]["interval"]))
-            for task in candidates.tasks
+            task: Score(
+                score["value"], individual[task].metric, tuple(score["interval"]) if score["interval"] else None
+            )
+            for task, score in stored["scores"].items()
         }
     on_test = candidates.measured_on("test")
     (merged,) = on_test.merged_side_by_side([recipe])  # λ goes into the merge, as in `merge`: the same to the last bit
@@ -96,54 +99,13 @@ def _tested(
     return found
 
 
-def _pair(interval: list[float] | None) -> tuple[float, float] | None:
-    return (interval[0], interval[1]) if interval else None
-
-
-def _write_trials(run: Run, found: Tuned, folder: Path) -> None:
-    """Writes ``trials.csv`` and a finding for each family; those of an earlier search go."""
-    tasks = run.session.tasks
-    measured = [trial for _, trials in found.trials for trial in trials]
-    write_text(folder / "trials.csv", table_of([*measured, *found.finals, found.untuned], tasks).to_csv(index=False))
-    findings = [
-        family_finding(family, trials, tasks)
-        for family, trials in found.trials
-        if any(trial.average is not None for trial in trials)
-    ]
-    kept = {finding.name for finding in findings}
-    for old in folder.glob("*.svg"):
-        if old.stem not in kept:
-            for file in (old.with_suffix(".json"), old.with_suffix(".csv"), old):
-                file.unlink(missing_ok=True)
-    for finding in findings:
-        write_finding(finding, folder, run.made_from)
-
-
-def _section(found: Tuned, comparison: Comparison) -> dict[str, Any]:
-    """What ``report.json`` says under ``tuned``."""
-    intervals = comparison.intervals["merged"]
-    return {
-        **comparison.method,
-        "validation": {"tuned": _validation(found.chosen), "untuned": _validation(found.untuned)},
-        "scores": comparison.scores["merged"],
-        "intervals": {task: list(interval) if interval else None for task, interval in intervals.items()},
-        "normalized": comparison.normalized,
-        "num_settings": sum(len(trials) for _, trials in found.trials),
-    }
-
-
-def _validation(trial: Trial) -> dict[str, Any]:
-    return {"scores": dict(trial.values), "normalized": {**trial.normalized, "average": trial.average}}
-
-
-def _best(found: Tuned, description: dict[str, object]) -> str:
-    settings = {name: description[name] for name in ("class_path", "init_args")}
-    content = {"drm": {"method": settings, "coefficients": description["coefficients"]}}
-    return (
-        f"# The best setting that `tune` found: {_percent(found.chosen)} of the finetunes' own scores on validation.\n"
-        "# To merge with it: lightning-drm merge --config <the run's configuration> --config <this file>\n"
-        + yaml.safe_dump(content, sort_keys=False)
-    )
+def _write_trials(found: Tuned, tasks: Sequence[str], folder: Path) -> None:
+    """Writes ``trials.csv``, and removes what an earlier search found of other families."""
+    trials = [trial for _, measured in found.trials for trial in measured]
+    write_text(folder / "trials.csv", table_of([*trials, *found.finals, found.untuned], tasks).to_csv(index=False))
+    for figure in folder.glob("*.svg"):
+        for file in (figure.with_suffix(".json"), figure.with_suffix(".csv"), figure):
+            file.unlink(missing_ok=True)
 
 
 def _untuned(run: Run) -> dict[str, Any]:
@@ -154,59 +116,12 @@ def _untuned(run: Run) -> dict[str, Any]:
     return report if is_current and "scores" in report else {}
 
 
-def _table(comparison: Comparison, untuned: dict[str, Any]) -> Table:
-    """Test scores: finetunes, the merge that the report is about, and the tuned one."""
-    table = Table(title="Test scores before and after tuning", caption=_caption(comparison, untuned))
-    table.caption_justify = "left"
-    for column in ("task", "individual", *(["untuned"] if untuned else []), "tuned"):
-        table.add_column(column, justify="left" if column == "task" else "right")
-
-    def row(name: str, label: str, is_fraction: bool) -> list[str]:
-        before = untuned.get("scores", {}).get("merged", {}).get(name)
-        between = untuned.get("intervals", {}).get("merged", {}).get(name)
-        cells = [
-            shown(comparison.scores["individual"][name], comparison.intervals["individual"][name], is_fraction),
-            *([shown(before, between, is_fraction)] if untuned else []),
-            shown(comparison.scores["merged"][name], comparison.intervals["merged"][name], is_fraction),
-        ]
-        return [escape(cell) for cell in (label, *cells)]
-
-    for index, (task, info) in enumerate(comparison.metrics.items()):
-        label = task if info.name == "accuracy" else f"{task}\n  {info.name}"
-        table.add_row(*row(task, label, info.is_fraction), end_section=index == len(comparison.tasks) - 1)
-    table.add_row(*row("average", "average", True), style="bold")
-    before = untuned.get("normalized", {}).get("average")
-    normalized = [
-        *([shown(before, None, True)] if untuned else []),
-        shown(comparison.normalized["average"], None, True),
-    ]
-    table.add_row("normalized average", "", *normalized)
-    return table
-
-
-def _caption(comparison: Comparison, untuned: dict[str, Any]) -> str:
-    lines = notes(comparison, "±")
-    if untuned:
-        method = untuned["method"]
-        values = ", ".join(f"{name} {value}" for name, value in method["init_args"].items())
-        lines.append(f"untuned: {method['class_path'].rpartition('.')[2]}{f' ({values})' if values else ''}")
-    return "\n".join(lines)
-
-
-def _say(run: Run, found: Tuned, folder: Path) -> None:
-    chosen, untuned = found.chosen, found.untuned
-    pruned = sum(trial.average is None for _, trials in found.trials for trial in trials)
-    total = sum(len(trials) for _, trials in found.trials)
-    run.say(
-        f"Best of {total} settings{f', {pruned} of which were given up early' if pruned else ''}: "
-        f"{setting_title(chosen.recipe)}. On all validation samples it reaches {_percent(chosen)} of the "
-        f"finetunes' own scores; as configured ({setting_title(untuned.recipe)}): {_percent(untuned)}."
+def _best(found: Tuned, description: dict[str, object]) -> str:
+    settings = {name: description[name] for name in ("class_path", "init_args")}
+    content = {"drm": {"method": settings, "coefficients": description["coefficients"]}}
+    return (
+        f"# The best setting that `tune` found: {100 * found.chosen.reached:.1f} % of the finetunes' own scores on all\n"
+        "# validation samples. To merge with it, give this file after the run's configuration:\n"
+        "#   lightning-drm merge --config CONFIG --config <run folder>/tune/best.yaml\n"
+        + yaml.safe_dump(content, sort_keys=False)
     )
-    run.say(
-        f"Every setting: {folder / 'trials.csv'}. The study, which Optuna's dashboard opens: {folder / 'study.db'}."
-    )
-    run.say(f"To merge with the best setting, add --config {folder / 'best.yaml'} to `merge`.")
-
-
-def _percent(trial: Trial) -> str:
-    return f"{100 * trial.reached:.1f} %"

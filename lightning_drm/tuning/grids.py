@@ -11,7 +11,7 @@ default:
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TypeAlias
 
@@ -67,13 +67,13 @@ def default_scales(kind: type[Method]) -> list[Value]:
 
 
 def chosen_grids(
-    configured: type[Method], methods: str | Sequence[str] | None, grid: Grid | None, problems: list[str]
+    configured: type[Method], methods: Sequence[str] | None, grid: Grid | None, problems: list[str]
 ) -> dict[type[Method], Mapping[str, Sequence[Value]]]:
     """By method, the values to try.
 
     Args:
         configured: The method that is searched if nothing is said.
-        methods: Names of methods, or import paths, or ``"all"``; those of the grid if left out.
+        methods: Names of methods, or import paths, or ``["all"]``; those of the grid if left out.
         grid: Takes the place of the default grids of the methods that it names.
         problems: Where a sentence is added for whatever cannot be.
     """
@@ -84,13 +84,9 @@ def chosen_grids(
         if not grid:
             problems.append("The grid names no method.")
         return own
-    if methods == "all":
-        kinds: Iterable[type[Method] | None] = ALL
-    else:
-        names = [methods] if isinstance(methods, str) else methods
-        kinds = [_kind(name, problems) for name in names]
-        if not names:
-            problems.append("There are no methods to search.")
+    if not methods:
+        problems.append("There are no methods to search.")
+    kinds = ALL if list(methods) == ["all"] else [_kind(name, problems) for name in methods]
     chosen = dict.fromkeys(kind for kind in kinds if kind is not None)
     problems += [
         f"The grid has {kind.__name__}, which is not among the methods to search." for kind in own if kind not in chosen

@@ -85,7 +85,7 @@ def search_space(
     recipe: Recipe,
     tasks: Sequence[str],
     *,
-    methods: str | Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
     grid: Grid | None = None,
     coefficients: Coefficients = "one",
 ) -> list[Family]:
@@ -95,7 +95,7 @@ def search_space(
         recipe: The configured recipe. Whatever is not searched stays as it is there; a method of another class starts
             from its own defaults.
         tasks: The tasks.
-        methods: Names of methods, or import paths, or ``"all"``; those of the grid if left out, and without a grid the
+        methods: Names of methods, or import paths, or ``["all"]``; those of the grid if left out, and without a grid the
             configured one, in its direction if it is DRM.
         grid: Takes the place of the default grids of the methods that it names.
         coefficients: ``"one"`` searches one λ for all tasks, the method's ``scale``; ``"each"`` one for each task,

@@ -25,7 +25,7 @@ def comparison() -> Comparison:
 
 
 def test_a_section_begins_a_report(tmp_path: Path) -> None:
-    add_section("methods", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
     assert report(tmp_path) == {
         "schema": 2,
         "tasks": ["a", "b"],
@@ -33,6 +33,7 @@ def test_a_section_begins_a_report(tmp_path: Path) -> None:
             "a": {"name": "accuracy", "higher_is_better": True},
             "b": {"name": "perplexity", "higher_is_better": False},
         },
+        "fractions": ["a"],
         "deltas": DELTAS,
         "methods": METHODS,
     }
@@ -41,13 +42,13 @@ def test_a_section_begins_a_report(tmp_path: Path) -> None:
 def test_a_section_joins_a_report(comparison: Comparison, tmp_path: Path) -> None:
     write_report(comparison, tmp_path, DELTAS)
     before = report(tmp_path)
-    add_section("methods", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
-    add_section("tuned", {"scores": {}}, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("tune", {"scores": {}}, tmp_path, metrics=METRICS, made_from=DELTAS)
     assert report(tmp_path) == {**before, "methods": METHODS, "tuned": {"scores": {}}}
 
 
 def test_sections_stay_when_the_report_is_written_again(comparison: Comparison, tmp_path: Path) -> None:
-    add_section("methods", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
     write_report(comparison, tmp_path, DELTAS)
     assert report(tmp_path)["methods"] == METHODS
     (tmp_path / "report.json").unlink()  # as when another merge puts the report into the history
@@ -56,20 +57,20 @@ def test_sections_stay_when_the_report_is_written_again(comparison: Comparison, 
 
 
 def test_sections_end_when_a_task_is_finetuned_again(comparison: Comparison, tmp_path: Path) -> None:
-    add_section("methods", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
     write_report(comparison, tmp_path, {**DELTAS, "b": "3c"})
     assert "methods" not in report(tmp_path)
 
 
 def test_scores_of_other_deltas_do_not_stand_beside_a_section(comparison: Comparison, tmp_path: Path) -> None:
     write_report(comparison, tmp_path, DELTAS)
-    add_section("tuned", {}, tmp_path, metrics=METRICS, made_from=DELTAS)
-    add_section("methods", METHODS, tmp_path, metrics=METRICS, made_from={**DELTAS, "b": "3c"})
-    assert set(report(tmp_path)) == {"schema", "tasks", "metrics", "deltas", "methods"}
+    add_section("tune", {}, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from={**DELTAS, "b": "3c"})
+    assert set(report(tmp_path)) == {"schema", "tasks", "metrics", "fractions", "deltas", "methods"}
 
 
 def test_a_damaged_section_is_named(comparison: Comparison, tmp_path: Path) -> None:
-    add_section("methods", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
     (tmp_path / "compare" / "section.json").write_text("{")
     with pytest.raises(ValueError, match=r"compare/section\.json is not JSON that can be read"):
         write_report(comparison, tmp_path, DELTAS)
