@@ -11,7 +11,6 @@ from itertools import product
 from typing import Literal, TypeAlias
 
 from lightning_drm.fusion import Recipe, method_title
-from lightning_drm.fusion.recipe import class_path
 from lightning_drm.merging import Method
 from lightning_drm.tuning.grids import Grid, Value, chosen_grids, default_scales
 
@@ -95,8 +94,8 @@ def search_space(
         recipe: The configured recipe. Whatever is not searched stays as it is there; a method of another class starts
             from its own defaults.
         tasks: The tasks.
-        methods: Names of methods, or import paths, or ``["all"]``; those of the grid if left out, and without a grid the
-            configured one, in its direction if it is DRM.
+        methods: Names of methods, or import paths, or ``["all"]``. If left out, those of the grid, and without a grid
+            the configured one, in its direction if it is DRM.
         grid: Takes the place of the default grids of the methods that it names.
         coefficients: ``"one"`` searches one λ for all tasks, the method's ``scale``; ``"each"`` one for each task,
             among the same values.
@@ -118,8 +117,7 @@ def search_space(
             problems += found
             continue
         families += _families(replace(recipe, method=_made(kind, start, choices)), choices, tasks, coefficients)
-    for family in families:
-        problems += _misfits(family, tasks)
+    problems += [problem for family in families for problem in _misfits(family)]
     if problems:
         raise ValueError(" ".join(dict.fromkeys(problems)))
     return families
@@ -200,20 +198,15 @@ def _families(
     ]
 
 
-def _misfits(family: Family, tasks: Sequence[str]) -> list[str]:
+def _misfits(family: Family) -> list[str]:
     """Why settings of a family cannot be, though each of their values can."""
     problems = []
     own = [name for name in family.numbers if not name.startswith(_COEFFICIENT)]
     for values in product(*(family.numbers[name] for name in own)):
         try:
-            setting = family.setting(dict(zip(own, values, strict=True)))
+            family.setting(dict(zip(own, values, strict=True)))
         except ValueError as error:
             problems.append(f"{str(error).removesuffix('.')}.")
-            continue
-        try:
-            setting.check(tasks)
-        except ValueError as error:
-            problems.append(f"{class_path(setting.method)}: {error}")
     return problems
 
 

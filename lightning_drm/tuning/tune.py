@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_drm.evaluation import Candidates
+from lightning_drm.fusion import Fusion
 from lightning_drm.tuning.judge import Judge
 from lightning_drm.tuning.search import OnTrial, known_trials, search
 from lightning_drm.tuning.settings import SearchSettings
@@ -65,6 +66,7 @@ def tune(
     Raises:
         ValueError: If a setting does not fit, or no setting has an average.
     """
+    _check(candidates, families)
     how: dict[str, object] = {"sampler": "tpe", "seed": settings.seed} if settings.sampler == "tpe" else {}
     with study_file(folder / STUDY_FILE) as storage:
         studies = [Study(family, storage, settings.num_samples, {**measured, **how}) for family in families]
@@ -85,6 +87,18 @@ def tune(
         if untuned is None:
             untuned = _on_all(Study(Family(candidates.recipe, {}), storage, None, measured), {}, full)
     return Tuned(trials, finals, untuned)
+
+
+def _check(candidates: Candidates, families: Sequence[Family]) -> None:
+    """Refuses families whose recipe does not fit the task vectors, all of them at once."""
+    problems = []
+    for family in families:
+        try:
+            Fusion(family.recipe, list(candidates.vectors.values()))
+        except ValueError as error:
+            problems.append(f"{family.title} cannot be searched: {str(error).removesuffix('.')}.")
+    if problems:
+        raise ValueError(" ".join(problems))
 
 
 def _on_all(study: Study, params: Params, judge: Judge) -> Trial:
