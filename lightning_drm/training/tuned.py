@@ -120,8 +120,8 @@ def _best(found: Tuned, description: dict[str, object]) -> str:
     settings = {name: description[name] for name in ("class_path", "init_args")}
     content = {"drm": {"method": settings, "coefficients": description["coefficients"]}}
     return (
-        f"# The best setting that `tune` found: {100 * found.chosen.reached:.1f} % of the finetunes' own scores on the\n"
-        "# validation sets. To merge with it, give this file after the run's configuration:\n"
+        f"# The best setting that `tune` found: {100 * found.chosen.reached:.1f} % of the finetunes' own scores on\n"
+        "# validation. To merge with it, give this file after the run's configuration:\n"
         "#   lightning-drm merge --config CONFIG --config <run folder>/tune/best.yaml\n"
         + yaml.safe_dump(content, sort_keys=False)
     )

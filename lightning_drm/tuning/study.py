@@ -9,7 +9,8 @@ from typing import Any
 import optuna
 import xxhash
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from lightning_drm.storage import writing
 from lightning_drm.tuning.judge import Judge
@@ -17,6 +18,7 @@ from lightning_drm.tuning.space import Family, Params
 from lightning_drm.tuning.trial import Trial
 
 _Key = frozenset[tuple[str, float]]
+_FOUND = "found"
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -104,8 +106,19 @@ class Study:
             params: Its numbers.
             judge: Measures it.
         """
-        self._study.enqueue_trial(dict(params))
-        return self._measure(self._study.ask(self._distributions), judge)
+        steps: dict[int, float] = {}
+        found = judge.measure(self.family.setting(params), params, steps.__setitem__)
+        finished = create_trial(  # in one transaction: a kill before it leaves nothing
+            state=_state(found),
+            value=found.average,
+            params=dict(params),
+            distributions=self._distributions,
+            intermediate_values=steps,
+            user_attrs={_FOUND: _stored(found)},
+        )
+        self._study.add_trial(finished)
+        self._note(found)
+        return found
 
     def try_proposed(self, seed: int, judge: Judge) -> Trial:
         """Measures the setting that TPE proposes, and keeps what was found.
@@ -114,17 +127,15 @@ class Study:
             seed: Together with the number of trials, decides what is proposed.
             judge: Measures it.
         """
-        self._study.sampler = optuna.samplers.TPESampler(seed=seed + self._num_done)
-        return self._measure(self._study.ask(self._distributions), judge)
+        self._study.sampler = TPESampler(seed=seed + self._num_done)
+        asked = self._study.ask(self._distributions)
 
-    def _measure(self, asked: optuna.Trial, judge: Judge) -> Trial:
-        found = judge.measure(
-            self.family.setting(asked.params), asked.params, lambda step, average: asked.report(average, step)
-        )
-        for name in ("values", "normalized", "bound"):
-            asked.set_user_attr(name, getattr(found, name))
-        state = TrialState.PRUNED if found.average is None else TrialState.COMPLETE
-        self._study.tell(asked, found.average, state=state)
+        def report(step: int, average: float) -> None:
+            asked.report(average, step)
+
+        found = judge.measure(self.family.setting(asked.params), asked.params, report)
+        asked.set_user_attr(_FOUND, _stored(found))
+        self._study.tell(asked, found.average, state=_state(found))
         self._note(found)
         return found
 
@@ -137,23 +148,25 @@ class Study:
         return {name: _between(values) for name, values in self.family.numbers.items()}
 
     def _trial(self, stored: FrozenTrial) -> Trial:
-        attributes: dict[str, Any] = stored.user_attrs
+        found: dict[str, Any] = stored.user_attrs[_FOUND]
+        average = stored.value if stored.state == TrialState.COMPLETE else None
         return Trial(
-            self.family.setting(stored.params),
-            stored.params,
-            attributes["values"],
-            attributes["normalized"],
-            stored.value if stored.state == TrialState.COMPLETE else None,
-            attributes["bound"],
-            self._num_samples,
+            self.family.setting(stored.params), stored.params, average=average, num_samples=self._num_samples, **found
         )
 
     def _end_unfinished(self) -> None:
         """Ends trials that a kill left: they are no results."""
-        for _ in self._study.get_trials(states=(TrialState.WAITING,)):
-            self._study.ask(self._distributions)
         for stored in self._study.get_trials(states=(TrialState.RUNNING,)):
             self._study.tell(stored.number, state=TrialState.FAIL)
+
+
+def _stored(trial: Trial) -> dict[str, Any]:
+    """What Optuna keeps of a trial beside its numbers and its average."""
+    return {"values": dict(trial.values), "normalized": dict(trial.normalized), "bound": trial.bound}
+
+
+def _state(trial: Trial) -> TrialState:
+    return TrialState.PRUNED if trial.average is None else TrialState.COMPLETE
 
 
 def _key(params: Params) -> _Key:

@@ -100,15 +100,15 @@ def test_one_coefficient_for_each_task():
             ["DRM: density must be in (0, 1], got 1.5", "'diagonal'", "TIES: density must be in (0, 1], got 0.0"],
         ),
         (
-            {"grid": {"DRM": {"density": ["half"], "elect_sign": [1], "direction": [True]}, "DARETIES": {"seed": [0.5]}}},
+            {"grid": {"DRM": {"density": ["x"], "elect_sign": [1], "direction": [True]}, "DARETIES": {"seed": [0.5]}}},
             [
-                "DRM: density cannot be 'half'.",
+                "DRM: density cannot be 'x'.",
                 "DRM: elect_sign cannot be 1.",
                 "DRM: direction cannot be True.",
                 "DARETIES: seed cannot be 0.5.",
             ],
         ),
-        ({"grid": {"TIES": {"scale": [1.0]}}, "methods": ["DRM"]}, ["The grid has TIES, which is not among the methods"]),
+        ({"grid": {"TIES": {"scale": [1.0]}}, "methods": ["DRM"]}, ["The grid has TIES, which is not among"]),
     ],
 )  # fmt: skip
 def test_all_that_cannot_be_searched_is_said_at_once(options, sentences):
