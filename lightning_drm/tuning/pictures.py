@@ -68,7 +68,8 @@ def _heat_map(family: Family, finished: Sequence[Trial]) -> Figure:
     heat_map(axes, cells.tolist(), [f"{value:g}" for value in densities], [f"{value:g}" for value in scales])
     axes.set_xlabel(_label("scale"))
     axes.set_ylabel("density")
-    axes.set_title(f"{family.title}: {_SCORE} (%)", fontsize=10)
+    lacking = "; empty: given up early" if np.isnan(cells).any() else ""
+    axes.set_title(f"{family.title}: {_SCORE} (%){lacking}", fontsize=10)
     return figure
 
 

@@ -9,6 +9,7 @@ import optuna
 import pytest
 import torch
 from helpers import reference
+from helpers.studied import TASKS, StudiedRun, make_data
 from helpers.tiny import VectorTask
 from torch import Tensor
 
@@ -18,13 +19,15 @@ from lightning_drm.training.candidates import RunCandidates
 from lightning_drm.tuning import Family, SearchSettings, Tuned, search_space, tune
 from lightning_drm.tuning.trial import Trial
 
-from .conftest import TASKS, Run, make_data
-
 GRID = {"DRM": {"density": [0.2, 0.6], "scale": [-6.0, 0.0, 0.8, 1.2, 2.0]}}
 
 
 def search(
-    run: Run, folder: Path, families: Sequence[Family] | None = None, seen: list[Any] | None = None, **settings: Any
+    run: StudiedRun,
+    folder: Path,
+    families: Sequence[Family] | None = None,
+    seen: list[Any] | None = None,
+    **settings: Any,
 ) -> Tuned:
     def found(candidates: RunCandidates) -> Tuned:
         space = search_space(candidates.recipe, candidates.tasks, grid=GRID) if families is None else families
@@ -89,10 +92,10 @@ def papers_grid(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         tuned = tune(candidates, families, folder, settings, measured={}, on_trial=lambda *news: seen.append(news))
         return tuned, candidates._decompositions.num_decomposed
 
-    return (*Run(finished, make_data()).study(found), seen)
+    return (*StudiedRun(finished, make_data()).study(found), seen)
 
 
-def test_scores_are_those_of_independent_merges(papers_grid, run: Run):
+def test_scores_are_those_of_independent_merges(papers_grid, run: StudiedRun):
     trials = all_trials(papers_grid[0])
     assert [(t.recipe.method.density, t.recipe.method.scale) for t in trials] == [
         (density / 10, scale / 10) for density in range(1, 11) for scale in range(8, 16)
@@ -136,11 +139,13 @@ def test_the_best_of_all_is_chosen_and_the_best_so_far_is_told(papers_grid):
 @pytest.fixture(scope="module")
 def whole(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     """A small grid without pruning."""
-    return search(Run(finished, make_data()), tmp_path_factory.mktemp("whole"), prune=False, num_finalists=3)
+    return search(StudiedRun(finished, make_data()), tmp_path_factory.mktemp("whole"), prune=False, num_finalists=3)
 
 
 @pytest.mark.parametrize("num_finalists", [1, 3])
-def test_pruning_changes_neither_the_finalists_nor_the_best(whole: Tuned, run: Run, tmp_path: Path, num_finalists: int):
+def test_pruning_changes_neither_the_finalists_nor_the_best(
+    whole: Tuned, run: StudiedRun, tmp_path: Path, num_finalists: int
+):
     pruned = search(run, tmp_path, num_finalists=num_finalists)
     best = sorted(all_trials(whole), key=lambda trial: -trial.average)[:num_finalists]  # stable: first of equal ones
     finals = [final for final in whole.finals if final.params in [trial.params for trial in best]]
@@ -154,7 +159,7 @@ def test_pruning_changes_neither_the_finalists_nor_the_best(whole: Tuned, run: R
     assert all(averages[tuple(trial.params.items())] <= trial.bound < limit for trial in given_up)
 
 
-def test_trials_are_kept_and_those_that_were_pruned_are_measured_when_they_must(run: Run, tmp_path: Path):
+def test_trials_are_kept_and_those_that_were_pruned_are_measured_when_they_must(run: StudiedRun, tmp_path: Path):
     first = search(run, tmp_path, num_finalists=1)
     again: list[Any] = []
     assert numbers(all_trials(search(run, tmp_path, seen=again, num_finalists=1))) == numbers(all_trials(first))
@@ -168,7 +173,7 @@ def test_trials_are_kept_and_those_that_were_pruned_are_measured_when_they_must(
     assert optuna.logging.get_verbosity() == optuna.logging.INFO, "as it was"
 
 
-def test_a_grid_that_grows_goes_on(run: Run, tmp_path: Path):
+def test_a_grid_that_grows_goes_on(run: StudiedRun, tmp_path: Path):
     recipe = Recipe(DRM())
     small = search_space(recipe, list(TASKS), grid={"DRM": {"density": [0.2, 0.6], "scale": [1.0]}})
     large = search_space(recipe, list(TASKS), grid={"DRM": {"density": [0.1, 0.2, 0.6], "scale": [1.0, 1.5]}})
@@ -181,14 +186,14 @@ def test_a_grid_that_grows_goes_on(run: Run, tmp_path: Path):
     assert len(study.trials) == 6
 
 
-def test_what_scores_depend_on_has_a_study_of_its_own(run: Run, tmp_path: Path):
+def test_what_scores_depend_on_has_a_study_of_its_own(run: StudiedRun, tmp_path: Path):
     point = {"DRM": {"density": [0.6], "scale": [1.0]}}
     for recipe in (Recipe(DRM()), Recipe(DRM(rank_drop=0.5)), Recipe(non_matrix="elect")):
         search(run, tmp_path, search_space(recipe, list(TASKS), grid=point), num_samples=20)
     assert len(stored(tmp_path, "20 samples")) == 3
 
 
-def test_tpe_goes_on_as_if_it_had_not_stopped(run: Run, tmp_path: Path):
+def test_tpe_goes_on_as_if_it_had_not_stopped(run: StudiedRun, tmp_path: Path):
     options = {"sampler": "tpe", "seed": 3, "prune": False}
     whole = all_trials(search(run, tmp_path / "whole", num_trials=12, **options))
     search(run, tmp_path / "stopped", num_trials=4, **options)
@@ -200,7 +205,7 @@ def test_tpe_goes_on_as_if_it_had_not_stopped(run: Run, tmp_path: Path):
     assert numbers(all_trials(other)) != numbers(whole[:1])
 
 
-def test_one_coefficient_for_each_task_by_tpe(run: Run, tmp_path: Path):
+def test_one_coefficient_for_each_task_by_tpe(run: StudiedRun, tmp_path: Path):
     families = search_space(Recipe(DRM()), list(TASKS), coefficients="each", grid={"DRM": {"scale": [0.0, 2.0]}})
     found = search(run, tmp_path, families, sampler="tpe", num_trials=3, prune=False)
 
@@ -215,7 +220,7 @@ def test_one_coefficient_for_each_task_by_tpe(run: Run, tmp_path: Path):
     run.study(again)
 
 
-def test_a_recipe_that_does_not_fit_is_refused_before_the_search(run: Run, tmp_path: Path):
+def test_a_recipe_that_does_not_fit_is_refused_before_the_search(run: StudiedRun, tmp_path: Path):
     recipe = replace(Recipe(), overrides=[Override("*", density=0.5)])
     families = search_space(recipe, list(TASKS), methods=["TIES", "IsoC", "TSVM"])
     with pytest.raises(ValueError, match=r"IsoC cannot be searched: .* has no density.* TSVM cannot be searched"):
@@ -223,7 +228,7 @@ def test_a_recipe_that_does_not_fit_is_refused_before_the_search(run: Run, tmp_p
     assert not (tmp_path / "study.db").exists()
 
 
-def test_another_file_in_the_place_of_the_study_is_refused(run: Run, tmp_path: Path):
+def test_another_file_in_the_place_of_the_study_is_refused(run: StudiedRun, tmp_path: Path):
     (tmp_path / "study.db").write_text("something else")
     with pytest.raises(ValueError, match=r"study\.db is no SQLite file: remove it, and the search begins anew"):
         search(run, tmp_path)
