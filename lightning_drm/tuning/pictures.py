@@ -33,15 +33,16 @@ def family_finding(family: Family, trials: Sequence[Trial], tasks: Sequence[str]
     if pruned:
         sentence += f" {pruned} could no longer be among the best after some of the tasks, and were given up."
     name = "".join(letter if letter.isalnum() else "-" for letter in family.title.replace(", ", "-").replace(".", "_"))
-    figure = _picture(family, finished)
+    figure = _picture(family, trials)
     return Finding(name, f"Search ({family.title})", sentence, table_of(trials, tasks), figure)
 
 
-def _picture(family: Family, finished: Sequence[Trial]) -> Figure:
+def _picture(family: Family, trials: Sequence[Trial]) -> Figure:
+    finished = [trial for trial in trials if trial.average is not None]
     values = [tuple(trial.params[name] for name in family.numbers) for trial in finished]
     is_grid = all(value in family.numbers[n] for row in values for n, value in zip(family.numbers, row, strict=True))
     if is_grid and all(len(family.numbers.get(name, ())) > 1 for name in _GRID):
-        return _heat_map(family, finished)
+        return _heat_map(family, trials)
     searched = [name for name, choices in family.numbers.items() if len(choices) > 1] or list(family.numbers)[:1]
     figure, panels = new_figure(width=max(6.4, 3.2 * len(searched)), columns=max(1, len(searched)))
     for panel, name in zip(panels, searched, strict=False):
@@ -56,20 +57,25 @@ def _picture(family: Family, finished: Sequence[Trial]) -> Figure:
     return figure
 
 
-def _heat_map(family: Family, finished: Sequence[Trial]) -> Figure:
-    """Density down, λ across; of settings that differ in something else, the best one. Empty where all were pruned."""
+def _heat_map(family: Family, trials: Sequence[Trial]) -> Figure:
+    """Density down, λ across; of settings that differ in something else, the best one, or else the highest bound."""
     densities, scales = (sorted(family.numbers[name]) for name in _GRID)
     cells = np.full((len(densities), len(scales)), np.nan)
-    for trial in finished:
+    bounds = cells.copy()
+    for trial in trials:
         row, column = densities.index(trial.params["density"]), scales.index(trial.params["scale"])
-        if np.isfinite(trial.reached):
-            cells[row, column] = np.nanmax([cells[row, column], 100 * trial.reached])
+        table, value = (bounds, trial.bound) if trial.average is None else (cells, trial.reached)
+        if np.isfinite(value):
+            table[row, column] = np.nanmax([table[row, column], 100 * value])
     figure, (axes,) = new_figure(width=1.2 + 0.65 * max(8, len(scales)), height=1.4 + 0.32 * max(6, len(densities)))
     heat_map(axes, cells.tolist(), [f"{value:g}" for value in densities], [f"{value:g}" for value in scales])
     axes.set_xlabel(_label("scale"))
     axes.set_ylabel("density")
-    lacking = "; empty: given up early" if np.isnan(cells).any() else ""
-    axes.set_title(f"{family.title}: {_SCORE} (%){lacking}", fontsize=10)
+    given_up = np.argwhere(np.isnan(cells) & ~np.isnan(bounds))
+    for row, column in given_up:
+        axes.text(column, row, f"≤ {bounds[row, column]:.1f}", ha="center", va="center", fontsize=6, color="0.45")
+    note = "; ≤: given up early, at most so high" if len(given_up) else ""
+    axes.set_title(f"{family.title}: {_SCORE} (%){note}", fontsize=9)
     return figure
 
 

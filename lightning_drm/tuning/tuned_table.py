@@ -88,7 +88,23 @@ def tuned_sentence(found: Tuned) -> str:
     return (
         f"Best of {len(trials)} settings{early}: {setting_title(found.chosen.recipe)}. On all validation samples it "
         f"reaches {100 * found.chosen.reached:.1f} % of the finetunes' own scores; as configured "
-        f"({setting_title(found.untuned.recipe)}) it is {100 * found.untuned.reached:.1f} %."
+        f"({setting_title(found.untuned.recipe)}) it is {100 * found.untuned.reached:.1f} %.{_edge(found)}"
+    )
+
+
+def _edge(found: Tuned) -> str:
+    """What to know of a best setting that has the lowest or the highest value that was tried of some number."""
+    chosen = found.chosen
+    numbers = next(family.numbers for family, trials in found.trials for t in trials if t.recipe == chosen.recipe)
+    ends = [
+        f"{name} {chosen.params[name]:g}"
+        for name, values in numbers.items()
+        if len(values) > 1 and chosen.params[name] in (min(values), max(values))
+    ]
+    return (
+        f" It lies at the edge of what was tried ({', '.join(ends)}): a wider grid may have a better one."
+        if ends
+        else ""
     )
 
 

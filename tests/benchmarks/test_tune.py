@@ -1,4 +1,4 @@
-"""The merging part of `tune`: an 80-point grid with and without what its settings share, on one DRM layer and a model."""
+"""The merging part of `tune`: an 80-point grid with and without what its settings share."""
 
 import pytest
 from benchmarks.timing import interleaved, make_deltas
