@@ -38,7 +38,8 @@ def chosen_recipes(candidates: Candidates, methods: Sequence[Method] | None) -> 
         By title, the recipe; and a sentence for each method that was left out, as the overrides do not fit it.
 
     Raises:
-        ValueError: If the overrides do not fit a method that was given, or methods are the same; with all problems.
+        ValueError: If the overrides do not fit a method that was given, or methods are the same, with all problems; or
+            if there is none to compare with the configured one.
     """
     configured = candidates.recipe
     given = all_methods() if methods is None else list(methods)
@@ -58,6 +59,9 @@ def chosen_recipes(candidates: Candidates, methods: Sequence[Method] | None) -> 
         recipes.append(recipe)
     if problems and methods is not None:
         raise ValueError(f"methods: {'; '.join(problems)}.")
+    if len(recipes) == 1:
+        title = method_title(configured.method)
+        raise ValueError(f"methods: expected at least one to compare with the configured one, which is {title}.")
     return _by_title(recipes), left_out
 
 
