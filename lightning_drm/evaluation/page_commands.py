@@ -21,9 +21,9 @@ def commands(config: Path, report: Mapping[str, Any]) -> list[str]:
     try:
         text = config.read_text(encoding="utf-8")
         configured = dict(yaml.safe_load(text)["drm"])
-        given = ["--config", f"{configured['dirpath']}/config.yaml"]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return []
+    given = ["--config", "config.yaml"]  # no path: a page that is handed on says nothing of the machine
     options = next((line.removeprefix(_FIT) for line in text.splitlines() if line.startswith(_FIT)), "")
     found = [_line("fit", given) + options]
     if "method" in report:

@@ -37,10 +37,11 @@ def compared_table(compared: ComparedMethods) -> Table:
         caption="\n".join([compared.sentence, *notes(first, compared.split)]),
         caption_justify="left",
     )
-    table.add_column("method", min_width=12)
+    table.add_column("method")
     for task in first.tasks:
         metric = first.metrics[task].name
-        table.add_column(escape(task if metric == "accuracy" else f"{task} {metric}"), justify="right")
+        name = task if metric == "accuracy" else f"{task}\n{metric}"
+        table.add_column(escape(name.replace("_", "_\n")), justify="right")  # or long names would cut the numbers
     for column in ("average", "normalized"):
         table.add_column(column, justify="right")
     for row in ("base", "individual"):
