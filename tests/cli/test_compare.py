@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.mistakes import METHODS, said
 from helpers.run import Run
-from test_mistakes import METHODS, said
 
 from lightning_drm.cli.main import main
 

@@ -32,7 +32,7 @@ METRICS = {"topic": MetricInfo("accuracy", is_fraction=True), "<b>&rated": Metri
 class Page(HTMLParser):
     """A page's elements and texts; what is opened must be closed."""
 
-    VOID = ("meta", "img", "link", "br", "input")
+    VOID = ("meta", "img", "link", "br", "wbr", "input")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
         if self._open and self._open[-1] in ("td", "th"):
-            self.cells[-1] += data
+            self.cells[-1] += data.strip("\n")
 
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.elements if name == tag]
