@@ -23,7 +23,9 @@ def test_names_files_and_settings(copied: Run, tmp_path: Path, capsys: pytest.Ca
     found = methods(copied.folder)
     assert list(found) == [CONFIGURED, TIES, "Largest, density 0.75"]
     assert {entry["split"] for entry in found.values()} == {"test"}
-    assert "Test accuracy, 3 methods" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Test accuracy, 3 methods" in printed
+    assert "\nTIES, density 0.2 ━" in printed, "a bar says which method is measured"
     main([*words, "--methods", "[{class_path: DRM, init_args: {density: 0.3}}, TIES]"])
     assert list(methods(copied.folder)) == [CONFIGURED, "DRM, horizontal, density 0.3", TIES]
     (tmp_path / "methods.yaml").write_text(
@@ -32,6 +34,7 @@ def test_names_files_and_settings(copied: Run, tmp_path: Path, capsys: pytest.Ca
     main([*words, "--config", str(tmp_path / "methods.yaml")])
     assert list(methods(copied.folder)) == [CONFIGURED, "TIES, density 0.9"]
     out = capsys.readouterr()
+    assert "\nTIES, density 0.9 ━" in out.out, "on validation sets too"
     assert "GPU available" not in out.out + out.err
     assert "Tip" not in out.out + out.err
 

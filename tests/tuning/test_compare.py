@@ -1,6 +1,7 @@
 """Methods side by side in a real run: the scores of merges, of plain loops, and what is refused or left out."""
 
 import io
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,21 @@ METHODS = [
     "IsoCTS",
     "TaskArithmetic",
 ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> VectorsRun:
+    """After ``fit``; only read."""
+    run = VectorsRun(tmp_path_factory.mktemp("vectors") / "run")
+    run.fit()
+    assert run.report()["tasks"] == TASKS
+    return run
+
+
+@pytest.fixture
+def copied(finished: VectorsRun, tmp_path: Path) -> VectorsRun:
+    """The same, to write into."""
+    return VectorsRun(shutil.copytree(finished.folder, tmp_path / "run"))
 
 
 def test_scores_are_those_of_merge_and_test(copied: VectorsRun):
