@@ -56,9 +56,9 @@ class VectorsRun:
             callbacks=[callback], max_epochs=3, limit_val_batches=0, accelerator="cpu", logger=logger, **quiet
         )
 
-    def fit(self, **options: Any) -> None:
+    def fit(self, lr: float = 0.05, **options: Any) -> None:
         L.seed_everything(0)
-        self.trainer().fit(ValidatedTask(), datamodule=self.data, **options)
+        self.trainer().fit(ValidatedTask(lr=lr), datamodule=self.data, **options)
 
     def merge(self, method: Method, **recipe: Any) -> None:
         self.trainer(method, **recipe).merge(ValidatedTask(), self.data)
