@@ -20,7 +20,7 @@ def all_methods() -> list[Method]:
 
     Example:
         >>> [method_title(method) for method in all_methods()][:3]
-        ['DRM, horizontal, density 0.2', 'DRM, vertical, density 0.2', 'Average']
+        ['DRM, horizontal, density 0.2', 'DRM, vertical, density 0.2', 'DARETIES, density 0.2']
     """
     found = [getattr(merging, name) for name in merging.__all__]
     others = [kind for kind in found if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method]
