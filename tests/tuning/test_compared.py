@@ -76,7 +76,7 @@ def test_the_table_marks_the_best_of_each_column(three: ComparedMethods):
     console.print(compared_table(three))
     lines = console.export_text(styles=True).splitlines()
     for name, of in three.by_title.items():
-        (line,) = [line for line in lines if f" {name} " in line and "│" in line]
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
         average = f"{100 * of.scores['merged']['average']:.1f}"
         assert (f"\x1b[1m{average} ±" in line) == (name == "A")
 
