@@ -1,17 +1,14 @@
 """``lightning-drm fit | merge | test | compare | tune`` on one YAML file: a LightningCLI around `MergeTrainer`."""
 
 import sys
-from collections.abc import Sequence
-from typing import Any
 
-from jsonargparse import Namespace
 from lightning import LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_drm.cli.arguments import lists_in_brackets, own_defaults
-from lightning_drm.cli.mistakes import OneSentence
+from lightning_drm.cli.mistakes import UNION, OneSentence, sentence
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.storage import write_text
 from lightning_drm.training.callback import DRMMergeCallback
@@ -22,14 +19,12 @@ from lightning_drm.training.trainer import MergeTrainer
 # Arguments of Lightning's fit and test that have no meaning for several tasks at once.
 _LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}
 
+# Those of this package's fit: how one call goes, and, in the last one's case, what the base's score is.
+_OF_FIT = ("only", "retrain", "resume", "keep_going", "base_batches")
+
 
 class _Parser(OneSentence, LightningArgumentParser):
     """Lightning's parser, which says what is wrong in one sentence."""
-
-    @override
-    def parse_args(self, args: Sequence[str] | None = None, *further: Any, **named: Any) -> Namespace:
-        words = lists_in_brackets(sys.argv[1:] if args is None else args, "--methods")
-        return super().parse_args(words, *further, **named)
 
 
 class MergeCLI(LightningCLI):
@@ -77,15 +72,23 @@ class MergeCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         with own_defaults():
-            super().parse_arguments(parser, args)
+            if args is None:
+                self.config = parser.parse_args(lists_in_brackets(sys.argv[1:], "--methods"))
+            else:
+                words = lists_in_brackets(args, "--methods") if isinstance(args, list) else args
+                super().parse_arguments(parser, words)
 
     def before_fit(self) -> None:
-        """Keeps the configuration with the run."""
+        """Keeps the configuration with the run, as every subcommand takes it: without the options of `fit` alone."""
         config = self.config["fit"]
-        text = self._parser("fit").dump(config, skip_none=False)
+        shared = config.clone()
+        for name in _OF_FIT:
+            shared.pop(name)
+        text = self._parser("fit").dump(shared, skip_none=False)
+        command = f"# lightning-drm fit --config config.yaml --base_batches {config.base_batches}"
         folder = self._get(self.config_init, "drm").run_folder
         if folder is not None and is_writer():
-            write_text(folder.config, text)
+            write_text(folder.config, f"{command}\n{text}")
 
 
 def run(args: ArgsType = None) -> None:
@@ -105,3 +108,7 @@ def run(args: ArgsType = None) -> None:
         raise
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except ValueError as error:
+        if str(error).startswith(UNION):  # a class in a list refused its arguments, which all types of the list tell
+            raise ValueError(sentence(str(error))) from error
+        raise

@@ -129,10 +129,12 @@ def _summary(report: Mapping[str, Any]) -> str:
         return "No merged model was tested yet: run `lightning-drm merge`."
     averages = {row: scores["average"] for row, scores in report["scores"].items()}
     parts = [
-        f"{100 * averages[row]:.1f} % {row}" for row in ("merged", "individual", "base") if averages[row] is not None
+        f"{100 * averages[row]:.1f}\u00a0% {row}"
+        for row in ("merged", "individual", "base")
+        if averages[row] is not None
     ]
     kept = report["normalized"]["average"]
     sentences = [f"The average score on the test sets: {', '.join(parts)}."] if parts else []
     if kept is not None:
-        sentences.append(f"The merged model keeps {100 * kept:.1f} % of what the individual finetunes reach.")
+        sentences.append(f"The merged model keeps {100 * kept:.1f}\u00a0% of what the individual finetunes reach.")
     return " ".join(sentences) or "Scores are in the table."

@@ -8,48 +8,50 @@ from typing import Any
 
 import yaml
 
-FIT = "lightning-drm fit"
+_FIT = "# lightning-drm fit --config config.yaml"
 
 
 def commands(config: Path, report: Mapping[str, Any]) -> list[str]:
     """The commands, one a line; none for a run without a configuration that can be read.
 
     Args:
-        config: The run's ``config.yaml``. A comment in it may say how it was fitted, beyond what the file says.
+        config: The run's ``config.yaml``. A comment in it says what else `fit` was given.
         report: The content of ``report.json``.
     """
     try:
         text = config.read_text(encoding="utf-8")
-        file = f"{yaml.safe_load(text)['drm']['dirpath']}/config.yaml"
+        configured = dict(yaml.safe_load(text)["drm"])
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return []
-    given = ["--config", file]
-    options = next((line.partition(FIT)[2] for line in text.splitlines() if line.startswith(f"# {FIT}")), "")
+    given = ["--config", "config.yaml"]  # no path: a page that is handed on says nothing of the machine
+    options = next((line.removeprefix(_FIT) for line in text.splitlines() if line.startswith(_FIT)), "")
     found = [_line("fit", given) + options]
     if "method" in report:
-        found.append(_line("merge", [*given, *_recipe(report["method"])]))
+        found.append(_line("merge", [*given, *_recipe(report["method"], configured)]))
     if methods := report.get("methods"):
-        recipes = [{name: entry[name] for name in ("class_path", "init_args")} for entry in methods.values()]
-        first = next(iter(methods.values()))
-        split = ["--split", first["split"]]
-        found.append(_line("compare", [*given, *_recipe(first), *split, "--methods", json.dumps(recipes[1:])]))
+        first, *others = methods.values()
+        named = json.dumps([{name: entry[name] for name in ("class_path", "init_args")} for entry in others])
+        words = [*given, *_recipe(first, configured), "--split", first["split"], "--methods", named]
+        found.append(_line("compare", words))
     if "tuned" in report:
         found.append(_line("tune", given))
     return found
 
 
-def _recipe(description: Mapping[str, Any]) -> list[str]:
-    """A recipe as options: its method, and what of the rest is not as it is by default."""
-    method = {name: description[name] for name in ("class_path", "init_args")}
-    words = ["--drm.method", json.dumps(method)]
-    coefficients = description.get("coefficients", {})
-    if any(value != 1.0 for value in coefficients.values()):
-        words += ["--drm.coefficients", json.dumps(coefficients)]
-    for name in ("convolutions", "non_matrix"):
-        if description.get(name, "average") != "average":
-            words += [f"--drm.{name}", description[name]]
-    if overrides := description.get("overrides"):
-        words += ["--drm.overrides", json.dumps(overrides)]
+def _recipe(description: Mapping[str, Any], configured: Mapping[str, Any]) -> list[str]:
+    """A recipe as options: what of it is otherwise than the run's configuration has it."""
+    coefficients = description["coefficients"]
+    others = configured.get("coefficients") or {}
+    asked = {
+        **description,
+        "method": {name: description[name] for name in ("class_path", "init_args")},
+    }
+    known = {**configured, "coefficients": {task: others.get(task, 1.0) for task in coefficients}}
+    words = []
+    for name in ("method", "coefficients", "convolutions", "non_matrix", "overrides"):
+        if asked[name] != known.get(name):
+            value = asked[name]
+            words += [f"--drm.{name}", value if isinstance(value, str) else json.dumps(value)]
     return words
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Self
 
@@ -15,6 +15,7 @@ from lightning_drm.evaluation import Candidates, Deltas, Score, Split
 from lightning_drm.fusion import Decompositions, Recipe, free_bytes
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.modules import MultiTaskModule
+from lightning_drm.training.progress import merging_bar
 from lightning_drm.training.run import Run
 
 _MEMORY = 0.5  # of what is free: models that are measured need the rest
@@ -103,7 +104,11 @@ class RunCandidates(Candidates):
         size = sum(parameter.nbytes for parameter in self._module.parameters())
         together = max(1, int(_MEMORY * free_bytes(self._module.device) / max(1, size)))
         for start in range(0, len(recipes), together):
-            yield from self._merge(recipes[start : start + together], None)
+            part = recipes[start : start + together]
+            with merging_bar(f"{len(part)} methods", self._run.session.ranks) as progress:
+                merged = list(self._merge(part, None, progress))
+            while merged:
+                yield merged.pop(0)
 
     @override
     def model(
@@ -161,14 +166,22 @@ class RunCandidates(Candidates):
         heads = {task: load_tensors(file, "a head") if file.is_file() else {}}
         return self.scores({}, [task], label=f"{task} · base", heads=heads, own_statistics=True)[task]
 
-    def _merge(self, recipes: Sequence[Recipe], vectors: Mapping[str, TaskVector] | None) -> Iterator[Deltas]:
+    def _merge(
+        self,
+        recipes: Sequence[Recipe],
+        vectors: Mapping[str, TaskVector] | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Deltas]:
         kept = self._decompositions if vectors is None else None
         merged: list[dict[str, Tensor]] = [{} for _ in recipes]
-        for name, deltas in self._run.session.merge_side_by_side(
-            recipes, self._module, vectors=vectors, decompositions=kept
-        ):
+        total = len({name for vector in (vectors or self.vectors).values() for name in vector.kinds})
+        parameters = self._run.session.merge_side_by_side(recipes, self._module, vectors=vectors, decompositions=kept)
+        for done, (name, deltas) in enumerate(parameters, 1):
             for model, delta in zip(merged, deltas, strict=True):
                 model[name] = delta
+            if progress is not None:
+                progress(done, total)
+            self._run.interruptible.check()
         while merged:
             yield merged.pop(0)
 

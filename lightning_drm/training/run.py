@@ -130,7 +130,8 @@ class Run:
             logger.log_hyperparams(method)
             logger.log_metrics(metrics)
             logger.save()
-        log_figures({"merge/scores": report_figure(comparison)}, self.trainer.loggers)
+        if is_writer() and self.trainer.loggers:
+            log_figures({"merge/scores": report_figure(comparison)}, self.trainer.loggers)
         self.console.print(terminal_table(comparison))
         self.say(f"Report: {folder.path}/report.html, report.md, report.json. Merged model: {folder.merged}")
         return metrics
@@ -146,10 +147,11 @@ class Run:
         folder, made_from = self.folder.path, self.made_from
         for finding in findings:
             write_finding(finding, folder / study, made_from)
-        if section is not None:
+        if section is None:
+            write_page(folder, made_from)
+        else:
             metrics = {task: self.folder.read_metrics(task)["individual"].metric for task in self.session.tasks}
             add_section(study, section, folder, metrics=metrics, made_from=made_from)
-        write_page(folder, made_from)
         log_figures({f"{study}/{finding.name}": finding.figure for finding in findings}, self.trainer.loggers)
         self.say(f"Figures and tables: {folder / study}. Report: {folder}/report.html")
 

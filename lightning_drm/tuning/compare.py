@@ -20,7 +20,7 @@ def all_methods() -> list[Method]:
 
     Example:
         >>> [method_title(method) for method in all_methods()][:3]
-        ['DRM, horizontal, density 0.2', 'DRM, vertical, density 0.2', 'Average']
+        ['DRM, horizontal, density 0.2', 'DRM, vertical, density 0.2', 'DARETIES, density 0.2']
     """
     found = [getattr(merging, name) for name in merging.__all__]
     others = [kind for kind in found if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method]
@@ -38,9 +38,11 @@ def chosen_recipes(candidates: Candidates, methods: Sequence[Method] | None) -> 
         By title, the recipe; and a sentence for each method that was left out, as the overrides do not fit it.
 
     Raises:
-        ValueError: If the overrides do not fit a method that was given, or methods are the same; with all problems.
+        ValueError: If the recipe does not fit the configured method or one that was given, or methods are the same; or
+            if there is none to compare with the configured one.
     """
-    configured = candidates.recipe
+    configured, vectors = candidates.recipe, list(candidates.vectors.values())
+    Fusion(configured, vectors)  # refuses what does not fit, before anything is measured
     given = all_methods() if methods is None else list(methods)
     twice = [method_title(method) for place, method in enumerate(given) if method in given[:place]]
     problems = [f"{title} is given twice" for title in dict.fromkeys(twice)]
@@ -50,7 +52,7 @@ def chosen_recipes(candidates: Candidates, methods: Sequence[Method] | None) -> 
         if method == configured.method:
             continue
         try:
-            Fusion(recipe, list(candidates.vectors.values()))
+            Fusion(recipe, vectors)
         except ValueError as error:
             left_out.append(f"{method_title(method)} is left out: {error}")
             problems.append(f"{method_title(method)} cannot be compared: {str(error).rstrip('.')}")
@@ -58,6 +60,9 @@ def chosen_recipes(candidates: Candidates, methods: Sequence[Method] | None) -> 
         recipes.append(recipe)
     if problems and methods is not None:
         raise ValueError(f"methods: {'; '.join(problems)}.")
+    if len(recipes) == 1:
+        title = method_title(configured.method)
+        raise ValueError(f"methods: expected at least one to compare with the configured one, which is {title}.")
     return _by_title(recipes), left_out
 
 

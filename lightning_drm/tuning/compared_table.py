@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from lightning_drm.evaluation import Comparison, notes, shown
 from lightning_drm.tuning.compared import ComparedMethods
+
+_NUM_SIDE_BY_SIDE = 3  # tasks of which numbers and intervals stand on one line; of more, intervals are below
 
 
 def result_line(name: str, comparison: Comparison) -> str:
@@ -36,13 +39,15 @@ def compared_table(compared: ComparedMethods) -> Table:
         title=f"{first.measured(compared.split)}, {len(compared.by_title)} methods",
         caption="\n".join([compared.sentence, *notes(first, compared.split)]),
         caption_justify="left",
+        box=SIMPLE_HEAD,  # without lines between columns, four tasks fit into 80 characters
     )
-    table.add_column("method", min_width=12)
+    table.add_column("method", min_width=max(len(word) for name in compared.by_title for word in name.split()))
     for task in first.tasks:
         metric = first.metrics[task].name
-        table.add_column(escape(task if metric == "accuracy" else f"{task} {metric}"), justify="right")
+        name = task if metric == "accuracy" else f"{task}\n{metric}"
+        table.add_column(escape(name.replace("_", "_\n")), justify="right")  # or long names would cut the numbers
     for column in ("average", "normalized"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", min_width=len(column))
     for row in ("base", "individual"):
         table.add_row(row, *_cells(first, row), "", end_section=row == "individual")
     best = _best(compared.by_title)
@@ -60,7 +65,8 @@ def compared_table(compared: ComparedMethods) -> Table:
 def _cells(comparison: Comparison, row: str) -> list[str]:
     scores, intervals = comparison.scores[row], comparison.intervals[row]
     fractions = {task: info.is_fraction for task, info in comparison.metrics.items()} | {"average": True}
-    return [shown(scores[task], intervals[task], is_fraction) for task, is_fraction in fractions.items()]
+    cells = [shown(scores[task], intervals[task], is_fraction) for task, is_fraction in fractions.items()]
+    return cells if len(comparison.tasks) <= _NUM_SIDE_BY_SIDE else [cell.replace(" ±", "\n±") for cell in cells]
 
 
 def _values(comparison: Comparison) -> dict[str, float | None]:

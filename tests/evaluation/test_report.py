@@ -20,6 +20,7 @@ from lightning_drm.evaluation import (
 from lightning_drm.kinds import MetricInfo
 
 TASKS = ["topic", "valence"]
+FILES = ["report.html", "report.json", "report.md", "report.png", "report.svg"]
 DELTAS = {"topic": "1a", "valence": "2b"}
 ACCURACY = {
     "base": {"topic": 0.5, "valence": None, "average": None},
@@ -52,6 +53,8 @@ def test_json_has_the_documented_schema(comparison: Comparison, tmp_path: Path) 
         "intervals": {row: dict.fromkeys([*TASKS, "average"]) for row in ACCURACY},
         "averaged": TASKS,
         "deltas": DELTAS,
+        "title": "DRM",
+        "fractions": TASKS,
         "normalized": {
             "topic": pytest.approx(0.75),
             "valence": pytest.approx(0.5),
@@ -59,7 +62,7 @@ def test_json_has_the_documented_schema(comparison: Comparison, tmp_path: Path) 
         },
     }
     assert {**report_content(comparison), "deltas": DELTAS} == content
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.json", "report.md", "report.png"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
 
 
 ROWS = [
@@ -145,7 +148,7 @@ def test_report_is_replaced(comparison: Comparison, tmp_path: Path) -> None:
     write_report(other, tmp_path, DELTAS)
     assert json.loads((tmp_path / "report.json").read_text())["tasks"] == ["only"]
     assert "TSVM" in (tmp_path / "report.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ from lightning_drm.kinds import MetricInfo
 
 DELTAS = {"a": "1a", "b": "2b"}
 METRICS = {"a": MetricInfo("accuracy", is_fraction=True), "b": MetricInfo("perplexity", higher_is_better=False)}
-METHODS = {"TIES, density 0.2": {"scores": {"a": 0.5, "b": 3.0}}}
+NUMBERS = {"a": 0.5, "b": 3.0, "average": 0.5}
+METHODS = {
+    "TIES, density 0.2": {
+        "split": "test",
+        "scores": NUMBERS,
+        "intervals": dict.fromkeys(NUMBERS),
+        "normalized": NUMBERS,
+    }
+}
 
 
 def report(folder: Path) -> dict:
