@@ -78,6 +78,39 @@ def refuse_lost_options(args: Sequence[str]) -> None:
                 raise ValueError(f"{option} comes before {later}, which replaces it; give {later} first.")
 
 
+def lists_in_brackets(args: Sequence[str], option: str) -> list[str]:
+    """Puts several words after an option into the brackets of one list, as the parser reads it.
+
+    Args:
+        args: Arguments of a command line.
+        option: The option.
+
+    Example:
+        >>> lists_in_brackets(["--methods", "DRM", "{class_path: TIES}", "--split", "test"], "--methods")
+        ['--methods', '[DRM, {class_path: TIES}]', '--split', 'test']
+        >>> lists_in_brackets(["--methods=[DRM, TIES]"], "--methods")
+        ['--methods', '[DRM, TIES]']
+    """
+    found: list[str] = []
+    words = iter(args)
+    word = next(words, None)
+    while word is not None:
+        name, has_value, value = word.partition("=")
+        following = next(words, None)
+        if name != option:
+            found.append(word)
+            word = following
+            continue
+        values = [value] if has_value else []
+        while following is not None and not following.startswith("-"):
+            values.append(following)
+            following = next(words, None)
+        is_list = len(values) == 1 and values[0].startswith("[")
+        found += [option, values[0] if is_list else f"[{', '.join(values)}]"]
+        word = following
+    return found
+
+
 def refuse_dotted_tasks(args: Sequence[str]) -> None:
     """Refuses tasks with a dot in their name where an option's dots are steps into the configuration.
 

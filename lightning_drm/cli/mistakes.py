@@ -16,10 +16,14 @@ _NO_IMPORT_PATH = re.compile(r"Expected a dot import path string: (\S+)|Unexpect
 _WRONG_CLASS = re.compile(r"Import path (\S+) does not correspond to a subclass of (\w+)")
 _PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)'")
 _WRONG_VALUE = re.compile(r"Expected a <class '(\w+)'>\. Got value: (.*)")
+_NO_CHOICE = re.compile(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)")
+_NO_ARGUMENT = re.compile(r"Option '(\w+)' is not accepted")
 _LACKING = re.compile(r"the following arguments are required: (.*)")
 _NO_CLASS = re.compile(r"No [\w.]+ attribute|No module named|Unexpected import")
+_OF_METHODS = ("drm.method", "methods")
+UNION = "Does not validate against any of the Union subtypes"
 _NOISE = (
-    "Does not validate",
+    UNION,
     "Subtypes:",
     "Errors:",
     "Given value",
@@ -55,12 +59,16 @@ def sentence(message: str) -> str:
     problem = _PROBLEM.search(message)
     if wrong := _WRONG_CLASS.search(message):
         return f"{key}: {_not_a(wrong[1], wrong[2])}"
-    if keys == ["drm.method"] and (name := _NO_IMPORT_PATH.search(message)):
-        return f"drm.method: There is no method {name[1] or name[2]!r}; {_methods()}"
-    if keys == ["drm.method"] and problem and _NO_CLASS.search(message):
-        return f"drm.method: There is no method {problem[1]!r}; {_methods()}"
+    if key in _OF_METHODS and (name := _NO_IMPORT_PATH.search(message)):
+        return f"{key}: There is no method {name[1] or name[2]!r}; {_methods()}"
+    if key in _OF_METHODS and problem and _NO_CLASS.search(message):
+        return f"{key}: There is no method {problem[1]!r}; {_methods()}"
     if wrong := _WRONG_VALUE.search(message):
         return f"{key}: expected {_PLAIN.get(wrong[1], wrong[1])}, got {wrong[2]!r}."
+    if wrong := _NO_CHOICE.search(message):
+        return f"{key}: expected one of {wrong[1].replace(chr(39), '')}, got {wrong[2]!r}."
+    if problem and (unknown := _NO_ARGUMENT.search(message)):
+        return f"{key}: {problem[1]} has no argument {unknown[1]!r}."
     if problem and (lacking := _LACKING.search(message)):
         return f"{key}: {problem[1]} needs init_args with {lacking[1]}."
     if key == "model" and problem and problem[1] == "lightning.LightningModule":

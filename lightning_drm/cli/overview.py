@@ -1,9 +1,9 @@
 """What ``lightning-drm --help`` shows: the subcommands with an example each. Nothing heavy is imported for it."""
 
-SUBCOMMANDS = ("fit", "merge", "analyze", "test")
+SUBCOMMANDS = ("fit", "merge", "test", "compare", "tune", "analyze")
 
 OVERVIEW = """\
-usage: lightning-drm [-h] [--version] {fit,merge,analyze,test} ...
+usage: lightning-drm [-h] [--version] {fit,merge,test,compare,tune,analyze} ...
 
 Finetune several tasks from one base, merge the finetunes into one multitask model, and test it.
 
@@ -18,11 +18,17 @@ subcommands:
           from files: merge models, adapters and checkpoints that are on disk or on the hub.
             lightning-drm merge --base BASE --models.sst2 PATH --models.rte PATH --output DIR
 
-  analyze  Study the stored deltas: tables and figures, each with what it says in one sentence. No training.
-            lightning-drm analyze --config configs/quickstart.yaml --only spectrum
-
   test    Measure the base, every finetune and the merged model of a run again.
             lightning-drm test --config configs/quickstart.yaml
+
+  compare Merge a run's tasks with several methods, and show their scores side by side. No training.
+            lightning-drm compare --config configs/quickstart.yaml --methods DRM TIES TSVM
+
+  tune    Search for the best method, density and coefficients on the validation sets, and test the best once.
+            lightning-drm tune --config configs/quickstart.yaml --methods DRM TIES
+
+  analyze Study the stored deltas: tables and figures, each with what it says in one sentence. No training.
+            lightning-drm analyze --config configs/quickstart.yaml --only spectrum
 
 where a configuration comes from:
   --config FILE     A YAML file. Start from configs/quickstart.yaml.

@@ -1,4 +1,4 @@
-"""``lightning-drm fit | merge | analyze | test`` on one YAML file: a LightningCLI around `MergeTrainer`."""
+"""The subcommands on one YAML file (``fit``, ``merge``, ``compare``, …): a LightningCLI around `MergeTrainer`."""
 
 import sys
 
@@ -7,8 +7,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-from lightning_drm.cli.arguments import own_defaults
-from lightning_drm.cli.mistakes import OneSentence
+from lightning_drm.cli.arguments import lists_in_brackets, own_defaults
+from lightning_drm.cli.mistakes import UNION, OneSentence, sentence
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.storage import write_text
 from lightning_drm.training.callback import DRMMergeCallback
@@ -18,6 +18,9 @@ from lightning_drm.training.trainer import MergeTrainer
 
 # Arguments of Lightning's fit and test that have no meaning for several tasks at once.
 _LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}
+
+# Those of this package's fit: how one call goes, and, in the last one's case, what the base's score is.
+_OF_FIT = ("only", "retrain", "resume", "keep_going", "base_batches")
 
 
 class _Parser(OneSentence, LightningArgumentParser):
@@ -63,20 +66,30 @@ class MergeCLI(LightningCLI):
             "merge": {"model", "datamodule"},
             "analyze": {"model", "datamodule"},
             "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
+            "compare": {"model", "datamodule"},
+            "tune": {"model", "datamodule"},
         }
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         with own_defaults():
-            super().parse_arguments(parser, args)
+            if args is None:
+                self.config = parser.parse_args(lists_in_brackets(sys.argv[1:], "--methods"))
+            else:
+                words = lists_in_brackets(args, "--methods") if isinstance(args, list) else args
+                super().parse_arguments(parser, words)
 
     def before_fit(self) -> None:
-        """Keeps the configuration with the run."""
+        """Keeps the configuration with the run, as every subcommand takes it: without the options of `fit` alone."""
         config = self.config["fit"]
-        text = self._parser("fit").dump(config, skip_none=False)
+        shared = config.clone()
+        for name in _OF_FIT:
+            shared.pop(name)
+        text = self._parser("fit").dump(shared, skip_none=False)
+        command = f"# lightning-drm fit --config config.yaml --base_batches {config.base_batches}"
         folder = self._get(self.config_init, "drm").run_folder
         if folder is not None and is_writer():
-            write_text(folder.config, text)
+            write_text(folder.config, f"{command}\n{text}")
 
 
 def run(args: ArgsType = None) -> None:
@@ -96,3 +109,7 @@ def run(args: ArgsType = None) -> None:
         raise
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    except ValueError as error:
+        if str(error).startswith(UNION):  # a class in a list refused its arguments, which all types of the list tell
+            raise ValueError(sentence(str(error))) from error
+        raise

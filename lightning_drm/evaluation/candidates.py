@@ -146,5 +146,14 @@ class Candidates(ABC):
         """
 
     @abstractmethod
+    def measured_on(self, split: Split, num_samples: int | None = None) -> "Candidates":
+        """The same candidates, measured on other samples. What is merged or decomposed serves both.
+
+        Args:
+            split: Which samples.
+            num_samples: How many of each task's; all if left out.
+        """
+
+    @abstractmethod
     def data(self, tasks: Sequence[str]) -> MultiTaskDataModule:
         """The data of some tasks, as they are measured."""

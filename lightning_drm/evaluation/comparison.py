@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 
-from lightning_drm.evaluation.score import Interval, Score
+from lightning_drm.evaluation.measure import Split
+from lightning_drm.evaluation.score import Interval, Score, interval_of_mean
 from lightning_drm.kinds import MetricInfo
 
 ROWS = ("base", "individual", "merged")
@@ -25,6 +25,7 @@ class Comparison:
         individual: Each task's own finetune.
         merged: The merged model with each task's head.
         method: The merging method: its class path and its parameters.
+        title: The method with its whole setting, for titles; the class's name if left out.
     """
 
     tasks: Sequence[str]
@@ -32,6 +33,25 @@ class Comparison:
     individual: Scores
     merged: Scores
     method: Mapping[str, object]
+    title: str = ""
+
+    @property
+    def method_title(self) -> str:
+        """What titles call the method."""
+        return self.title or str(self.method["class_path"]).rpartition(".")[2]
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether accuracy is every task's metric."""
+        return all(info.name == "accuracy" for info in self.metrics.values())
+
+    def measured(self, split: Split = "test") -> str:
+        """What was measured, for titles.
+
+        Args:
+            split: On which samples.
+        """
+        return f"{split.capitalize()} {'accuracy' if self.is_accuracy else 'scores'}"
 
     @property
     def metrics(self) -> dict[str, MetricInfo]:
@@ -89,13 +109,8 @@ class Comparison:
         average, parts = self._row(scores)["average"], [known[task] for task in self.averaged]
         if average is None or None in parts:
             return {**known, "average": None}
-        values = [scores[task] for task in self.averaged]
-        low, high = (
-            sqrt(sum((score.interval[side] - score.value) ** 2 for score in values if score and score.interval))
-            / len(values)
-            for side in (0, 1)
-        )
-        return {**known, "average": (average - low, average + high)}
+        values = [score.value for task in self.averaged if (score := scores[task]) is not None]
+        return {**known, "average": interval_of_mean(values, [part for part in parts if part is not None])}
 
 
 def _mean(numbers: Sequence[float]) -> float | None:

@@ -148,6 +148,17 @@ def heat_map(
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
 
 
+def write_png(figure: Figure, path: Path) -> None:
+    """Writes a figure as pixels.
+
+    Args:
+        figure: The figure.
+        path: The file.
+    """
+    with written_whole(path) as place:
+        figure.savefig(place, dpi=150, format="png")
+
+
 def write_svg(figure: Figure, path: Path) -> None:
     """Writes a figure.
 

@@ -9,7 +9,7 @@ from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 
-from lightning_drm.evaluation.score import NUM_RESAMPLES, Score, bootstrap_interval
+from lightning_drm.evaluation.score import NUM_RESAMPLES, Score, percentile_interval, resample
 from lightning_drm.modules import MultiTaskModule
 
 Split = Literal["validation", "test"]
@@ -71,7 +71,7 @@ def measure(
 
 
 def _score(module: MultiTaskModule, task: str, value: float) -> Score:
-    samples, interval = module.samples(task), None
+    samples, resampled = module.samples(task), list[float]()
     if samples is not None:
         start = time.perf_counter()
         again = samples.results([range(len(samples))])[0]
@@ -79,5 +79,5 @@ def _score(module: MultiTaskModule, task: str, value: float) -> Score:
         # Of a metric whose samples do not make its result again, other sets of samples would say nothing either.
         if isclose(again, value, rel_tol=1e-3):
             affordable = [number for number in (NUM_RESAMPLES, _FEW) if number * seconds < _PATIENCE]
-            interval = bootstrap_interval(samples, affordable[0]) if affordable else None
-    return Score(value, module.metric_of(task), interval)
+            resampled = resample(samples, affordable[0]) if affordable else []
+    return Score(value, module.metric_of(task), percentile_interval(resampled) if resampled else None, resampled)

@@ -1,26 +1,21 @@
-"""The report's picture: per task one bar each for base, individual and merged model, with intervals."""
+"""The report's figure: per task one bar each for base, individual and merged model, with intervals."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_drm.evaluation.comparison import ROWS, Comparison
-from lightning_drm.storage import written_whole
 
 _WIDTH = 0.27
 
 
-def write_picture(comparison: Comparison, path: Path, title: str, method: str) -> None:
-    """Writes the picture: fractions on one axis in percent, any other metric on an axis of its own.
+def report_figure(comparison: Comparison) -> Figure:
+    """The report's figure: fractions on one axis in percent, any other metric on an axis of its own.
 
     Args:
         comparison: What was measured.
-        path: The file.
-        title: What is shown.
-        method: The method's name.
     """
     metrics = comparison.metrics
     fractions = [task for task in comparison.tasks if metrics[task].is_fraction]
@@ -33,18 +28,17 @@ def write_picture(comparison: Comparison, path: Path, title: str, method: str) -
     for number, groups in enumerate(panels):
         _draw(comparison, axes[number], groups, percent=bool(fractions) and number == 0)
     if fractions:
-        _label_percent(axes[0], title)
+        _label_percent(axes[0], comparison.measured())
         if averages:
             axes[0].axvline(len(panels[0]) - 1.5, color="0.8", linewidth=1)
     for task, axis in zip(others, axes[len(axes) - len(others) :], strict=True):
         direction = "higher" if metrics[task].higher_is_better else "lower"
         axis.set_ylabel(f"{metrics[task].name} ({direction} is better)")
         axis.set_ylim(top=1.1 * axis.get_ylim()[1])
-    figure.suptitle(f"{len(comparison.tasks)} tasks merged with {method}")
+    figure.suptitle(f"{len(comparison.tasks)} tasks merged with {comparison.method_title}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(ROWS), frameon=False)
-    with written_whole(path) as place:
-        figure.savefig(place, dpi=150, format="png")
+    return figure
 
 
 def _draw(comparison: Comparison, axes: Axes, groups: Sequence[str], *, percent: bool) -> None:

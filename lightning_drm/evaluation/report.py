@@ -1,5 +1,6 @@
-"""The report of a run: a table for the terminal, and ``report.json``, ``report.md`` and ``report.png``."""
+"""The report of a run: a table for the terminal, ``report.json``, ``report.md``, a figure, and ``report.html``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,39 +8,80 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_drm.evaluation.comparison import ROWS, Comparison
-from lightning_drm.evaluation.picture import write_picture
-from lightning_drm.evaluation.score import Interval
+from lightning_drm.evaluation.figures import write_png, write_svg
+from lightning_drm.evaluation.measure import Split
+from lightning_drm.evaluation.page import write_page
+from lightning_drm.evaluation.picture import report_figure
+from lightning_drm.evaluation.sections import SECTIONS, Study, read_sections, write_section
+from lightning_drm.evaluation.shown import shown
 from lightning_drm.kinds import MetricInfo
 from lightning_drm.storage import write_json, write_text
+from lightning_drm.storage.json_files import read_object
 
 SCHEMA = 2
 _COLUMNS = (*ROWS, "normalized")
-_NOT_APPLICABLE = "n/a"
 _PERCENT = MetricInfo("average", is_fraction=True)
 
 
-def write_report(comparison: Comparison, folder: Path) -> None:
-    """Writes ``report.json``, ``report.md`` and ``report.png``.
+def write_report(comparison: Comparison, folder: Path, made_from: Mapping[str, str | None]) -> None:
+    """Writes ``report.json``, with the sections of studies, ``report.md``, the figure and ``report.html``.
 
     Args:
         comparison: What was measured.
         folder: The run folder.
+        made_from: By task, the fingerprint of its deltas.
+
+    Raises:
+        ValueError: If a section's file is damaged.
     """
-    write_json(folder / "report.json", report_content(comparison))
+    content = {**report_content(comparison), "deltas": dict(made_from), **read_sections(folder, made_from)}
+    write_json(folder / "report.json", content)
     write_text(folder / "report.md", markdown(comparison))
-    write_picture(comparison, folder / "report.png", title(comparison), method_name(comparison))
+    figure = report_figure(comparison)
+    write_png(figure, folder / "report.png")
+    write_svg(figure, folder / "report.svg")
+    write_page(folder, made_from)
+
+
+def add_section(
+    study: Study,
+    content: Mapping[str, Any],
+    folder: Path,
+    *,
+    metrics: Mapping[str, MetricInfo],
+    made_from: Mapping[str, str | None],
+) -> None:
+    """Keeps a study's section, and puts it into ``report.json`` and the page.
+
+    A report is begun if there is none, or one of other deltas.
+
+    Args:
+        study: The study.
+        content: What stands in its section.
+        folder: The run folder.
+        metrics: By task, how to read its scores.
+        made_from: By task, the fingerprint of its deltas.
+
+    Raises:
+        ValueError: If ``report.json``, or a section's file, is damaged.
+    """
+    write_section(study, content, folder, made_from)
+    file = folder / "report.json"
+    report = read_object(file) if file.is_file() else {}
+    deltas = dict(made_from)
+    if report.get("tasks") != list(metrics) or report.get("deltas", deltas) != deltas:  # older reports do not say
+        report = _beginning(metrics)
+    earlier = {name: value for name, value in report.items() if name not in SECTIONS.values()}
+    write_json(file, {**earlier, "deltas": deltas, **read_sections(folder, made_from)})
+    write_page(folder, made_from)
 
 
 def report_content(comparison: Comparison) -> dict[str, Any]:
     """What ``report.json`` holds: scores as their metrics give them, ``None`` where one does not apply."""
     content: dict[str, Any] = {
-        "schema": SCHEMA,
+        **_beginning(comparison.metrics),
         "method": dict(comparison.method),
-        "tasks": list(comparison.tasks),
-        "metrics": {
-            task: {"name": info.name, "higher_is_better": info.higher_is_better}
-            for task, info in comparison.metrics.items()
-        },
+        "title": comparison.method_title,
         "scores": comparison.scores,
         "intervals": {
             row: {task: list(interval) if interval else None for task, interval in intervals.items()}
@@ -48,16 +90,27 @@ def report_content(comparison: Comparison) -> dict[str, Any]:
         "normalized": comparison.normalized,
         "averaged": comparison.averaged,
     }
-    if _is_accuracy(comparison):
+    if comparison.is_accuracy:
         content["accuracy"] = comparison.scores
     return content
+
+
+def _beginning(metrics: Mapping[str, MetricInfo]) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "tasks": list(metrics),
+        "metrics": {
+            task: {"name": info.name, "higher_is_better": info.higher_is_better} for task, info in metrics.items()
+        },
+        "fractions": [task for task, info in metrics.items() if info.is_fraction],
+    }
 
 
 def terminal_table(comparison: Comparison) -> Table:
     """The comparison as a table: tasks down with their metrics; base, individual, merged, normalized across."""
     table = Table(
-        title=f"{title(comparison)}, merged with {method_name(comparison)}",
-        caption="\n".join(notes(comparison, "±")) or None,
+        title=f"{comparison.measured()}, merged with {comparison.method_title}",
+        caption="\n".join(notes(comparison)) or None,
         caption_justify="left",
     )
     table.add_column("task")
@@ -82,38 +135,28 @@ def markdown(comparison: Comparison) -> str:
     explained = [
         "*base*: the untouched backbone, with a linear head trained on it where a task has a head; *individual*: each "
         f"task's own finetune; *merged*: one backbone for all tasks; *normalized*: {_ratio(comparison)}.",
-        *notes(comparison, "±"),
+        *notes(comparison),
     ]
     return (
-        f"# {len(comparison.tasks)} tasks merged with {method_name(comparison)}\n\n"
-        f"{title(comparison)}. `{comparison.method['class_path']}`: {parameters or 'no parameters'}\n\n"
+        f"# {len(comparison.tasks)} tasks merged with {comparison.method_title}\n\n"
+        f"{comparison.measured()}. `{comparison.method['class_path']}`: {parameters or 'no parameters'}\n\n"
         + "\n".join(lines)
         + "\n\n"
         + " ".join(explained)
-        + f"\n\n![{title(comparison)}](report.png)\n"
+        + f"\n\n![{comparison.measured()}](report.png)\n"
     )
 
 
-def title(comparison: Comparison) -> str:
-    """What the report shows."""
-    return "Test accuracy" if _is_accuracy(comparison) else "Test scores"
-
-
-def method_name(comparison: Comparison) -> str:
-    """The method's name."""
-    return str(comparison.method["class_path"]).rpartition(".")[2]
-
-
-def notes(comparison: Comparison, sign: str) -> list[str]:
-    """What a reader of the table must know.
+def notes(comparison: Comparison, split: Split = "test") -> list[str]:
+    """What a reader of a table must know.
 
     Args:
         comparison: What was measured.
-        sign: How the table marks intervals.
+        split: On which samples.
     """
     found = []
     if any(interval for row in comparison.intervals.values() for interval in row.values()):
-        found.append(f"{sign}: half of the 95 % interval over test samples.")
+        found.append(f"±: half of the 95 % interval over {split} samples.")
     tasks = set(comparison.tasks)
     if (averaged := comparison.averaged) and set(averaged) != tasks:
         found.append(f"Scores are averaged over {', '.join(averaged)}, whose scores are percentages.")
@@ -136,26 +179,18 @@ def logged_metrics(comparison: Comparison) -> dict[str, float]:
 
 
 def _header(comparison: Comparison) -> list[str]:
-    return ["task", *([] if _is_accuracy(comparison) else ["metric"]), *_COLUMNS]
+    return ["task", *([] if comparison.is_accuracy else ["metric"]), *_COLUMNS]
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
     rows = []
     metrics = {**comparison.metrics, "average": _PERCENT}
     for task in [*comparison.tasks, "average"]:
-        labels = [task] if _is_accuracy(comparison) else [task, metrics[task].name if task != "average" else ""]
-        values = [_shown(comparison.scores[row][task], comparison.intervals[row][task], metrics[task]) for row in ROWS]
-        rows.append([*labels, *values, _shown(comparison.normalized[task], None, _PERCENT)])
+        labels = [task] if comparison.is_accuracy else [task, metrics[task].name if task != "average" else ""]
+        is_fraction = metrics[task].is_fraction
+        values = [shown(comparison.scores[row][task], comparison.intervals[row][task], is_fraction) for row in ROWS]
+        rows.append([*labels, *values, shown(comparison.normalized[task], None, True)])
     return rows
-
-
-def _shown(value: float | None, interval: Interval | None, metric: MetricInfo) -> str:
-    if value is None:
-        return _NOT_APPLICABLE
-    half = (interval[1] - interval[0]) / 2 if interval else None
-    if metric.is_fraction:
-        return f"{100 * value:.1f}" + (f" ±{100 * half:.1f}" if half is not None else "")
-    return f"{value:.4g}" + (f" ±{half:.2g}" if half is not None else "")
 
 
 def _ratio(comparison: Comparison) -> str:
@@ -164,10 +199,6 @@ def _ratio(comparison: Comparison) -> str:
     if higher and lower:
         return "merged / individual, or individual / merged where lower is better"
     return "merged / individual" if higher else "individual / merged, as lower is better"
-
-
-def _is_accuracy(comparison: Comparison) -> bool:
-    return all(info.name == "accuracy" for info in comparison.metrics.values())
 
 
 def _parameters(comparison: Comparison) -> dict[str, object]:

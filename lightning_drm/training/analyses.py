@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lightning_drm.analysis import Analysis
-from lightning_drm.evaluation import Candidates, StoredFinding, write_finding
+from lightning_drm.evaluation import Candidates, StoredFinding
 from lightning_drm.storage import WriteError
 from lightning_drm.training.failures import is_mistake, reason
 from lightning_drm.training.progress import AnalysisBar
@@ -33,7 +33,6 @@ def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis])
     problems = [f"{analysis.name}: {problem}" for analysis in analyses for problem in analysis.problems(candidates)]
     if problems:
         raise ValueError("\n".join(problems))
-    made_from = {task: run.folder.fingerprint(task) for task in candidates.tasks}
     found: list[StoredFinding] = []
     errors: dict[str, Exception] = {}
     if any(analysis.needs_scores for analysis in analyses):
@@ -44,8 +43,9 @@ def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis])
             run.interruptible.unfinished = f"the analysis {analysis.name} was"
             bar.begin(analysis.name, number, len(analyses))
             try:
-                for finding in analysis.run(candidates, bar.step):
-                    found.append(write_finding(finding, run.folder.analysis, made_from))
+                findings = analysis.run(candidates, bar.step)
+                found += run.keep("analysis", findings)
+                for finding in findings:
                     run.say(f"{finding.title}: {finding.sentence}")
             except WriteError:  # a full disk is no analysis' own
                 raise
@@ -54,9 +54,7 @@ def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis])
                 run.say(f"{analysis.name} failed: {reason(error)}")
             run.interruptible.check()
     if found:
-        run.say(
-            f"Tables and figures: {run.folder.analysis}/{{{','.join(stored.name for stored in found)}}}.csv and .svg"
-        )
+        run.say_where("analysis")
     _report(errors)
     return found
 

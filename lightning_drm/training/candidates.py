@@ -1,6 +1,8 @@
 """Models that are tried out: merged in memory, measured, and thrown away. Nothing is written."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Self
 
@@ -14,6 +16,7 @@ from lightning_drm.evaluation import Candidates, Deltas, Predictions, RecordPred
 from lightning_drm.fusion import Decompositions, Recipe, free_bytes
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.modules import MultiTaskModule
+from lightning_drm.training.progress import merging_bar
 from lightning_drm.training.run import Run
 
 _MEMORY = 0.5  # of what is free: models that are measured need the rest
@@ -33,18 +36,19 @@ class RunCandidates(Candidates):
 
     def __init__(self, run: Run, split: Split = "validation", num_samples: int | None = None) -> None:
         self._run = run
-        self.split = split
-        self._data = run.data if num_samples is None else SampledData(run.data.tasks, num_samples)
+        self._measure_on(split, num_samples)
         self._unit: tuple[Recipe, Deltas] | None = None
         self._decompositions = Decompositions()
 
     def __enter__(self) -> Self:
         self._decompositions.__enter__()
+        gc.freeze()  # what is there already stays: `scores` need not look through it for models that are done
         return self
 
     def __exit__(self, *error: object) -> None:
         self._decompositions.__exit__(*error)
         self._unit = None
+        gc.unfreeze()
 
     @property
     @override
@@ -102,7 +106,11 @@ class RunCandidates(Candidates):
         size = sum(parameter.nbytes for parameter in self._module.parameters())
         together = max(1, int(_MEMORY * free_bytes(self._module.device) / max(1, size)))
         for start in range(0, len(recipes), together):
-            yield from self._merge(recipes[start : start + together], None)
+            part = recipes[start : start + together]
+            with merging_bar(f"{len(part)} methods", self._run.session.ranks) as progress:
+                merged = list(self._merge(part, None, progress))
+            while merged:
+                yield merged.pop(0)
 
     @override
     def model(
@@ -130,6 +138,8 @@ class RunCandidates(Candidates):
         model = self.model(deltas, tasks, heads=heads, own_statistics=own_statistics)
         data = self.data(model.task_names)
         found = self._run.scoring.measure(model, data, label, split=self.split, intervals=intervals)
+        del model
+        gc.collect()  # a Trainer and its module refer to each other: hundreds of models would stay for a while
         self._run.interruptible.check()
         return found
 
@@ -142,6 +152,14 @@ class RunCandidates(Candidates):
         return recorder.predictions
 
     @override
+    def measured_on(self, split: Split, num_samples: int | None = None) -> Self:
+        other = copy.copy(self)
+        for measured in ("individual", "base"):
+            vars(other).pop(measured, None)
+        other._measure_on(split, num_samples)
+        return other
+
+    @override
     def data(self, tasks: Sequence[str]) -> MultiTaskDataModule:
         return self._data if list(tasks) == self.tasks else self._data.of_tasks(tasks)
 
@@ -150,6 +168,10 @@ class RunCandidates(Candidates):
         """An untrained module. Made when it is needed: it may take the data to know how many classes there are."""
         return self._run.modules.make_known().to(self._run.trainer.strategy.root_device)
 
+    def _measure_on(self, split: Split, num_samples: int | None) -> None:
+        self.split: Split = split
+        self._data = self._run.data if num_samples is None else SampledData(self._run.data.tasks, num_samples)
+
     def _score_of_base(self, task: str) -> Score | None:
         file = self._run.folder.base_head(task)
         if self.vectors[task].head and not file.is_file():
@@ -157,14 +179,22 @@ class RunCandidates(Candidates):
         heads = {task: load_tensors(file, "a head") if file.is_file() else {}}
         return self.scores({}, [task], label=f"{task} · base", heads=heads, own_statistics=True)[task]
 
-    def _merge(self, recipes: Sequence[Recipe], vectors: Mapping[str, TaskVector] | None) -> Iterator[Deltas]:
+    def _merge(
+        self,
+        recipes: Sequence[Recipe],
+        vectors: Mapping[str, TaskVector] | None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Deltas]:
         kept = self._decompositions if vectors is None else None
         merged: list[dict[str, Tensor]] = [{} for _ in recipes]
-        for name, deltas in self._run.session.merge_side_by_side(
-            recipes, self._module, vectors=vectors, decompositions=kept
-        ):
+        total = len({name for vector in (vectors or self.vectors).values() for name in vector.kinds})
+        parameters = self._run.session.merge_side_by_side(recipes, self._module, vectors=vectors, decompositions=kept)
+        for done, (name, deltas) in enumerate(parameters, 1):
             for model, delta in zip(merged, deltas, strict=True):
                 model[name] = delta
+            if progress is not None:
+                progress(done, total)
+            self._run.interruptible.check()
         while merged:
             yield merged.pop(0)
 

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typing_extensions import override
 
 from lightning_drm.distributed.ranks import Ranks
-from lightning_drm.fusion import Recipe
 
 
 class TaskProgressBar(RichProgressBar):
@@ -31,23 +30,28 @@ class TaskProgressBar(RichProgressBar):
 
     @property
     @override
+    def validation_description(self) -> str:
+        return self.label
+
+    @property
+    @override
     def test_description(self) -> str:
         return self.label
 
 
 @contextmanager
-def merging_bar(recipe: Recipe, ranks: Ranks) -> Iterator[Callable[[int, int], None]]:
+def merging_bar(methods: str, ranks: Ranks) -> Iterator[Callable[[int, int], None]]:
     """A bar that the first rank shows while all of them merge.
 
     Args:
-        recipe: How they merge.
+        methods: What they merge with.
         ranks: The ranks.
 
     Yields:
         What to call with the number of parameters that are merged, and of those that will be.
     """
     with Progress(console=Console(stderr=True), disable=not ranks.is_first) as bar:
-        row = bar.add_task(f"merging with {type(recipe.method).__name__}", total=None)
+        row = bar.add_task(f"merging with {methods}", total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
 
 

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,23 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.evaluation import Comparison, Score, logged_metrics, terminal_table, write_report
+from lightning_drm.evaluation import (
+    Comparison,
+    Finding,
+    Score,
+    StoredFinding,
+    Study,
+    add_section,
+    logged_metrics,
+    report_figure,
+    terminal_table,
+    write_finding,
+    write_page,
+    write_report,
+)
+from lightning_drm.fusion import method_title
 from lightning_drm.training.chosen_weights import Weights, callbacks_of, ends_with
+from lightning_drm.training.figure_log import log_figures
 from lightning_drm.training.interruption import Interruptible
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
@@ -48,6 +63,11 @@ class Run:
     weights: Weights
     snapshots: SnapshotPlan
     console: Console
+
+    @property
+    def made_from(self) -> dict[str, str | None]:
+        """By task, the fingerprint of its deltas."""
+        return {task: self.folder.fingerprint(task) for task in self.session.tasks}
 
     def measure(self, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
         """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
@@ -104,18 +124,48 @@ class Run:
         """
         method = self.session.recipe.description(self.session.tasks)
         base, individual = ({task: scores[task][row] for task in scores} for row in ("base", "individual"))
-        comparison = Comparison(self.session.tasks, base, individual, merged, method)
+        title = method_title(self.session.recipe.method)
+        comparison = Comparison(self.session.tasks, base, individual, merged, method, title)
         metrics = logged_metrics(comparison)
         folder = self.folder
         if is_writer():
-            write_report(comparison, folder.path)
+            write_report(comparison, folder.path, self.made_from)
         for logger in self.trainer.loggers:
             logger.log_hyperparams(method)
             logger.log_metrics(metrics)
             logger.save()
+        if is_writer() and self.trainer.loggers:
+            log_figures({"merge/scores": report_figure(comparison)}, self.trainer.loggers)
         self.console.print(terminal_table(comparison))
-        self.say(f"Report: {folder.path}/report.md, report.png, report.json. Merged model: {folder.merged}")
+        self.say(f"Report: {folder.path}/report.html, report.md, report.json. Merged model: {folder.merged}")
         return metrics
+
+    def keep(
+        self, study: Study, findings: Sequence[Finding], section: Mapping[str, Any] | None = None
+    ) -> list[StoredFinding]:
+        """Writes what a study found, takes it up into the report, and logs its figures.
+
+        Args:
+            study: The study, whose folder in the run folder takes the findings.
+            findings: What was found.
+            section: What the study adds to ``report.json``, if it does.
+
+        Returns:
+            The findings' files.
+        """
+        folder, made_from = self.folder.path, self.made_from
+        stored = [write_finding(finding, folder / study, made_from) for finding in findings]
+        if section is None:
+            write_page(folder, made_from)
+        else:
+            metrics = {task: self.folder.read_metrics(task)["individual"].metric for task in self.session.tasks}
+            add_section(study, section, folder, metrics=metrics, made_from=made_from)
+        log_figures({f"{study}/{finding.name}": finding.figure for finding in findings}, self.trainer.loggers)
+        return stored
+
+    def say_where(self, study: Study) -> None:
+        """Says where a study's figures and tables are."""
+        self.say(f"Figures and tables: {self.folder.path / study}. Report: {self.folder.path}/report.html")
 
     def say(self, sentence: str) -> None:
         """Prints a sentence, in the process that writes."""

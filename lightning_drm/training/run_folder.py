@@ -26,7 +26,7 @@ from lightning_drm.storage.json_files import read_object, shown
 RECORD_FILE = "merge.json"
 SCORED = ("individual", "base")
 BATCH_NORM = "batch_norm"  # in the record of models with batch norms: what their statistics were estimated on
-REPORT_FILES = ("report.json", "report.md", "report.png")
+REPORT_FILES = ("report.json", "report.md", "report.png", "report.svg", "report.html")
 
 
 class RunFolder:

@@ -30,7 +30,7 @@ from lightning_drm.training.merged_folder import read_merged, read_statistics
 from lightning_drm.training.run_folder import BATCH_NORM, RunFolder
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.task_modules import TaskModules
-from lightning_drm.training.test_sets import fingerprint_of_test_set
+from lightning_drm.training.test_sets import fingerprint_of_samples
 from lightning_drm.training.training_batches import TrainingBatches, is_one_loader
 
 
@@ -135,16 +135,20 @@ class Scoring:
             tensor.data.copy_(state[name])
         return self.measure(base, data, f"{task} · base")[task]
 
-    def stamp(self, task: str) -> dict[str, str | None]:
+    def stamp(self, task: str, split: Split = "test") -> dict[str, str | None]:
         """What a finished task's scores were measured on, and by: fingerprints of test set, deltas and metrics.
 
         One process asks, and tells the others.
+
+        Args:
+            task: The task's name.
+            split: Whether the test or the validation set is meant.
         """
-        test_set = fingerprint_of_test_set(self._data.tasks[task], self._arguments)
+        samples = fingerprint_of_samples(self._data.tasks[task], self._arguments, split)
         asked = metrics_of(self._data.tasks[task])
         measured = asked.describe() if asked is not None else described(self._modules.template)
         metrics = xxhash.xxh3_128(repr(measured).encode()).hexdigest()
-        return {"test_set": test_set, "deltas": self._folder.fingerprint(task), "metrics": metrics}
+        return {f"{split}_set": samples, "deltas": self._folder.fingerprint(task), "metrics": metrics}
 
     def stored_base(self, task: str) -> Score | None:
         """Score of the untouched backbone with the head that `base` stored; ``None`` if it needs one and has none."""

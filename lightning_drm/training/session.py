@@ -369,7 +369,7 @@ class MergeSession:
             base = self._base.tensors(module, head_names_of(module, self.head) if module is not None else ())
             place = torch.device(device or home)
             fusion = self._fusion(recipe, modules[self.tasks[0]], place, self.task_vectors)
-            with merging_bar(recipe, self.ranks) as progress:
+            with merging_bar(type(recipe.method).__name__, self.ranks) as progress:
                 for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
                     # Copied where it is the base's: training may go on, and must not change the merged model by it.
                     own = weight.to(home, copy=name not in fusion.kinds)

@@ -12,9 +12,10 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from signal import SIGTERM
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -25,6 +26,7 @@ from typing_extensions import override
 from lightning_drm.analysis import Analysis, chosen_analyses
 from lightning_drm.data import MultiTaskDataModule, require_validation_sets
 from lightning_drm.evaluation import Split, StoredFinding
+from lightning_drm.merging import Method
 from lightning_drm.modules import MultiTaskModule, unmeasurable
 from lightning_drm.storage import writing
 from lightning_drm.training.analyses import run_analyses
@@ -32,6 +34,7 @@ from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.candidates import RunCandidates
 from lightning_drm.training.chosen_weights import settings_of
 from lightning_drm.training.collect import CollectTask
+from lightning_drm.training.comparing import compare_methods
 from lightning_drm.training.failures import Failures
 from lightning_drm.training.finished import finished_tasks, require_done, require_merged_as_configured
 from lightning_drm.training.foreign import problem_of_class
@@ -47,6 +50,8 @@ from lightning_drm.training.snapshots import TakeSnapshots
 from lightning_drm.training.strategies import refuse_strategy
 from lightning_drm.training.task_fit import TaskFit
 from lightning_drm.training.task_modules import TaskModules
+from lightning_drm.training.tuned import tune_and_test
+from lightning_drm.tuning import SearchSettings, search_space
 
 T = TypeVar("T")
 
@@ -217,6 +222,84 @@ class MergeTrainer(Trainer):
 
         with run.interruptible, _locked(run.folder, run.session.tasks):
             return self._on_all_ranks(run.session, measure_again)
+
+    def compare(
+        self,
+        model: LightningModule,
+        datamodule: MultiTaskDataModule,
+        *,
+        methods: list[Method] | None = None,
+        split: Split = "validation",
+    ) -> None:
+        """Compares methods side by side on what `fit` stored, with intervals. Trains nothing, and keeps no model.
+
+        The configured method comes first. All share the rest of the recipe: coefficients, convolutions, what is done to
+        parameters that are no matrices, and overrides.
+
+        Args:
+            model: Template of a task's module, as for ``fit``.
+            datamodule: The tasks.
+            methods: The methods to compare with the configured one, as names (each with its defaults) or as class_path
+                with init_args. All methods of this package if left out, with DRM in both directions.
+            split: The samples to measure on: ``validation``, so that test sets stay unseen, or ``test``.
+
+        Raises:
+            ValueError: If tasks are not finetuned yet, or methods are given twice or do not fit the overrides.
+        """
+        self._study(model, datamodule, lambda run, candidates: compare_methods(run, candidates, methods), split=split)
+
+    def tune(
+        self,
+        model: LightningModule,
+        datamodule: MultiTaskDataModule,
+        *,
+        methods: list[str] | None = None,
+        grid: dict[str, dict[str, list[bool | int | float | str]]] | None = None,
+        coefficients: Literal["one", "each"] = "one",
+        search: Literal["grid", "tpe"] = "grid",
+        num_trials: int = 100,
+        seed: int = 0,
+        num_samples: int | None = 100,
+        num_finalists: int = 5,
+        prune: bool = True,
+    ) -> None:
+        """Searches for the best merge of the finetuned tasks on their validation sets, and tests it once.
+
+        The score of a setting is the average over tasks of its score divided by that of the task's own finetune. All
+        settings are measured on a sample of the validation sets, and the best few on all of their samples. The search
+        is kept in ``<run>/tune/``: after a kill the same command continues.
+
+        Args:
+            model: Template of a task's module, as for ``fit``.
+            datamodule: The tasks.
+            methods: Methods to search, by name, with the paper's grids (DRM in both directions); ``all`` of them. If
+                left out, those of the grid, and without a grid the configured method, in its direction if it is DRM.
+            grid: By method, and by hyper-parameter, a list of the values to try. It takes the place of the method's
+                default grid.
+            coefficients: Search ``one`` λ for all tasks, which is the method's ``scale``, or one for ``each`` task,
+                which needs the search ``tpe``.
+            search: Try the whole ``grid``, or what ``tpe`` (Optuna) proposes between its lowest and highest values.
+            num_trials: How many settings ``tpe`` proposes of each method, earlier calls included.
+            seed: Decides what ``tpe`` proposes.
+            num_samples: How many validation samples of each task measure a setting, classes in proportion; null uses
+                all.
+            num_finalists: How many of the best settings are measured on all validation samples.
+            prune: Give a setting up after some tasks if it cannot be among the best any more, whatever its scores on
+                the other tasks. The outcome is the same without.
+
+        Raises:
+            ValueError: If tasks are not finetuned yet or have no validation set, or something cannot be searched.
+        """
+        if coefficients == "each" and search == "grid":
+            raise ValueError(
+                "One λ for each task makes too many settings for a grid: give --search tpe with --coefficients each."
+            )
+        settings = SearchSettings(search, num_trials, seed, num_samples, num_finalists, prune)
+        space = partial(search_space, methods=methods, grid=grid, coefficients=coefficients)
+        show = bool(self._progress_bar("tuning"))
+        self._study(
+            model, datamodule, lambda run, found: tune_and_test(run, found, space, settings, show_progress=show)
+        )
 
     def analyze(
         self,

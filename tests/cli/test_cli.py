@@ -39,6 +39,7 @@ def test_fit_leaves_the_run_folder_of_the_contract(finished: Run):
         "report.json",
         "report.md",
         "report.png",
+        "report.html",
     } <= files
     assert not [name for name in files if Path(name).name.startswith(".")], "temporary files stayed"
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 40

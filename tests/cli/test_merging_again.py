@@ -8,6 +8,8 @@ from helpers.run import Run
 
 from lightning_drm.cli.main import main
 
+REPORT_FILES = ("report.json", "report.md", "report.png", "report.svg", "report.html")
+
 
 def report(folder: Path) -> dict:
     return json.loads((folder / "report.json").read_text())
@@ -30,7 +32,7 @@ def test_another_method_puts_the_merge_before_it_into_the_history(copied: Run, c
     assert earlier.name.startswith("DRM-")
     assert contents(earlier / "merged") == merged
     assert report(earlier) == page
-    assert {path.name for path in earlier.iterdir()} == {"merged", "report.json", "report.md", "report.png"}
+    assert {path.name for path in earlier.iterdir()} == {"merged", *REPORT_FILES}
     assert str(earlier) in capsys.readouterr().out
 
 
@@ -60,7 +62,7 @@ def test_a_kill_between_report_and_model_loses_nothing(copied: Run):
     (earlier,) = (run / "history").iterdir()
     (earlier / "merged").rename(run / "kept")  # as after a kill: the report has moved, and the model has not
     (run / "merged").rename(run / "lost")
-    for name in ("report.json", "report.md", "report.png"):
+    for name in REPORT_FILES:
         (run / name).unlink()
     (run / "kept").rename(run / "merged")
     merge(copied, "--drm.method", "IsoC")

@@ -7,25 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.mistakes import METHODS, said
 from helpers.run import Run
 from helpers.tiny import Vectors, VectorTask
 from torch import nn
 
 from lightning_drm import DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.cli.main import main
-
-METHODS = "Average, DARETIES, DRM, IsoC, IsoCTS, TIES, TSVM, TaskArithmetic"
-
-
-def said(words: list[str], capsys: pytest.CaptureFixture) -> str:
-    """The one line with which a command ends that has a mistake."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("lightning-drm: ")
-    return line.removeprefix("lightning-drm: ")
 
 
 @pytest.fixture(params=["fit", "merge", "files"])

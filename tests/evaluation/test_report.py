@@ -20,6 +20,8 @@ from lightning_drm.evaluation import (
 from lightning_drm.kinds import MetricInfo
 
 TASKS = ["topic", "valence"]
+FILES = ["report.html", "report.json", "report.md", "report.png", "report.svg"]
+DELTAS = {"topic": "1a", "valence": "2b"}
 ACCURACY = {
     "base": {"topic": 0.5, "valence": None, "average": None},
     "individual": {"topic": 0.8, "valence": 0.96, "average": pytest.approx(0.88)},
@@ -39,7 +41,7 @@ def comparison() -> Comparison:
 
 
 def test_json_has_the_documented_schema(comparison: Comparison, tmp_path: Path) -> None:
-    write_report(comparison, tmp_path / "run")
+    write_report(comparison, tmp_path / "run", DELTAS)
     content = json.loads((tmp_path / "run" / "report.json").read_text())
     assert content == {
         "schema": 2,
@@ -50,14 +52,17 @@ def test_json_has_the_documented_schema(comparison: Comparison, tmp_path: Path) 
         "accuracy": ACCURACY,
         "intervals": {row: dict.fromkeys([*TASKS, "average"]) for row in ACCURACY},
         "averaged": TASKS,
+        "deltas": DELTAS,
+        "title": "DRM",
+        "fractions": TASKS,
         "normalized": {
             "topic": pytest.approx(0.75),
             "valence": pytest.approx(0.5),
             "average": pytest.approx(0.625),
         },
     }
-    assert report_content(comparison) == content
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["report.json", "report.md", "report.png"]
+    assert {**report_content(comparison), "deltas": DELTAS} == content
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
 
 
 ROWS = [
@@ -95,7 +100,7 @@ def test_picture(tmp_path: Path, count: int) -> None:
     accuracy = scores({name: (index + 1) / (count + 1) for index, name in enumerate(names)})
     method = {"class_path": "lightning_drm.TIES", "init_args": {}}
     without_base: dict[str, None] = {}
-    write_report(Comparison(names, without_base, accuracy, accuracy, method), tmp_path)
+    write_report(Comparison(names, without_base, accuracy, accuracy, method), tmp_path, DELTAS)
     with Image.open(tmp_path / "report.png") as picture:
         assert picture.format == "PNG"
         picture.load()
@@ -113,7 +118,7 @@ def test_bars_are_as_high_as_the_accuracies(tmp_path: Path) -> None:
 
     def darkest(accuracy: float) -> int:
         row = scores({"a": accuracy})
-        write_report(Comparison(["a"], {}, {}, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path)
+        write_report(Comparison(["a"], {}, {}, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path, DELTAS)
         with Image.open(tmp_path / "report.png") as picture:
             counted = picture.convert("RGB").getcolors(maxcolors=10**7)
         colored = [(number, color) for number, color in counted or [] if max(color) - min(color) > 40]
@@ -138,12 +143,12 @@ def test_logged_metrics(comparison: Comparison) -> None:
 
 
 def test_report_is_replaced(comparison: Comparison, tmp_path: Path) -> None:
-    write_report(comparison, tmp_path)
+    write_report(comparison, tmp_path, DELTAS)
     other = Comparison(["only"], {}, {}, scores({"only": 1.0}), {"class_path": "x.TSVM", "init_args": {"scale": 1.0}})
-    write_report(other, tmp_path)
+    write_report(other, tmp_path, DELTAS)
     assert json.loads((tmp_path / "report.json").read_text())["tasks"] == ["only"]
     assert "TSVM" in (tmp_path / "report.md").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md", "report.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
@@ -176,7 +181,7 @@ def mixed() -> Comparison:
 
 
 def test_tasks_of_several_kinds(mixed: Comparison, tmp_path: Path) -> None:
-    write_report(mixed, tmp_path)
+    write_report(mixed, tmp_path, DELTAS)
     content = json.loads((tmp_path / "report.json").read_text())
     assert "accuracy" not in content
     assert content["metrics"]["lm"] == {"name": "perplexity", "higher_is_better": False}
@@ -204,7 +209,7 @@ def test_tasks_of_several_kinds(mixed: Comparison, tmp_path: Path) -> None:
 
 def test_a_run_without_fractions_has_a_picture_too(tmp_path: Path) -> None:
     row = scores({"a": 3.0, "b": 5.0}, MetricInfo("perplexity", higher_is_better=False))
-    write_report(Comparison(["a", "b"], {}, row, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path)
+    write_report(Comparison(["a", "b"], {}, row, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path, DELTAS)
     assert "normalized*: individual / merged, as lower is better" in (tmp_path / "report.md").read_text()
     with Image.open(tmp_path / "report.png") as picture:
         picture.load()

@@ -1,0 +1,108 @@
+"""Which values of which methods' hyper-parameters are tried.
+
+The default grids are the paper's (arXiv 2505.23117, appendix H.5); the last row is this package's own, around the
+default:
+
+| method | ``scale``, the λ of all tasks | ``density``, the rate that is kept |
+|---|---|---|
+| ``TaskArithmetic`` | 0.1, 0.2, … 1.0 | |
+| ``TIES``, ``DARETIES``, ``DRM`` | 0.8, 0.9, … 1.5 | 0.1, 0.2, … 1.0 |
+| ``IsoC``, ``IsoCTS``, ``TSVM`` | 0.5, 0.6, … 2.0 | |
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import TypeAlias
+
+from lightning_drm import merging
+from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, Method, TaskArithmetic
+
+Value: TypeAlias = bool | int | float | str
+Grid: TypeAlias = Mapping[str, Mapping[str, Sequence[Value]]]
+"""By method, and by hyper-parameter, the values to try."""
+
+ALL: tuple[type[Method], ...] = (DRM, TIES, DARETIES, TaskArithmetic, Average, IsoC, IsoCTS, TSVM)
+
+
+def _steps(first: int, last: int) -> list[Value]:
+    return [tenths / 10 for tenths in range(first, last + 1)]
+
+
+_DENSITIES = _steps(1, 10)
+_SCALES: Mapping[type[Method], list[Value]] = {
+    TaskArithmetic: _steps(1, 10),
+    **dict.fromkeys((IsoC, IsoCTS, TSVM), _steps(5, 20)),
+}
+_PAPERS_SCALES = _steps(8, 15)
+
+
+def default_grid(kind: type[Method], *, directions: bool = False) -> dict[str, list[Value]]:
+    """The default grid of a method.
+
+    Args:
+        kind: The method.
+        directions: Whether DRM is searched in both.
+
+    Example:
+        >>> default_grid(TaskArithmetic)
+        {'scale': [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]}
+    """
+    names = inspect.signature(kind).parameters
+    grid: dict[str, list[Value]] = {"direction": ["horizontal", "vertical"]} if kind is DRM and directions else {}
+    if "density" in names:
+        grid["density"] = _DENSITIES
+    if "scale" in names:
+        grid["scale"] = default_scales(kind)
+    return grid
+
+
+def default_scales(kind: type[Method]) -> list[Value]:
+    """The values of λ that are tried of a method.
+
+    Args:
+        kind: The method.
+    """
+    return _SCALES.get(kind, _PAPERS_SCALES)
+
+
+def chosen_grids(
+    configured: type[Method], methods: Sequence[str] | None, grid: Grid | None, problems: list[str]
+) -> dict[type[Method], Mapping[str, Sequence[Value]]]:
+    """By method, the values to try.
+
+    Args:
+        configured: The method that is searched if nothing is said.
+        methods: Names of methods, or import paths, or ``["all"]``; those of the grid if left out.
+        grid: Takes the place of the default grids of the methods that it names.
+        problems: Where a sentence is added for whatever cannot be.
+    """
+    own = {kind: values for name, values in (grid or {}).items() if (kind := _kind(name, problems)) is not None}
+    if methods is None:
+        if grid is None:
+            return {configured: default_grid(configured)}
+        if not grid:
+            problems.append("The grid names no method.")
+        return own
+    if not methods:
+        problems.append("There are no methods to search.")
+    kinds = ALL if list(methods) == ["all"] else [_kind(name, problems) for name in methods]
+    chosen = dict.fromkeys(kind for kind in kinds if kind is not None)
+    problems += [
+        f"The grid has {kind.__name__}, which is not among the methods to search." for kind in own if kind not in chosen
+    ]
+    return {kind: own.get(kind, default_grid(kind, directions=True)) for kind in chosen}
+
+
+def _kind(name: str, problems: list[str]) -> type[Method] | None:
+    """The class of a method's name."""
+    module, _, short = name.removeprefix("lightning_drm.").rpartition(".")
+    try:
+        found = getattr(import_module(module) if module else merging, short, None)
+    except ImportError:
+        found = None
+    if isinstance(found, type) and issubclass(found, Method) and not inspect.isabstract(found):
+        return found
+    known = ", ".join(kind.__name__ for kind in ALL)
+    problems.append(f"There is no method {name!r}; the methods are {known}, and one of your own by its import path.")
+    return None

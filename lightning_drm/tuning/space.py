@@ -1,0 +1,215 @@
+"""What is searched: families of settings, each of one method.
+
+A merged delta is linear in ``scale``, so λ is applied to what is merged already. A `Family` is all settings of a method
+that differ in numbers only: DRM-H and DRM-V are two. It has a study and a picture of its own.
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal, TypeAlias
+
+from lightning_drm.fusion import Recipe, method_title
+from lightning_drm.merging import Method
+from lightning_drm.tuning.grids import Grid, Value, chosen_grids, default_scales
+
+Params: TypeAlias = Mapping[str, float]
+"""By name, the numbers of one setting of a family."""
+
+Coefficients = Literal["one", "each"]
+
+_COEFFICIENT = "coefficients."
+
+
+@dataclass(frozen=True)
+class Family:
+    """Settings of one method that differ in numbers only.
+
+    Attributes:
+        recipe: The recipe, with everything that all of them share.
+        numbers: By hyper-parameter, or ``coefficients.<task>``, the values to try. ``scale`` comes last.
+    """
+
+    recipe: Recipe
+    numbers: Mapping[str, tuple[float, ...]]
+
+    @property
+    def title(self) -> str:
+        """What all of its settings share, as in "DRM, vertical"."""
+        method = self.recipe.method
+        defaults = type(method)(**{**method.hyperparameters(), **_defaults(type(method), self.numbers)})
+        words = method_title(defaults).split(", ")
+        return ", ".join(word for word in words if word.rpartition(" ")[0] not in self.numbers)
+
+    @property
+    def points(self) -> list[Params]:
+        """The grid, in an order in which settings that share work follow each other: ``scale`` changes first."""
+        return [dict(zip(self.numbers, values, strict=True)) for values in product(*self.numbers.values())]
+
+    def setting(self, params: Params) -> Recipe:
+        """The recipe of one setting.
+
+        Args:
+            params: Its numbers.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        method, own = self.recipe.method, {name: v for name, v in params.items() if not name.startswith(_COEFFICIENT)}
+        tasks = {name.removeprefix(_COEFFICIENT): v for name, v in params.items() if name.startswith(_COEFFICIENT)}
+        return replace(
+            self.recipe,
+            method=type(method)(**{**method.hyperparameters(), **own}),
+            coefficients={**self.recipe.coefficients, **tasks},
+        )
+
+
+def setting_title(recipe: Recipe) -> str:
+    """A setting in words: the method's, and the coefficients that are not 1.
+
+    Args:
+        recipe: The setting.
+
+    Example:
+        >>> from lightning_drm import DRM
+        >>> setting_title(Recipe(DRM(scale=1.2), {"topic": 0.5}))
+        'DRM, horizontal, density 0.2, scale 1.2, coefficient of topic 0.5'
+    """
+    coefficients = [f"coefficient of {task} {value:.3g}" for task, value in recipe.coefficients.items() if value != 1.0]
+    return ", ".join([method_title(recipe.method), *coefficients])
+
+
+def search_space(
+    recipe: Recipe,
+    tasks: Sequence[str],
+    *,
+    methods: Sequence[str] | None = None,
+    grid: Grid | None = None,
+    coefficients: Coefficients = "one",
+) -> list[Family]:
+    """The families to search.
+
+    Args:
+        recipe: The configured recipe. Whatever is not searched stays as it is there; a method of another class starts
+            from its own defaults.
+        tasks: The tasks.
+        methods: Names of methods, or import paths, or ``["all"]``. If left out, those of the grid, and without a grid
+            the configured one, in its direction if it is DRM.
+        grid: Takes the place of the default grids of the methods that it names.
+        coefficients: ``"one"`` searches one λ for all tasks, the method's ``scale``; ``"each"`` one for each task,
+            among the same values.
+
+    Raises:
+        ValueError: Naming all methods, hyper-parameters and values that cannot be.
+
+    Example:
+        >>> from lightning_drm import DRM
+        >>> (family,) = search_space(Recipe(DRM("vertical")), ["topic", "mood"])
+        >>> family.title, len(family.points), family.points[1]
+        ('DRM, vertical', 80, {'density': 0.1, 'scale': 0.9})
+    """
+    problems: list[str] = []
+    families = []
+    for kind, choices in chosen_grids(type(recipe.method), methods, grid, problems).items():
+        start = recipe.method.hyperparameters() if type(recipe.method) is kind else {}
+        if found := _problems(kind, start, choices):
+            problems += found
+            continue
+        families += _families(replace(recipe, method=_made(kind, start, choices)), choices, tasks, coefficients)
+    problems += [problem for family in families for problem in _misfits(family)]
+    if problems:
+        raise ValueError(" ".join(dict.fromkeys(problems)))
+    return families
+
+
+def _problems(kind: type[Method], start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]) -> list[str]:
+    """Why values cannot be tried."""
+    name, known = kind.__name__, inspect.signature(kind).parameters
+    problems = []
+    for parameter, values in choices.items():
+        if parameter not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            problems.append(f"{name} has no hyper-parameter {parameter!r}; {has}.")
+        elif not values:
+            problems.append(f"The grid of {name} gives no values for {parameter}.")
+    if problems:
+        return problems
+    if lacking := [p.name for p in known.values() if p.default is p.empty and p.name not in {**start, **choices}]:
+        return [f"{name} needs values for {', '.join(lacking)} in the grid."]
+    first = _values_of(kind, start, choices)
+    for parameter, values in choices.items():
+        for value in values:
+            if not _fits(value, known[parameter].default):
+                problems.append(f"{name}: {parameter} cannot be {value!r}.")
+                continue
+            try:
+                kind(**{**first, parameter: value})
+            except ValueError as error:
+                problems.append(f"{str(error).removesuffix('.')}.")
+    return problems
+
+
+def _fits(value: Value, default: object) -> bool:
+    """Whether a value is of the kind that a default is of."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and (isinstance(default, bool) or default is inspect.Parameter.empty)
+    if isinstance(default, float):
+        return isinstance(value, int | float)
+    return isinstance(value, type(default)) or not isinstance(default, int | str)
+
+
+def _values_of(
+    kind: type[Method], start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]
+) -> dict[str, Value]:
+    """Arguments to begin with: those that are configured, and values of the grid for those without a default."""
+    known = inspect.signature(kind).parameters
+    needed = {p.name: choices[p.name][0] for p in known.values() if p.default is p.empty and p.name in choices}
+    return {**needed, **start}
+
+
+def _made(kind: type[Method], start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]) -> Method:
+    made: Method = kind(**_values_of(kind, start, choices))
+    return made
+
+
+def _families(
+    recipe: Recipe, choices: Mapping[str, Sequence[Value]], tasks: Sequence[str], coefficients: Coefficients
+) -> list[Family]:
+    """One family for each combination of what is not a number."""
+    method = recipe.method
+    current = method.hyperparameters()
+    numbers: dict[str, tuple[float, ...]] = {}
+    others: dict[str, list[Value]] = {}
+    for name, values in sorted(choices.items(), key=lambda item: item[0] == "scale"):
+        if isinstance(current[name], float):
+            numbers[name] = tuple(dict.fromkeys(float(value) for value in values))
+        elif isinstance(current[name], int) and not isinstance(current[name], bool):
+            numbers[name] = tuple(dict.fromkeys(int(value) for value in values))
+        else:
+            others[name] = list(dict.fromkeys(values))
+    if coefficients == "each":
+        lambdas = numbers.pop("scale", tuple(float(value) for value in default_scales(type(method))))
+        current |= {"scale": 1.0} if "scale" in current else {}
+        numbers |= {f"{_COEFFICIENT}{task}": lambdas for task in tasks}
+    return [
+        Family(replace(recipe, method=type(method)(**{**current, **dict(zip(others, values, strict=True))})), numbers)
+        for values in product(*others.values())
+    ]
+
+
+def _misfits(family: Family) -> list[str]:
+    """Why settings of a family cannot be, though each of their values can."""
+    problems = []
+    own = [name for name in family.numbers if not name.startswith(_COEFFICIENT)]
+    for values in product(*(family.numbers[name] for name in own)):
+        try:
+            family.setting(dict(zip(own, values, strict=True)))
+        except ValueError as error:
+            problems.append(f"{str(error).removesuffix('.')}.")
+    return problems
+
+
+def _defaults(kind: type[Method], names: Iterable[str]) -> dict[str, object]:
+    known = inspect.signature(kind).parameters
+    return {n: known[n].default for n in names if n in known and known[n].default is not inspect.Parameter.empty}

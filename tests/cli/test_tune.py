@@ -1,0 +1,110 @@
+"""`lightning-drm tune`: a kill loses no trial, and `merge` takes the best setting."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from helpers.run import Run
+from helpers.signals import own_environment
+
+from lightning_drm.cli.main import main
+
+GRID = {"DRM": {"density": [0.1, 0.5, 1.0], "scale": [0.8, 1.1, 1.4]}, "TIES": {"density": [0.5], "scale": [0.9]}}
+
+
+@pytest.fixture
+def words(copied: Run, tmp_path: Path) -> list[str]:
+    """A command line with a grid in an overlay."""
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"grid": GRID, "num_samples": 8, "prune": False}))
+    return [*copied.words, "--config", str(tmp_path / "grid.yaml")]
+
+
+def finished_trials(folder: Path) -> list[tuple[object, ...]]:
+    """What any program may read from Optuna's file: of each finished trial its number, study, start and end."""
+    file = folder / "tune" / "study.db"
+    if not file.is_file():
+        return []
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+        try:
+            columns = "trial_id, study_id, datetime_start, datetime_complete"
+            return database.execute(
+                f"SELECT {columns} FROM trials WHERE state = 'COMPLETE' ORDER BY trial_id"
+            ).fetchall()
+        except sqlite3.OperationalError:  # its tables are not made yet, or it is just being written
+            return []
+
+
+@pytest.mark.processes
+def test_after_a_kill_finished_trials_stay_and_the_others_follow(copied: Run, words: list[str], tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightning_drm", "tune", *words],
+        env=own_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 180
+    while len(finished_trials(copied.folder)) < 3:
+        assert process.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = finished_trials(copied.folder)
+    assert 3 <= len(before) < 10
+    assert not (copied.folder / "tune" / "trials.csv").exists()
+
+    main(["tune", *words])
+    after = finished_trials(copied.folder)
+    assert after[: len(before)] == before, "what was finished was not run again"
+    studies = [study for _, study, *_ in after]
+    sizes = sorted(studies.count(study) for study in set(studies))
+    table = pd.read_csv(copied.folder / "tune" / "trials.csv")
+    assert len(table[table["validation samples per task"] == "8"]) == 10
+    assert sum(sizes) == len(table), "each setting once on the sample, and the finalists once on all samples"
+
+
+def test_merge_takes_the_best_setting_and_reaches_the_same_scores(
+    copied: Run, words: list[str], capsys: pytest.CaptureFixture
+):
+    untuned = json.loads((copied.folder / "report.json").read_text())
+    main(["tune", *words, "--methods", "TIES", "DRM"])
+    best = copied.folder / "tune" / "best.yaml"
+    tuned = json.loads((copied.folder / "report.json").read_text())["tuned"]
+    main(["merge", *copied.words, "--config", str(best)])
+    report = json.loads((copied.folder / "report.json").read_text())
+    assert {name: report["method"][name] for name in ("class_path", "init_args", "coefficients")} == {
+        name: tuned[name] for name in ("class_path", "init_args", "coefficients")
+    }
+    assert report["scores"]["merged"] == tuned["scores"]
+    assert report["intervals"]["merged"] == tuned["intervals"]
+    assert report["normalized"] == tuned["normalized"]
+    assert report["tuned"] == tuned, "a merge keeps what tune found"
+    assert report["scores"]["individual"] == untuned["scores"]["individual"]
+
+
+def test_methods_are_named_on_the_command_line(copied: Run, capsys: pytest.CaptureFixture):
+    for words, message in (
+        (["--methods", "DMR", "TIES"], "There is no method 'DMR'; the methods are DRM, TIES,"),
+        (["--grid", "{DRM: {rank: [1]}}"], "DRM has no hyper-parameter 'rank'; it has direction, density,"),
+        (["--search", "gird"], "search"),
+        (["--num_samples", "0"], "num_samples must be at least 1, got 0."),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["tune", *copied.words, *words])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not (copied.folder / "tune").exists()
+
+
+def test_an_unfinished_run_is_refused(unfinished: Run, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", *unfinished.words])
+    assert ended.value.code == 2
+    assert "color, pet" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""Sections that studies add to ``report.json``: they stay while the deltas do, whatever writes the report again."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.scores import scores
+
+from lightning_drm.evaluation import Comparison, add_section, write_report
+from lightning_drm.kinds import MetricInfo
+
+DELTAS = {"a": "1a", "b": "2b"}
+METRICS = {"a": MetricInfo("accuracy", is_fraction=True), "b": MetricInfo("perplexity", higher_is_better=False)}
+NUMBERS = {"a": 0.5, "b": 3.0, "average": 0.5}
+METHODS = {
+    "TIES, density 0.2": {
+        "split": "test",
+        "scores": NUMBERS,
+        "intervals": dict.fromkeys(NUMBERS),
+        "normalized": NUMBERS,
+    }
+}
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    row = {**scores({"a": 0.5}), **scores({"b": 3.0}, METRICS["b"])}
+    return Comparison(["a", "b"], {}, row, row, {"class_path": "lightning_drm.DRM", "init_args": {}})
+
+
+def test_a_section_begins_a_report(tmp_path: Path) -> None:
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    assert report(tmp_path) == {
+        "schema": 2,
+        "tasks": ["a", "b"],
+        "metrics": {
+            "a": {"name": "accuracy", "higher_is_better": True},
+            "b": {"name": "perplexity", "higher_is_better": False},
+        },
+        "fractions": ["a"],
+        "deltas": DELTAS,
+        "methods": METHODS,
+    }
+
+
+def test_a_section_joins_a_report(comparison: Comparison, tmp_path: Path) -> None:
+    write_report(comparison, tmp_path, DELTAS)
+    before = report(tmp_path)
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("tune", {"scores": {}}, tmp_path, metrics=METRICS, made_from=DELTAS)
+    assert report(tmp_path) == {**before, "methods": METHODS, "tuned": {"scores": {}}}
+
+
+def test_sections_stay_when_the_report_is_written_again(comparison: Comparison, tmp_path: Path) -> None:
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    write_report(comparison, tmp_path, DELTAS)
+    assert report(tmp_path)["methods"] == METHODS
+    (tmp_path / "report.json").unlink()  # as when another merge puts the report into the history
+    write_report(comparison, tmp_path, DELTAS)
+    assert report(tmp_path)["methods"] == METHODS
+
+
+def test_sections_end_when_a_task_is_finetuned_again(comparison: Comparison, tmp_path: Path) -> None:
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    write_report(comparison, tmp_path, {**DELTAS, "b": "3c"})
+    assert "methods" not in report(tmp_path)
+
+
+def test_scores_of_other_deltas_do_not_stand_beside_a_section(comparison: Comparison, tmp_path: Path) -> None:
+    write_report(comparison, tmp_path, DELTAS)
+    add_section("tune", {}, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from={**DELTAS, "b": "3c"})
+    assert set(report(tmp_path)) == {"schema", "tasks", "metrics", "fractions", "deltas", "methods"}
+
+
+def test_a_damaged_section_is_named(comparison: Comparison, tmp_path: Path) -> None:
+    add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
+    (tmp_path / "compare" / "section.json").write_text("{")
+    with pytest.raises(ValueError, match=r"compare/section\.json is not JSON that can be read"):
+        write_report(comparison, tmp_path, DELTAS)

@@ -1,0 +1,125 @@
+"""What is searched: the paper's grids, a user's own, and what cannot be."""
+
+import re
+
+import pytest
+from helpers.own_method import Largest
+
+from lightning_drm import DRM, TIES, Average, IsoC, TaskArithmetic
+from lightning_drm.fusion import Recipe
+from lightning_drm.tuning import SearchSettings, search_space, setting_title
+
+TASKS = ["a", "b"]
+TENTHS = [tenth / 10 for tenth in range(1, 11)]
+PAPERS = [0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("method", "densities", "scales"),
+    [
+        (DRM("vertical", rank_tol=0.0), TENTHS, PAPERS),
+        (TIES(), TENTHS, PAPERS),
+        (TaskArithmetic(), [None], TENTHS),
+        (IsoC(), [None], [tenth / 10 for tenth in range(5, 21)]),
+        (Largest(), TENTHS, PAPERS),
+        (Average(), [None], [None]),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, list) else "",
+)
+def test_the_configured_method_has_its_default_grid(method, densities, scales):
+    (family,) = search_space(Recipe(method), TASKS)
+    found = [family.setting(params).method.hyperparameters() for params in family.points]
+    assert [(point.get("density"), point.get("scale")) for point in found] == [
+        (d, s) for d in densities for s in scales
+    ]
+    assert all({**method.hyperparameters(), **point} == point for point in found)
+
+
+def test_drm_in_both_directions_if_it_is_named():
+    families = search_space(Recipe(DRM("vertical", rank_tol=0.0)), TASKS, methods=["DRM", "Average"])
+    assert [family.title for family in families] == [
+        "DRM, horizontal, rank tol 0",
+        "DRM, vertical, rank tol 0",
+        "Average",
+    ]
+    assert [len(family.points) for family in families] == [80, 80, 1]
+    everything = search_space(Recipe(), TASKS, methods=["all"])
+    assert [family.title.split(",")[0] for family in everything] == [
+        "DRM", "DRM", "TIES", "DARETIES", "TaskArithmetic", "Average", "IsoC", "IsoCTS", "TSVM",
+    ]  # fmt: skip
+
+
+def test_a_grid_of_any_hyper_parameters():
+    grid = {
+        "DRM": {"scale": [1, 2], "elect_sign": [True, False], "density": [0.1], "rank_drop": [0.0, 0.5]},
+        "lightning_drm.DARETIES": {"seed": [3, 4]},
+        "helpers.own_method.Largest": {"scale": [0.5]},
+    }
+    drm, without, dare, own = search_space(Recipe(TIES(density=0.7)), TASKS, grid=grid)
+    assert (drm.title, without.title) == ("DRM, horizontal", "DRM, horizontal, no elect sign")
+    assert [tuple(point.values()) for point in drm.points] == [
+        (0.1, 0.0, 1.0),
+        (0.1, 0.0, 2.0),
+        (0.1, 0.5, 1.0),
+        (0.1, 0.5, 2.0),
+    ]
+    assert list(drm.numbers) == ["density", "rank_drop", "scale"], "λ changes first"
+    assert [dare.setting(point).method.seed for point in dare.points] == [3, 4]
+    assert own.setting(own.points[0]).method == Largest(0.75, 0.5)
+    (ties,) = search_space(Recipe(TIES(density=0.7)), TASKS, grid={"TIES": {"scale": [1.0]}})
+    assert ties.setting(ties.points[0]).method == TIES(density=0.7)
+
+
+def test_one_coefficient_for_each_task():
+    (family,) = search_space(Recipe(TaskArithmetic()), TASKS, coefficients="each")
+    assert family.numbers == {"coefficients.a": tuple(TENTHS), "coefficients.b": tuple(TENTHS)}
+    setting = family.setting({"coefficients.a": 0.3, "coefficients.b": 1.0})
+    assert (setting.method, setting.coefficients) == (TaskArithmetic(1.0), {"a": 0.3, "b": 1.0})
+    assert setting_title(setting) == "TaskArithmetic, scale 1, coefficient of a 0.3"
+    (family,) = search_space(Recipe(Average()), TASKS, coefficients="each")
+    assert family.setting({"coefficients.a": 0.3}).method == Average()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentences"),
+    [
+        ({"methods": ["DMR"]}, ["There is no method 'DMR'; the methods are DRM, TIES, DARETIES, TaskArithmetic"]),
+        ({"methods": []}, ["There are no methods to search."]),
+        ({"grid": {}}, ["The grid names no method."]),
+        ({"grid": {"DRM": {"density": []}}}, ["The grid of DRM gives no values for density."]),
+        (
+            {"grid": {"DRM": {"desnity": [0.1]}, "Average": {"scale": [1.0]}, "nowhere.Method": {}}},
+            [
+                "DRM has no hyper-parameter 'desnity'; it has direction, density, rank_tol",
+                "Average has no hyper-parameter 'scale'; it has none.",
+                "There is no method 'nowhere.Method'",
+            ],
+        ),
+        (
+            {"grid": {"DRM": {"density": [0.1, 1.5], "direction": ["diagonal"]}, "TIES": {"density": [0.0]}}},
+            ["DRM: density must be in (0, 1], got 1.5", "'diagonal'", "TIES: density must be in (0, 1], got 0.0"],
+        ),
+        (
+            {"grid": {"DRM": {"density": ["x"], "elect_sign": [1], "direction": [True]}, "DARETIES": {"seed": [0.5]}}},
+            [
+                "DRM: density cannot be 'x'.",
+                "DRM: elect_sign cannot be 1.",
+                "DRM: direction cannot be True.",
+                "DARETIES: seed cannot be 0.5.",
+            ],
+        ),
+        ({"grid": {"TIES": {"scale": [1.0]}}, "methods": ["DRM"]}, ["The grid has TIES, which is not among"]),
+    ],
+)  # fmt: skip
+def test_all_that_cannot_be_searched_is_said_at_once(options, sentences):
+    with pytest.raises(ValueError, match=re.escape(sentences[0])) as refused:
+        search_space(Recipe(), TASKS, **options)
+    assert all(sentence in str(refused.value) for sentence in sentences), refused.value
+
+
+def test_numbers_out_of_range():
+    message = (
+        "num_trials must be at least 1, got 0; num_samples must be at least 1, got 0; seed must be at least 0, got -1"
+    )
+    with pytest.raises(ValueError, match=message):
+        SearchSettings(num_trials=0, num_samples=0, seed=-1)
