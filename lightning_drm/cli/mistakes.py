@@ -67,12 +67,12 @@ def sentence(message: str) -> str:
         return f"{key}: expected {_PLAIN.get(wrong[1], wrong[1])}, got {wrong[2]!r}."
     if wrong := _NO_CHOICE.search(message):
         return f"{key}: expected one of {wrong[1].replace(chr(39), '')}, got {wrong[2]!r}."
+    if key == "model" and problem and problem[1] == "lightning.LightningModule":
+        return "model: expected class_path with the module's class, and init_args with its arguments."
     if problem and (unknown := _NO_ARGUMENT.search(message)):
         return f"{key}: {problem[1]} has no argument {unknown[1]!r}."
     if problem and (lacking := _LACKING.search(message)):
         return f"{key}: {problem[1]} needs init_args with {lacking[1]}."
-    if key == "model" and problem and problem[1] == "lightning.LightningModule":
-        return "model: expected class_path with the module's class, and init_args with its arguments."
     lines = [line.strip() for line in message.splitlines()]
     kept = [line.removeprefix("- ").rstrip(":") for line in lines if line and not line.startswith(_NOISE)]
     return f"{': '.join(kept).removesuffix('.')}."

@@ -64,10 +64,10 @@ class MergeCLI(LightningCLI):
         return {
             "fit": {*_LIGHTNINGS_OWN, "train_dataloaders", "val_dataloaders"},
             "merge": {"model", "datamodule"},
-            "analyze": {"model", "datamodule"},
             "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
             "compare": {"model", "datamodule"},
             "tune": {"model", "datamodule"},
+            "analyze": {"model", "datamodule"},
         }
 
     @override

@@ -21,10 +21,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 Point = tuple[float, Interval | None]
 """A value and its interval, where it is known."""
 
-_SVG: dict[Any, str] = {
-    "svg.hashsalt": "lightning_drm",
-    "svg.fonttype": "none",
-}  # the same file each time; letters stay letters
+# The same file each time, in which letters stay letters.
+_SVG: dict[Any, str] = {"svg.hashsalt": "lightning_drm", "svg.fonttype": "none"}
 
 
 def new_figure(width: float = 6.4, height: float = 4.2, *, columns: int = 1) -> tuple[Figure, list[Axes]]:

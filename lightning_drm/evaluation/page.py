@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_drm.evaluation.finding import StoredFinding, read_findings
 from lightning_drm.evaluation.page_commands import commands
-from lightning_drm.evaluation.page_tables import PageTable, finding_table, main_table, methods_table
+from lightning_drm.evaluation.page_tables import PageTable, finding_table, main_table, methods_table, tuned_table
 from lightning_drm.evaluation.sections import Study
 from lightning_drm.storage import write_text
 from lightning_drm.storage.json_files import read_object
@@ -99,6 +99,7 @@ def _rendered(folder: Path, report: Mapping[str, Any], studies: Mapping[Study, l
         main=main_table(report) if "scores" in report else None,
         picture=_data_address(folder / "report.svg") if "scores" in report else None,
         methods=methods_table(report) if "methods" in report else None,
+        tuned=tuned_table(report) if "tuned" in report and "scores" in report else None,
         studies={STUDIES[study]: (study, items) for study, items in studies.items()},
         recipe=report.get("method"),
         method=_method(report) if "method" in report else None,

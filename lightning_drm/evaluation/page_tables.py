@@ -75,6 +75,25 @@ def methods_table(report: Mapping[str, Any]) -> PageTable:
     return PageTable(header, list(zip(*marked, strict=True)), notes=[*notes, *_notes(report)])
 
 
+def tuned_table(report: Mapping[str, Any]) -> PageTable:
+    """Tasks down; individual, untuned and tuned test scores across.
+
+    Args:
+        report: The content of ``report.json``, with scores and what was tuned.
+    """
+    rows, tuned = [], report["tuned"]
+    for task in [*report["tasks"], "average"]:
+        before = [
+            _number(report, task, report["scores"][row][task], _interval(report, row, task))
+            for row in ("individual", "merged")
+        ]
+        after = _number(report, task, tuned["scores"][task], tuned["intervals"][task])
+        rows.append([Cell(named(report, task)), *before, after, _ratio(tuned["normalized"][task])])
+    notes = [f"Measured on the test sets. Tuned: {tuned['title']}; untuned: the merge of the first table."]
+    header = ["task", "individual", "untuned", "tuned", "tuned, normalized"]
+    return PageTable(header, rows[:-1], rows[-1], [*notes, *_notes(report)])
+
+
 def finding_table(file: Path) -> PageTable:
     """A finding's table: percentages with one decimal, other fractions with four digits.
 

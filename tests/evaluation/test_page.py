@@ -188,6 +188,26 @@ def test_the_commands_say_what_differs_from_the_configuration(run: Path):
     assert "--split validation" in commands[2]
 
 
+def test_tuned_scores_stand_beside_the_untuned_ones(copied: Path):
+    tuned = {
+        **comparison().method,
+        "title": "DRM, vertical, density 0.15",
+        "scores": {"topic": 0.8123, "<b>&rated": 0.8789, "average": 0.8456},
+        "intervals": {"topic": [0.80, 0.82], "<b>&rated": None, "average": None},
+        "normalized": {"topic": 0.9748, "<b>&rated": 0.9753, "average": 0.9750},
+    }
+    add_section("tune", tuned, copied, metrics=METRICS, made_from=DELTAS)
+    shown = read(copied)
+    start = shown.cells.index("untuned") - 2
+    assert [shown.cells[start + 5 * line : start + 5 * line + 5] for line in range(4)] == [
+        ["task", "individual", "untuned", "tuned", "tuned, normalized"],
+        ["topic", "83.3 ±1.2", "74.6 ±1.2", "81.2 ±1.0", "97.5"],
+        ["<b>&rated (spearman)", "90.1 ±1.2", "85.7 ±1.2", "87.9", "97.5"],
+        ["average", "86.7 ±0.9", "80.1 ±0.9", "84.6", "97.5"],
+    ]
+    assert "Tuned: DRM, vertical, density 0.15" in shown.text
+
+
 def test_a_page_of_methods_alone(tmp_path: Path):
     entry = {
         **comparison().method,
