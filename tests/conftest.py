@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from xdist.scheduler import LoadFileScheduling
 
 from lightning_drm.deltas import TaskVector
 from lightning_drm.deltas.parameters import Kind
@@ -17,6 +19,14 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 if WORKERS > 1:  # they share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """The tests of a file share fixtures, so one worker runs them all. As an option, it would keep benchmarks from
+    running at all."""
+    return LoadFileScheduling(config, log)
+
 
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 

@@ -6,7 +6,8 @@ The studies of Tables 3, 7 and 8 and Figure 6 of arXiv 2505.23117, on the tasks 
 2. Switch off one step after another: renormalization, pruning (density 1), sign election, the disjoint average; prune
    each task by itself instead of all of them jointly. A step that the configuration has switched off is switched on.
 3. Drop the weakest share k of the joint basis' directions before renormalization, for k from 0 to 0.95.
-4. Measure every merged model.
+4. Measure every merged model on the same samples, and its change against the one of step 1: the interval of the change
+   is paired, so that hard samples count for both.
 
 The merges of steps 1 and 2 share a decomposition in each direction. Nearly all of the cost are evaluations of all
 tasks: six in each direction for these steps, and one for each further k.
@@ -22,8 +23,8 @@ from typing_extensions import override
 
 from lightning_drm.analysis.analysis import Analysis, OnStep
 from lightning_drm.analysis.matrices import drm_of
-from lightning_drm.analysis.summary import Summary, comparison, points, rows, summary
-from lightning_drm.evaluation import Candidates, Finding
+from lightning_drm.analysis.summary import AVERAGE, Summary, comparison, points, rows, summary
+from lightning_drm.evaluation import Candidates, Comparison, Finding, paired_interval
 from lightning_drm.evaluation.figures import Point, bars, line, new_figure, percent
 from lightning_drm.fusion import Recipe, method_title
 from lightning_drm.merging import DRM
@@ -34,8 +35,10 @@ FULL = "all steps"
 FLAT = 0.01
 """Up to which change of a score the rank drop is called without effect."""
 
-Found = Mapping[tuple[str, Direction, float], Summary]
-"""By variation, direction and rank drop."""
+Key = tuple[str, Direction, float]
+"""Variation, direction and rank drop."""
+
+Found = Mapping[Key, Summary]
 
 _SWITCHES = {
     "renormalize": ("no renormalization", "renormalization"),
@@ -100,27 +103,37 @@ class Ablation(Analysis):
         method = drm_of(candidates.recipe)
         variations = [v for direction in self.directions for v in self._variations(method, direction)]
         found: dict[tuple[str, Direction, float], Summary] = {}
+        changes: dict[tuple[str, Direction, float], Point] = {}
+        whole: Comparison | None = None
         table: list[dict[str, object]] = []
         for number, variation in enumerate(variations, 1):
             setting = variation.method
             alone = candidates.vectors if setting.rank_drop != method.rank_drop else None  # nothing to keep for others
             merged = candidates.merged(variation.of(candidates.recipe), alone)
             compared = comparison(candidates, candidates.scores(merged))
-            found[variation.name, setting.direction, setting.rank_drop] = summary(compared)
+            key = variation.name, setting.direction, setting.rank_drop
+            found[key] = summary(compared)
+            if variation.name == FULL and setting.rank_drop == method.rank_drop:
+                whole = compared
+            assert whole is not None, "a direction begins with all steps"
+            changes[key] = change = _change(compared, whole)
             labels = {
                 "variation": variation.name,
                 "direction": setting.direction,
                 "density (fraction)": setting.density,
                 "rank drop (fraction)": setting.rank_drop,
             }
-            table += rows(compared, labels)
+            low, high = change[1] or (None, None)
+            names = "", ", 95 % from", ", 95 % to"
+            against = {f"change of the average{n}": v for n, v in zip(names, (change[0], low, high), strict=True)}
+            table += [{**row, **against} if row["task"] == AVERAGE else row for row in rows(compared, labels)]
             on_step(number, len(variations))
         title = f"Ablation of {len(candidates.tasks)} tasks' merge ({method_title(method)})"
-        sentence = _sentence(found, method)
+        sentence = _sentence(found, changes, method)
         if method is not candidates.recipe.method:
             configured = method_title(candidates.recipe.method)
             sentence += f" The configured method is {configured}, so this is DRM with its defaults."
-        return [Finding(self.name, title, sentence, pd.DataFrame(table), _figure(found, method, title))]
+        return [Finding(self.name, title, sentence, pd.DataFrame(table), _figure(found, changes, method, title))]
 
     def _variations(self, method: DRM, direction: Direction) -> list[Variation]:
         full = _with(method, "direction", direction)
@@ -141,17 +154,23 @@ def _with(method: DRM, name: str, value: object) -> DRM:
     return type(method)(**arguments)
 
 
-def _sentence(found: Found, method: DRM) -> str:
+def _change(compared: Comparison, whole: Comparison) -> Point:
+    """How much better a model is than the whole method's, and the paired interval of that."""
+    value = summary(compared).value - summary(whole).value
+    pairs = [(compared.merged[task], whole.merged[task]) for task in whole.averaged]
+    known = [(one, other) for one, other in pairs if one is not None and other is not None]
+    return value, paired_interval([one for one, _ in known], [other for _, other in known])
+
+
+def _sentence(found: Found, changes: Mapping[Key, Point], method: DRM) -> str:
     """Of each direction: the whole, what each step is worth, and how far directions can be dropped."""
     parts = []
     for direction in dict.fromkeys(direction for _, direction, _ in found):
         whole = found[FULL, direction, method.rank_drop]
-        changes = {
-            name: value.value - whole.value
-            for (name, other, _), value in found.items()
-            if other == direction and name != FULL
-        }
-        listed = ", ".join(f"{name} {points(changes[name])}" for name in sorted(changes, key=changes.__getitem__))
+        switched = {name: change for (name, other, _), change in changes.items() if other == direction and name != FULL}
+        listed = ", ".join(
+            f"{name} {points(*switched[name])}" for name in sorted(switched, key=lambda name: switched[name][0])
+        )
         parts.append(
             f"DRM, {direction}, with {FULL}: {whole.what} {whole}; {listed}{_dropped(found, direction, whole)}."
         )
@@ -172,16 +191,16 @@ def _curve(found: Found, direction: Direction) -> dict[float, Summary]:
     return {k: found[name, other, k] for name, other, k in sorted(found) if (name, other) == (FULL, direction)}
 
 
-def _figure(found: Found, method: DRM, title: str) -> Figure:
+def _figure(found: Found, changes: Mapping[Key, Point], method: DRM, title: str) -> Figure:
     directions = list(dict.fromkeys(direction for _, direction, _ in found))
     what = next(iter(found.values())).what
-    switches = list(dict.fromkeys(name for name, _, k in found if k == method.rank_drop))
+    switches = list(dict.fromkeys(name for name, _, k in found if k == method.rank_drop and name != FULL))
     figure, (left, right) = new_figure(10.0, 1.4 + 0.22 * len(directions) * len(switches), columns=2)
     figure.suptitle(title, fontsize=9)
     series: dict[str, Sequence[Point]] = {
-        direction: [found[name, direction, method.rank_drop].point for name in switches] for direction in directions
+        direction: [changes[name, direction, method.rank_drop] for name in switches] for direction in directions
     }
-    bars(left, switches, series, what)
+    bars(left, switches, series, f"change of the {what}", signed=True)
     for number, direction in enumerate(directions):
         curve = _curve(found, direction)
         line(right, number, list(curve), [value.point for value in curve.values()], direction)

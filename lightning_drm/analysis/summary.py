@@ -93,6 +93,12 @@ def rows(compared: Comparison, labels: Mapping[str, object]) -> list[dict[str, o
     return found
 
 
-def points(difference: float) -> str:
-    """A difference of fractions, in words: ``+1.2 points``."""
-    return f"{100 * difference:+.1f} points"
+def points(difference: float, interval: Interval | None = None) -> str:
+    """A difference of fractions, in words: ``+1.2 points``, or ``+1.2 ±0.8 points``.
+
+    Args:
+        difference: The difference.
+        interval: Its 95 % interval, where it is known.
+    """
+    half = f" ±{50 * (interval[1] - interval[0]):.1f}" if interval is not None else ""
+    return f"{100 * difference:+.1f}{half} points"

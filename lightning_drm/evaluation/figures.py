@@ -56,7 +56,9 @@ def style_of(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[(index // len(COLORS) + index) % len(MARKERS)]}
 
 
-def bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[Point]], label: str) -> None:
+def bars(
+    axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[Point]], label: str, *, signed: bool = False
+) -> None:
     """Draws fractions as horizontal bars from 0, in percent with one decimal, with their intervals.
 
     Args:
@@ -64,9 +66,12 @@ def bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[Point]
         groups: The groups' names, from top to bottom.
         series: By name, each group's value and interval; NaN leaves a bar out.
         label: What is shown, without the unit.
+        signed: Whether they are changes, which go both ways, in points.
     """
     height = 0.8 / len(series)
-    ends = [max(value, interval[1] if interval else value) for values in series.values() for value, interval in values]
+    known = [(value, interval or (value, value)) for values in series.values() for value, interval in values]
+    ends = [max(value, 0.0, high) for value, (_, high) in known]
+    starts = [min(value, 0.0, low) for value, (low, _) in known]
     for number, (name, values) in enumerate(series.items()):
         places = [group + (number - (len(series) - 1) / 2) * height for group in range(len(groups))]
         axes.barh(places, [value for value, _ in values], height, label=name, color=COLORS[number % len(COLORS)])
@@ -77,13 +82,17 @@ def bars(axes: Axes, groups: Sequence[str], series: Mapping[str, Sequence[Point]
             if interval is not None:
                 errors = [[max(0.0, value - low)], [max(0.0, high - value)]]
                 axes.errorbar(value, place, xerr=errors, color="0.2", linewidth=0.8, capsize=2)
-            end = (max(value, high), place)
-            axes.annotate(f"{100 * value:.1f}", end, (3, 0), textcoords="offset points", va="center", fontsize=7)
+            end = (max(value, high, 0.0), place)
+            text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+            axes.annotate(text, end, (3, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(groups)), groups, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * np.nanmax(ends))
+    room = 0.12 * (np.nanmax(ends) - np.nanmin(starts))
+    axes.set_xlim(np.nanmin(starts) - (room if signed else 0.0), np.nanmax(ends) + room)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    axes.set_xlabel(f"{label} (%)")
+    axes.set_xlabel(f"{label} ({'points' if signed else '%'})")
+    if signed:
+        axes.axvline(0, color="0.4", linewidth=0.8)
 
 
 def line(axes: Axes, index: int, places: Sequence[float], values: Sequence[Point], label: str) -> None:

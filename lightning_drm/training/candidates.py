@@ -107,7 +107,8 @@ class RunCandidates(Candidates):
         together = max(1, int(_MEMORY * free_bytes(self._module.device) / max(1, size)))
         for start in range(0, len(recipes), together):
             part = recipes[start : start + together]
-            with merging_bar(f"{len(part)} methods", self._run.session.ranks) as progress:
+            what = f"{len(part)} methods" if len(part) > 1 else type(part[0].method).__name__
+            with merging_bar(what, self._run.session.ranks) as progress:
                 merged = list(self._merge(part, None, progress))
             while merged:
                 yield merged.pop(0)

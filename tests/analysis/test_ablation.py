@@ -32,6 +32,22 @@ def table(finding: StoredFinding) -> pd.DataFrame:
     return pd.read_csv(finding.table)
 
 
+def test_changes_are_paired(three_tasks: ThreeTasks, table: pd.DataFrame):
+    """Two models on the same samples differ by less than each of them is sure to."""
+    averages = table[table["task"] == "average"].set_index(["direction", "variation", "rank drop (fraction)"])
+    assert table[table["task"] != "average"]["change of the average"].isna().all()
+    for (direction, _, _), row in averages.iterrows():
+        whole = averages.loc[(direction, "all steps", 0.0)]
+        assert row["change of the average"] == pytest.approx(row["score"] - whole["score"])
+        assert row["change of the average, 95 % from"] <= row["change of the average"] + 1e-9
+        assert row["change of the average, 95 % to"] >= row["change of the average"] - 1e-9
+    same = averages.loc[("horizontal", "all steps", 0.0)]
+    assert same["change of the average, 95 % from"] == same["change of the average, 95 % to"] == 0.0
+    widths = averages["change of the average, 95 % to"] - averages["change of the average, 95 % from"]
+    alone = averages["score, 95 % to"] - averages["score, 95 % from"]
+    assert widths.mean() < 0.8 * alone.mean()
+
+
 @pytest.mark.parametrize("direction", ["horizontal", "vertical"])
 @pytest.mark.parametrize(
     ("variation", "changed"),
@@ -62,8 +78,8 @@ def test_directions_are_dropped_and_nothing_else_is_in_the_table(three_tasks: Th
 def test_the_sentence_has_the_numbers(three_tasks: ThreeTasks, finding: StoredFinding):
     full, plain = (by_hand(three_tasks, DRM("vertical", 0.5, disjoint=on))["average"] for on in (True, False))
     assert f"DRM, vertical, with all steps: average score {100 * full:.1f} ±" in finding.sentence
-    assert f"no disjoint average {100 * (plain - full):+.1f} points" in finding.sentence
-    assert f">{100 * full:.1f}</text>" in finding.figure.read_text()
+    assert f"no disjoint average {100 * (plain - full):+.1f} ±" in finding.sentence
+    assert f">{100 * (plain - full):+.1f}</text>" in finding.figure.read_text()
 
 
 def test_switches_that_are_off_are_switched_on_and_exceptions_do_not_prune_where_nothing_does(three_tasks: ThreeTasks):
