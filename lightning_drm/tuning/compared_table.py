@@ -1,6 +1,6 @@
 """How a comparison of methods is printed: a line for each method as it comes, and a table at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -10,6 +10,7 @@ from lightning_drm.evaluation import Comparison, notes, shown
 from lightning_drm.tuning.compared import ComparedMethods
 
 _NUM_SIDE_BY_SIDE = 3  # tasks of which numbers and intervals stand on one line; of more, intervals are below
+_NUM_COLUMNS = 4  # tasks that have a column; those of more would not fit into 80 characters
 
 
 def result_line(name: str, comparison: Comparison) -> str:
@@ -31,29 +32,34 @@ def result_line(name: str, comparison: Comparison) -> str:
 def compared_table(compared: ComparedMethods) -> Table:
     """Methods down; tasks, average and normalized average across, the best number of each column in bold.
 
+    Where there are many tasks, they have no columns.
+
     Args:
         compared: The methods' scores.
     """
     first = compared.first
+    tasks = first.tasks if len(first.tasks) <= _NUM_COLUMNS else []
+    elsewhere = [] if tasks else [f"The scores of each of the {len(first.tasks)} tasks are in the report."]
     table = Table(
         title=f"{first.measured(compared.split)}, {len(compared.by_title)} methods",
-        caption="\n".join([compared.sentence, *notes(first, compared.split)]),
+        caption="\n".join([compared.sentence, *notes(first, compared.split), *elsewhere]),
         caption_justify="left",
         box=SIMPLE_HEAD,  # without lines between columns, four tasks fit into 80 characters
     )
     table.add_column("method", min_width=max(len(word) for name in compared.by_title for word in name.split()))
-    for task in first.tasks:
+    for task in tasks:
         metric = first.metrics[task].name
         name = task if metric == "accuracy" else f"{task}\n{metric}"
         table.add_column(escape(name.replace("_", "_\n")), justify="right")  # or long names would cut the numbers
     for column in ("average", "normalized"):
         table.add_column(column, justify="right", min_width=len(column))
     for row in ("base", "individual"):
-        table.add_row(row, *_cells(first, row), "", end_section=row == "individual")
+        table.add_row(row, *_cells(first, row, tasks), "", end_section=row == "individual")
     best = _best(compared.by_title)
     for name, comparison in compared.by_title.items():
-        cells = [*_cells(comparison, "merged"), shown(comparison.normalized["average"], None, True)]
-        values = _values(comparison).items()
+        cells = [*_cells(comparison, "merged", tasks), shown(comparison.normalized["average"], None, True)]
+        known = _values(comparison)
+        values = [(column, known[column]) for column in (*tasks, "average", "normalized")]
         marked = [
             f"[bold]{cell}[/bold]" if value == best[column] else cell
             for cell, (column, value) in zip(cells, values, strict=True)
@@ -62,11 +68,11 @@ def compared_table(compared: ComparedMethods) -> Table:
     return table
 
 
-def _cells(comparison: Comparison, row: str) -> list[str]:
+def _cells(comparison: Comparison, row: str, tasks: Sequence[str]) -> list[str]:
     scores, intervals = comparison.scores[row], comparison.intervals[row]
-    fractions = {task: info.is_fraction for task, info in comparison.metrics.items()} | {"average": True}
+    fractions = {task: comparison.metrics[task].is_fraction for task in tasks} | {"average": True}
     cells = [shown(scores[task], intervals[task], is_fraction) for task, is_fraction in fractions.items()]
-    return cells if len(comparison.tasks) <= _NUM_SIDE_BY_SIDE else [cell.replace(" ±", "\n±") for cell in cells]
+    return cells if len(tasks) <= _NUM_SIDE_BY_SIDE else [cell.replace(" ±", "\n±") for cell in cells]
 
 
 def _values(comparison: Comparison) -> dict[str, float | None]:

@@ -71,6 +71,17 @@ def test_without_intervals_nothing_is_said_of_noise():
     )
 
 
+def test_many_tasks_have_no_columns():
+    hits = {f"a_task_with_a_long_name_{number}": score(right(0.8, number)) for number in range(8)}
+    found = compared({"DRM, horizontal, density 0.2": hits, "TaskArithmetic": hits})
+    console = Console(width=80, record=True)
+    console.print(compared_table(found))
+    text = console.export_text()
+    assert "a_task" not in text
+    assert f"{100 * np.mean([one.value for one in hits.values()]):.1f} ±" in text
+    assert "The scores of each of the 8 tasks are in the report." in text
+
+
 def test_the_table_marks_the_best_of_each_column(three: ComparedMethods):
     console = Console(width=120, record=True, force_terminal=True, color_system="standard")
     console.print(compared_table(three))
