@@ -1,6 +1,8 @@
 """The subcommands on one YAML file (``fit``, ``merge``, ``compare``, …): a LightningCLI around `MergeTrainer`."""
 
 import sys
+from functools import partial
+from typing import cast
 
 from lightning import LightningModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -80,7 +82,7 @@ class MergeCLI(LightningCLI):
                 super().parse_arguments(parser, words)
 
     def before_fit(self) -> None:
-        """Keeps the configuration with the run, as every subcommand takes it: without the options of `fit` alone."""
+        """Lets a fit that is not refused keep its configuration, without the options that only `fit` takes."""
         config = self.config["fit"]
         shared = config.clone()
         for name in _OF_FIT:
@@ -88,8 +90,9 @@ class MergeCLI(LightningCLI):
         text = self._parser("fit").dump(shared, skip_none=False)
         command = f"# lightning-drm fit --config config.yaml --base_batches {config.base_batches}"
         folder = self._get(self.config_init, "drm").run_folder
-        if folder is not None and is_writer():
-            write_text(folder.config, f"{command}\n{text}")
+        if folder is not None:
+            trainer = cast(MergeTrainer, self.trainer)
+            trainer.on_accepted = partial(write_text, folder.config, f"{command}\n{text}")
 
 
 def run(args: ArgsType = None) -> None:

@@ -21,7 +21,9 @@ def log_figures(figures: Mapping[str, Figure], loggers: Sequence[Logger]) -> Non
                 logger.experiment.add_figure(name, figure)
             elif isinstance(logger, WandbLogger):
                 logger.log_image(name, [_pixels(figure)])
-        if isinstance(logger, TensorBoardLogger | WandbLogger):
+        if isinstance(logger, TensorBoardLogger):
+            logger.finalize("success")  # tensorboardX writes in a thread, for which only closing a file waits
+        elif isinstance(logger, WandbLogger):
             logger.save()
 
 

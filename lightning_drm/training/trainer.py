@@ -66,6 +66,10 @@ class MergeTrainer(Trainer):
 
     Args:
         kwargs: Arguments of ``lightning.Trainer``.
+
+    Attributes:
+        on_accepted: Called by a fit of several tasks once nothing of it was refused, before anything is trained, in the
+            process that writes.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -79,6 +83,7 @@ class MergeTrainer(Trainer):
         self._arguments["strategy"] = copy.deepcopy(kwargs.get("strategy", "auto"))
         super().__init__(**kwargs)
         self._console = Console(quiet=not is_writer(), highlight=False)
+        self.on_accepted: Callable[[], None] = lambda: None
 
     @override
     def fit(  # type: ignore[override]  # some of Lightning's arguments come as keywords, and others are this class's own
@@ -158,6 +163,8 @@ class MergeTrainer(Trainer):
             finished = finished_tasks(
                 folder, settings, retrain, resume, lambda task: self._fit_of(run, task).last_checkpoint()
             )
+            if is_writer():
+                self.on_accepted()
             self._on_all_ranks(session, lambda: finetune_and_merge(*self.strategy.broadcast(finished)))
         if only is None:
             return

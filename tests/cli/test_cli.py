@@ -197,10 +197,12 @@ def test_lora_goes_the_same_way(unfinished: Run, tmp_path: Path):
 def test_what_does_not_fit_is_refused_by_name(
     finished: Run, capsys: pytest.CaptureFixture, arguments: list[str], message: str
 ):
+    before = (finished.folder / "config.yaml").read_text()
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *finished.words, *arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+    assert (finished.folder / "config.yaml").read_text() == before
 
 
 def test_retrain_makes_changed_settings_possible(unfinished: Run):

@@ -20,6 +20,12 @@ METHODS = {
         "normalized": NUMBERS,
     }
 }
+TUNED = {
+    "title": "DRM, horizontal, density 0.1",
+    "scores": NUMBERS,
+    "intervals": dict.fromkeys(NUMBERS),
+    "normalized": NUMBERS,
+}
 
 
 def report(folder: Path) -> dict:
@@ -51,8 +57,8 @@ def test_a_section_joins_a_report(comparison: Comparison, tmp_path: Path) -> Non
     write_report(comparison, tmp_path, DELTAS)
     before = report(tmp_path)
     add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from=DELTAS)
-    add_section("tune", {"scores": {}}, tmp_path, metrics=METRICS, made_from=DELTAS)
-    assert report(tmp_path) == {**before, "methods": METHODS, "tuned": {"scores": {}}}
+    add_section("tune", TUNED, tmp_path, metrics=METRICS, made_from=DELTAS)
+    assert report(tmp_path) == {**before, "methods": METHODS, "tuned": TUNED}
 
 
 def test_sections_stay_when_the_report_is_written_again(comparison: Comparison, tmp_path: Path) -> None:
@@ -72,7 +78,7 @@ def test_sections_end_when_a_task_is_finetuned_again(comparison: Comparison, tmp
 
 def test_scores_of_other_deltas_do_not_stand_beside_a_section(comparison: Comparison, tmp_path: Path) -> None:
     write_report(comparison, tmp_path, DELTAS)
-    add_section("tune", {}, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("tune", TUNED, tmp_path, metrics=METRICS, made_from=DELTAS)
     add_section("compare", METHODS, tmp_path, metrics=METRICS, made_from={**DELTAS, "b": "3c"})
     assert set(report(tmp_path)) == {"schema", "tasks", "metrics", "fractions", "deltas", "methods"}
 
