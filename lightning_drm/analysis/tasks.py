@@ -28,13 +28,12 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 from typing_extensions import override
 
-from lightning_drm import merging
 from lightning_drm.analysis.analysis import Analysis, OnStep
 from lightning_drm.analysis.summary import comparison, points
 from lightning_drm.evaluation import Candidates, Finding
 from lightning_drm.evaluation.figures import heat_map, new_figure, percent, style_of
 from lightning_drm.fusion import method_title
-from lightning_drm.merging import Method
+from lightning_drm.merging import METHODS, Method
 
 SIGNIFICANT = 0.05
 
@@ -173,10 +172,7 @@ class Tasks(Analysis):
         own = candidates.recipe.method
         if self.baselines is not None:
             return [own, *self.baselines]
-        exported = [getattr(merging, name) for name in merging.__all__]
-        classes = [known for known in exported if isinstance(known, type) and issubclass(known, Method)]
-        found = [known() for known in classes if known not in (Method, type(own))]
-        return [own, *found]
+        return [own, *(kind() for kind in METHODS if kind is not type(own))]
 
     def _subsets(self, tasks: Sequence[str]) -> Iterator[tuple[str, ...]]:
         for size in range(2, len(tasks) + 1):

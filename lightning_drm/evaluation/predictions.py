@@ -62,17 +62,7 @@ class RecordPredictions(Callback):
     ) -> None:
         self._note(trainer, pl_module, batch)
 
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Tensor | Mapping[str, Any] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._note(trainer, pl_module, batch)
+    on_validation_batch_end = on_test_batch_end
 
     def _note(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         assert isinstance(module, MultiTaskModule)

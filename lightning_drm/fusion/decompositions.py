@@ -1,8 +1,8 @@
 """Decompositions that several merges of the same task vectors share: kept in memory while there is room, then on disk.
 
 The expensive part of a method may not depend on all of its parameters. DRM's joint basis depends on neither density,
-coefficients nor switches, so a search over these decomposes every matrix once (`Method.prepare`), and each setting
-costs `Method.merge_prepared`.
+coefficients nor switches, so a search over these decomposes every matrix once (`PreparedMethod.prepare`), and each
+setting costs `PreparedMethod.merge_prepared`.
 """
 
 import itertools
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from lightning_drm.fusion.parameter import Merge
-from lightning_drm.merging import Delta, Method
+from lightning_drm.merging import Delta, Method, PreparedMethod
+from lightning_drm.merging.inputs import check_result
 from lightning_drm.merging.low_rank import densify
 
 _MEMORY = 0.5  # of what is free: models, deltas and activations need the rest
 
 
 class Decompositions:
-    """What `Method.prepare` made of the matrices of some task vectors.
+    """What `PreparedMethod.prepare` made of the matrices of some task vectors.
 
     All merges that use one of these must be of the same task vectors. It is a context manager: its files go when it is
     left.
@@ -72,7 +73,7 @@ class Decompositions:
         numbers = itertools.count()
 
         def merge(method: Method, deltas: Sequence[Delta], coefficients: Sequence[float]) -> Tensor:
-            if method.preparation is None:
+            if not isinstance(method, PreparedMethod):
                 return method.merge(deltas, coefficients)
             key = (name, next(numbers), type(method), method.preparation)
             prepared = self._kept(key)
@@ -80,7 +81,9 @@ class Decompositions:
                 prepared = method.prepare(deltas)
                 self.num_decomposed += 1
                 self._keep(key, prepared)
-            return densify(method.merge_prepared(prepared, coefficients))
+            merged = densify(method.merge_prepared(prepared, coefficients))
+            check_result(type(method).__name__, merged, deltas)
+            return merged
 
         return merge
 

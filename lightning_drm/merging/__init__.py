@@ -7,12 +7,17 @@ from lightning_drm.merging.joint_basis import JointBasis
 from lightning_drm.merging.linear import Average, TaskArithmetic
 from lightning_drm.merging.low_rank import Delta, LowRank, LowRankStack
 from lightning_drm.merging.method import Method
+from lightning_drm.merging.prepared import PreparedMethod
 from lightning_drm.merging.ties import TIES
 from lightning_drm.merging.tsvm import TSVM
+
+METHODS: tuple[type[Method], ...] = (DRM, TIES, DARETIES, TaskArithmetic, Average, IsoC, IsoCTS, TSVM)
+"""All methods of this package, each of which has defaults."""
 
 __all__ = [
     "DARETIES",
     "DRM",
+    "METHODS",
     "TIES",
     "TSVM",
     "Average",
@@ -23,5 +28,6 @@ __all__ = [
     "LowRank",
     "LowRankStack",
     "Method",
+    "PreparedMethod",
     "TaskArithmetic",
 ]

@@ -63,8 +63,9 @@ from lightning_drm.merging.joint_basis import Direction, JointBasis
 from lightning_drm.merging.linalg.selection import prune, prune_each, thresholds
 from lightning_drm.merging.linalg.spectral import eigen_cost
 from lightning_drm.merging.low_rank import Delta, LowRank
-from lightning_drm.merging.method import COST_PER_VALUE, Method
+from lightning_drm.merging.method import COST_PER_VALUE
 from lightning_drm.merging.precision import ieee_arithmetic
+from lightning_drm.merging.prepared import PreparedMethod
 from lightning_drm.merging.scaling import times_power_
 
 PruneScope = Literal["joint", "individual"]
@@ -77,7 +78,7 @@ float64 would decide which of its equal entries survive. In float32 it is below 
 """
 
 
-class DRM(Method):
+class DRM(PreparedMethod):
     r"""Decom-Renorm-Merge: prune, elect signs and average in the renormalized joint basis of all tasks' deltas.
 
     .. math:: D = \mathrm{scale} \cdot U\, \mathrm{merge}_t(\Sigma_t\, \mathrm{prune}(\tilde V_t^T)), \qquad

@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -100,35 +100,6 @@ class Method(ABC):
             merged = self._merge_low_rank(factors, weights)
             check_result(type(self).__name__, merged, checked)
             return merged if rank is None else merged.truncate(rank)[0]
-
-    @property
-    def preparation(self) -> tuple[object, ...] | None:
-        """The arguments that `prepare` depends on; ``None`` for a method that has nothing to prepare."""
-        return None
-
-    def prepare(self, deltas: Sequence[Delta]) -> Any:
-        """Do the expensive part of `merge` once, for all settings of the same `preparation`.
-
-        Args:
-            deltas: As for `merge`.
-
-        Returns:
-            What `merge_prepared` takes: a tensor, or an object whose attributes are plain values, tensors and tuples
-            of these.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has nothing to prepare")
-
-    def merge_prepared(self, prepared: Any, coefficients: Sequence[float] | None = None) -> Delta:
-        """Merge deltas that were prepared.
-
-        Args:
-            prepared: What `prepare` of a method with the same `preparation` returned; it stays as it is.
-            coefficients: As for `merge`.
-
-        Returns:
-            The merged delta.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has nothing to prepare")
 
     @property
     def supports_low_rank(self) -> bool:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from lightning_drm.analysis import Analysis
 from lightning_drm.evaluation import Candidates, StoredFinding
-from lightning_drm.storage import WriteError
-from lightning_drm.training.failures import is_mistake, reason
+from lightning_drm.training.failures import reason
 from lightning_drm.training.progress import AnalysisBar
 from lightning_drm.training.run import Run
 
@@ -13,7 +12,8 @@ from lightning_drm.training.run import Run
 def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis]) -> list[StoredFinding]:
     """Runs analyses, prints what each has found, and writes it to the run folder.
 
-    One that fails does not keep the others from being run.
+    One that cannot be done (a `ValueError`) does not keep the others from being run; a bug ends the command, and what
+    was found before it is kept.
 
     Args:
         run: The run.
@@ -22,7 +22,6 @@ def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis])
 
     Raises:
         ValueError: If options do not fit the tasks, before anything is run; or if an analysis failed, at the end.
-        ExceptionGroup: If one failed by a bug, with its traceback.
     """
     left_out = {analysis.name: why for analysis in analyses if (why := analysis.unavailable(candidates)) is not None}
     if len(left_out) == len(analyses):
@@ -34,7 +33,7 @@ def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis])
     if problems:
         raise ValueError("\n".join(problems))
     found: list[StoredFinding] = []
-    errors: dict[str, Exception] = {}
+    errors: dict[str, ValueError] = {}
     if any(analysis.needs_scores for analysis in analyses):
         run.interruptible.unfinished = "measuring the finetunes was"
         _ = candidates.individual  # now, since measuring them shows bars of its own
@@ -47,23 +46,14 @@ def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis])
                 found += run.keep("analysis", findings)
                 for finding in findings:
                     run.say(f"{finding.title}: {finding.sentence}")
-            except WriteError:  # a full disk is no analysis' own
-                raise
-            except Exception as error:
+            except ValueError as error:
                 errors[analysis.name] = error
                 run.say(f"{analysis.name} failed: {reason(error)}")
             run.interruptible.check()
     if found:
         run.say_where("analysis")
-    _report(errors)
+    if errors:
+        lines = [f"  {name}: {reason(error)}" for name, error in errors.items()]
+        summary = "Not all analyses could be run; what the others found is kept.\n" + "\n".join(lines)
+        raise ValueError(summary) from next(iter(errors.values()))
     return found
-
-
-def _report(errors: dict[str, Exception]) -> None:
-    if not errors:
-        return
-    lines = [f"  {name}: {reason(error)}" for name, error in errors.items()]
-    summary = "Not all analyses could be run; what the others found is kept.\n" + "\n".join(lines)
-    if bugs := [error for error in errors.values() if not is_mistake(error)]:
-        raise ExceptionGroup(summary, bugs)
-    raise ValueError(summary) from next(iter(errors.values()))

@@ -335,7 +335,6 @@ class MergeTrainer(Trainer):
 
         Raises:
             ValueError: If tasks are not finetuned yet, or an analysis is unknown, does not fit or failed.
-            ExceptionGroup: If an analysis failed by a bug, with its traceback.
         """
         chosen = chosen_analyses(only, analyses or [])
         return self._study(

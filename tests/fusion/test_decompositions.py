@@ -108,8 +108,10 @@ def test_merges_side_by_side_read_each_delta_once_and_are_those_of_each_alone(ve
             assert torch.equal(found[name][place], delta)
 
 
-def test_a_method_without_anything_to_prepare_says_so():
-    with pytest.raises(NotImplementedError, match="TIES has nothing to prepare"):
-        TIES().prepare([torch.eye(2)])
-    with pytest.raises(NotImplementedError, match="TIES has nothing to prepare"):
-        TIES().merge_prepared(None)
+def test_what_leaves_the_range_is_refused_with_and_without_kept_decompositions(vectors):
+    for vector in vectors:
+        vector.deltas.deltas["dense"] = vector.deltas.deltas["dense"].float()
+    with Decompositions() as kept:
+        for decompositions in (None, kept, kept):
+            with pytest.raises(ValueError, match="dense: DRM: the merged delta has entries beyond float32"):
+                merged(vectors, DRM(scale=1e39), decompositions)

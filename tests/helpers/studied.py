@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.tiny import VectorTask
+from helpers.tiny import QUIET, VectorTask
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -14,13 +14,6 @@ from lightning_drm import DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.training.candidates import RunCandidates
 
 TASKS = {"first": 0, "second": 1}
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-}
 
 
 class Sets(LightningDataModule):

@@ -12,6 +12,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 KINDS = {"color": ["red", "green", "blue"], "pet": ["cat", "dog"]}  # by task, its classes: the telling words
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+}
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import Vectors, VectorTask
+from helpers.tiny import QUIET, Vectors, VectorTask
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,15 +16,7 @@ from lightning_drm import DRM, TIES, Average, DRMMergeCallback, MergeTrainer, Mu
 from lightning_drm.training.candidates import RunCandidates
 from lightning_drm.training.run import Run
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "max_epochs": 2,
-    "limit_val_batches": 0,
-}
+ARGUMENTS = {**QUIET, "max_epochs": 2, "limit_val_batches": 0}
 
 
 class Validated(Vectors):
@@ -46,7 +38,7 @@ DATA = {"a": 1, "b": 2, "c": 3}
 
 
 def trainer_of(folder: Path, **drm: object) -> MergeTrainer:
-    return MergeTrainer(**QUIET, callbacks=[DRMMergeCallback(list(DATA), dirpath=folder, **drm)])
+    return MergeTrainer(**ARGUMENTS, callbacks=[DRMMergeCallback(list(DATA), dirpath=folder, **drm)])
 
 
 def data() -> MultiTaskDataModule:
@@ -171,6 +163,6 @@ def test_what_cannot_be_studied_is_said(run_of, tmp_path):
         trainer_of(folder)._study(module(), without, lambda run, candidates: None)
     with pytest.raises(ValueError, match="has no finetune of a, b, c: run `fit` first"):
         trainer_of(tmp_path)._study(module(), data(), lambda run, candidates: None)
-    two = MergeTrainer(**QUIET, devices=2, callbacks=[DRMMergeCallback(list(DATA), dirpath=folder)])
+    two = MergeTrainer(**ARGUMENTS, devices=2, callbacks=[DRMMergeCallback(list(DATA), dirpath=folder)])
     with pytest.raises(ValueError, match=r"Merges are studied on one device, got 2: give --trainer\.devices 1"):
         two._study(module(), data(), lambda run, candidates: None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import Vectors, VectorTask
+from helpers.tiny import QUIET, Vectors, VectorTask
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError
 from torchmetrics.classification import MulticlassF1Score
@@ -16,13 +16,6 @@ from lightning_drm import DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.kinds import TaskMetrics
 from lightning_drm.training.run_folder import RunFolder
 
-QUIET = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-}
 SETS = {"a": 1, "b": 2}
 
 

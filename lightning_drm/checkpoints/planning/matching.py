@@ -10,6 +10,7 @@ from lightning_drm.checkpoints.planning.planned_task import PlannedTask
 from lightning_drm.checkpoints.planning.policy import MismatchPolicy
 from lightning_drm.checkpoints.planning.same_base import check_same_base
 from lightning_drm.checkpoints.reading import BaseModel, Entry, TaskInput, note_on_ignored
+from lightning_drm.checkpoints.reading.adapter import LoraInput
 from lightning_drm.deltas import Kind, guess_kind
 
 
@@ -53,7 +54,8 @@ class Matcher:
         return planned
 
     def _match(self, planned: PlannedTask, found: TaskInput) -> None:
-        found.resolve(self._kinds(), in_order=self._architecture.known)
+        if isinstance(found, LoraInput):
+            found.resolve(self._kinds(), in_order=self._architecture.known)
         single = {name for parts in self._stacked.values() for name in parts}
         targets = self.names | self.ties.keys() | self._architecture.files.keys() | self._parts.keys() | single
         align = Alignment.between(found.entries, targets)

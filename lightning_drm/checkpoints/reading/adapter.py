@@ -78,8 +78,16 @@ class LoraInput(TaskInput):
         elif side[2] == "A":
             self._add_layer(module, raw, partner, is_embedding=side[1] is not None)
 
-    @override
     def resolve(self, kinds: Mapping[str, Kind], *, in_order: bool) -> None:
+        """Completes `entries` by what only the base tells: which experts an adapter's factors are for.
+
+        Args:
+            kinds: By name, what each of the base's parameters is to its layer.
+            in_order: Whether they are in the order in which the model's class makes them.
+
+        Raises:
+            ValueError: If the finetune does not fit the base.
+        """
         if not self._unresolved:
             return
         targets, layers = list(self.config["target_parameters"]), dict[str, list[str]]()

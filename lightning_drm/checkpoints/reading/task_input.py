@@ -12,7 +12,6 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lightning_drm.deltas import Kind
 from lightning_drm.merging import Delta
 
 Form = Literal["value", "delta", "low_rank", "low_rank_linear"]
@@ -86,17 +85,6 @@ class TaskInput(ABC):
 
         Raises:
             ValueError: If it is damaged, or has no exact delta.
-        """
-
-    def resolve(self, kinds: Mapping[str, Kind], *, in_order: bool) -> None:  # noqa: B027 - few formats need it
-        """Completes `entries` by what only the base tells, where a format needs it; called before they are looked at.
-
-        Args:
-            kinds: By name, what each of the base's parameters is to its layer.
-            in_order: Whether they are in the order in which the model's class makes them.
-
-        Raises:
-            ValueError: If the finetune does not fit the base.
         """
 
     @property
