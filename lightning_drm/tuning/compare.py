@@ -8,11 +8,10 @@ memory, and the merged models are measured one after another.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from lightning_drm import merging
 from lightning_drm.evaluation import Candidates, Comparison
 from lightning_drm.fusion import Fusion, Recipe, method_title
 from lightning_drm.fusion.recipe import class_path
-from lightning_drm.merging import DRM, Method
+from lightning_drm.merging import DRM, METHODS, Method
 
 
 def all_methods() -> list[Method]:
@@ -20,11 +19,9 @@ def all_methods() -> list[Method]:
 
     Example:
         >>> [method_title(method) for method in all_methods()][:3]
-        ['DRM, horizontal, density 0.2', 'DRM, vertical, density 0.2', 'DARETIES, density 0.2']
+        ['DRM, horizontal, density 0.2', 'DRM, vertical, density 0.2', 'TIES, density 0.2']
     """
-    found = [getattr(merging, name) for name in merging.__all__]
-    others = [kind for kind in found if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method]
-    return [DRM(), DRM("vertical"), *(kind() for kind in others if kind is not DRM)]
+    return [DRM(), DRM("vertical"), *(kind() for kind in METHODS if kind is not DRM)]
 
 
 def chosen_recipes(candidates: Candidates, methods: Sequence[Method] | None) -> tuple[dict[str, Recipe], list[str]]:

@@ -16,13 +16,11 @@ from importlib import import_module
 from typing import TypeAlias
 
 from lightning_drm import merging
-from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, Method, TaskArithmetic
+from lightning_drm.merging import DRM, METHODS, TSVM, IsoC, IsoCTS, Method, TaskArithmetic
 
 Value: TypeAlias = bool | int | float | str
 Grid: TypeAlias = Mapping[str, Mapping[str, Sequence[Value]]]
 """By method, and by hyper-parameter, the values to try."""
-
-ALL: tuple[type[Method], ...] = (DRM, TIES, DARETIES, TaskArithmetic, Average, IsoC, IsoCTS, TSVM)
 
 
 def _steps(first: int, last: int) -> list[Value]:
@@ -86,7 +84,7 @@ def chosen_grids(
         return own
     if not methods:
         problems.append("There are no methods to search.")
-    kinds = ALL if list(methods) == ["all"] else [_kind(name, problems) for name in methods]
+    kinds = METHODS if list(methods) == ["all"] else [_kind(name, problems) for name in methods]
     chosen = dict.fromkeys(kind for kind in kinds if kind is not None)
     problems += [
         f"The grid has {kind.__name__}, which is not among the methods to search." for kind in own if kind not in chosen
@@ -103,6 +101,6 @@ def _kind(name: str, problems: list[str]) -> type[Method] | None:
         found = None
     if isinstance(found, type) and issubclass(found, Method) and not inspect.isabstract(found):
         return found
-    known = ", ".join(kind.__name__ for kind in ALL)
+    known = ", ".join(kind.__name__ for kind in METHODS)
     problems.append(f"There is no method {name!r}; the methods are {known}, and one of your own by its import path.")
     return None
