@@ -2,13 +2,12 @@
 
 import re
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser
 from jsonargparse._util import import_object
 
-import lightning_drm
-from lightning_drm.merging import Method
+from lightning_drm.merging import METHODS, Method
 from lightning_drm.training.foreign import problem_of_class
 
 _KEY = re.compile(r'Parser key "([\w.]+)"')
@@ -88,9 +87,5 @@ def _not_a(path: str, wanted: str) -> str:
 
 
 def _methods() -> str:
-    found = [name for name in lightning_drm.__all__ if _is_method(getattr(lightning_drm, name))]
-    return f"the methods are {', '.join(found)}, and one of your own goes by its import path, my_package.MyMethod."
-
-
-def _is_method(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, Method)
+    found = ", ".join(kind.__name__ for kind in METHODS)
+    return f"the methods are {found}, and one of your own goes by its import path, my_package.MyMethod."

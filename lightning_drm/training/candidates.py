@@ -95,10 +95,10 @@ class RunCandidates(Candidates):
     def merged(self, recipe: Recipe, vectors: Mapping[str, TaskVector] | None = None) -> Deltas:
         unit, scale = recipe.at_unit_scale()
         if vectors is not None:
-            return _Scaled(next(self._merge([unit.for_tasks(list(vectors))], vectors)), scale)
+            return _Scaled(self._merge([unit.for_tasks(list(vectors))], vectors)[0], scale)
         if self._unit is None or self._unit[0] != unit:
             self._unit = None  # before the next one comes
-            self._unit = unit, next(self._merge([unit], None))
+            self._unit = unit, self._merge([unit], None)[0]
         return _Scaled(self._unit[1], scale)
 
     @override
@@ -109,7 +109,7 @@ class RunCandidates(Candidates):
             part = recipes[start : start + together]
             what = f"{len(part)} methods" if len(part) > 1 else type(part[0].method).__name__
             with merging_bar(what, self._run.session.ranks) as progress:
-                merged = list(self._merge(part, None, progress))
+                merged = self._merge(part, None, progress)
             while merged:
                 yield merged.pop(0)
 
@@ -185,7 +185,7 @@ class RunCandidates(Candidates):
         recipes: Sequence[Recipe],
         vectors: Mapping[str, TaskVector] | None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Deltas]:
+    ) -> list[dict[str, Tensor]]:
         kept = self._decompositions if vectors is None else None
         merged: list[dict[str, Tensor]] = [{} for _ in recipes]
         total = len({name for vector in (vectors or self.vectors).values() for name in vector.kinds})
@@ -196,8 +196,7 @@ class RunCandidates(Candidates):
             if progress is not None:
                 progress(done, total)
             self._run.interruptible.check()
-        while merged:
-            yield merged.pop(0)
+        return merged
 
 
 class _Scaled(Mapping[str, Tensor]):

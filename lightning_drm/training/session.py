@@ -376,18 +376,7 @@ class MergeSession:
                     merged[name] = shard_like(own, base[name])
                     if writes:
                         written[name] = own.cpu()
-            here = {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()}
-            assembled = assemble(
-                modules,
-                merged,
-                here,
-                self.task_vectors,
-                head=self.head,
-                batches=batch_norm,
-                max_batches=self.batch_norm_batches,
-                device=place,
-                ranks=self.ranks,
-            )
+            assembled = self._assembled(modules, merged, heads, batch_norm, home=home, device=place)
             if writes:
                 shapes = {name: tuple(weight.shape) for name, weight in written.items()}
                 facts = facts_on_kinds(fusion.treatments, fusion.kinds, shapes)
@@ -473,17 +462,37 @@ class MergeSession:
         chosen = list(self.tasks if tasks is None else tasks)
         finetuned = {task: self._vectors[task].head for task in chosen} if heads is None else heads
         known = self._modules.of_all_tasks(module, warn=False)
-        return assemble(
+        return self._assembled(
             {task: known[task] for task in chosen},
             with_deltas(self._base, module, self.head, deltas),
-            {task: {name: tensor.to(device) for name, tensor in finetuned[task].items()} for task in chosen},
+            {task: finetuned[task] for task in chosen},
+            batch_norm,
+            home=device,
+            device=device,
+        ).module
+
+    def _assembled(
+        self,
+        modules: Mapping[str, nn.Module],
+        backbone: Mapping[str, Tensor],
+        heads: Mapping[str, Mapping[str, Tensor]],
+        batches: Mapping[str, Iterable[Any]] | None,
+        *,
+        home: torch.device,
+        device: torch.device,
+    ) -> Assembled:
+        """A model with its heads at home, whose batch norms are estimated on a device."""
+        return assemble(
+            modules,
+            backbone,
+            {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()},
             self.task_vectors,
             head=self.head,
-            batches=batch_norm,
+            batches=batches,
             max_batches=self.batch_norm_batches,
             device=device,
             ranks=self.ranks,
-        ).module
+        )
 
     def _fusion(
         self,

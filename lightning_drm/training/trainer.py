@@ -264,8 +264,8 @@ class MergeTrainer(Trainer):
         grid: dict[str, dict[str, list[bool | int | float | str]]] | None = None,
         coefficients: Literal["one", "each"] = "one",
         search: Literal["grid", "tpe"] = "grid",
-        num_trials: int = 100,
-        seed: int = 0,
+        num_trials: int | None = None,
+        seed: int | None = None,
         num_samples: int | None = 100,
         num_finalists: int = 5,
         prune: bool = True,
@@ -286,8 +286,9 @@ class MergeTrainer(Trainer):
             coefficients: Search ``one`` λ for all tasks, which is the method's ``scale``, or one for ``each`` task,
                 which needs the search ``tpe``.
             search: Try the whole ``grid``, or what ``tpe`` (Optuna) proposes between its lowest and highest values.
-            num_trials: How many settings ``tpe`` proposes of each method, earlier calls included.
-            seed: Decides what ``tpe`` proposes.
+            num_trials: How many settings ``tpe`` proposes of each method, earlier calls included; 100 if left out. Not
+                for a grid.
+            seed: Decides what ``tpe`` proposes; 0 if left out. Not for a grid.
             num_samples: How many validation samples of each task measure a setting, classes in proportion; null uses
                 all.
             num_finalists: How many of the best settings are measured on all validation samples.
@@ -301,7 +302,10 @@ class MergeTrainer(Trainer):
             raise ValueError(
                 "One λ for each task makes too many settings for a grid: give --search tpe with --coefficients each."
             )
-        settings = SearchSettings(search, num_trials, seed, num_samples, num_finalists, prune)
+        of_tpe = {name: v for name, v in (("num_trials", num_trials), ("seed", seed)) if v is not None}
+        if of_tpe and search == "grid":
+            raise ValueError(f"A grid is tried as a whole, without {' and '.join(of_tpe)}: give --search tpe with it.")
+        settings = SearchSettings(search, **of_tpe, num_samples=num_samples, num_finalists=num_finalists, prune=prune)
         space = partial(search_space, methods=methods, grid=grid, coefficients=coefficients)
         show = bool(self._progress_bar("tuning"))
         self._study(
@@ -362,6 +366,8 @@ class MergeTrainer(Trainer):
                 f"Merges are studied on one device, got {self.world_size}: give --trainer.devices 1 and, for a "
                 "strategy of several processes, --trainer.strategy auto."
             )
+        if num_samples is not None and split == "test":
+            raise ValueError("num_samples chooses samples of the validation sets: leave it out with the split 'test'.")
         run = self._run_of(model, datamodule)
         require_done(run.folder, run.session)
         if measured and split == "validation":

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_drm.cli.main import main
 
-METHODS = "Average, DARETIES, DRM, IsoC, IsoCTS, TIES, TSVM, TaskArithmetic"
+METHODS = "DRM, TIES, DARETIES, TaskArithmetic, Average, IsoC, IsoCTS, TSVM"
 
 
 def said(words: list[str], capsys: pytest.CaptureFixture) -> str:

@@ -24,13 +24,13 @@ from lightning_drm.training.run_folder import RunFolder
 METHODS = [
     "DRM, horizontal, density 0.2",
     "DRM, vertical, density 0.2",
-    "DARETIES, density 0.2",
     "TIES, density 0.2",
-    "TSVM",
+    "DARETIES, density 0.2",
+    "TaskArithmetic",
     "Average",
     "IsoC",
     "IsoCTS",
-    "TaskArithmetic",
+    "TSVM",
 ]
 
 
@@ -100,7 +100,7 @@ def test_all_methods_by_default_the_configured_one_first(copied: VectorsRun, cap
     assert list(copied.compare(configured=DRM(density=0.4))) == ["DRM, horizontal, density 0.4", *METHODS]
     printed = capsys.readouterr().out
     assert "Validation accuracy, 10 methods" in printed
-    assert "10 of 10 · TaskArithmetic: average" in printed
+    assert "10 of 10 · TSVM: average" in printed
     folder = RunFolder(copied.folder)
     (finding,) = read_findings(copied.folder / "compare", {task: folder.fingerprint(task) for task in TASKS})
     assert finding.title == "Validation accuracy of 3 tasks, 10 methods"
@@ -125,7 +125,11 @@ def test_methods_that_do_not_fit_are_refused_by_name(copied: VectorsRun):
 def test_methods_of_one_name_are_told_apart(copied: VectorsRun):
     mine = type("TIES", (Largest,), {"__module__": "mine"})
     found = copied.compare(TIES(), DARETIES(), configured=mine(density=0.2))
-    assert list(found) == ["TIES, density 0.2 (mine.TIES)", "TIES, density 0.2 (lightning_drm.TIES)", METHODS[2]]
+    assert list(found) == [
+        "TIES, density 0.2 (mine.TIES)",
+        "TIES, density 0.2 (lightning_drm.TIES)",
+        "DARETIES, density 0.2",
+    ]
     assert found["TIES, density 0.2 (mine.TIES)"]["class_path"] == "mine.TIES"
 
 
