@@ -2,15 +2,22 @@
 
 from lightning_drm.deltas.collect import Base
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
+from lightning_drm.deltas.hashed_file import load_tensors
 from lightning_drm.deltas.kinds import Kind, guess_kind, transposed_names
 from lightning_drm.deltas.lora import remove_adapters, strip_adapter
-from lightning_drm.deltas.parameters import Parameter, backbone_parameters, head_state
+from lightning_drm.deltas.parameters import Parameter, backbone_layers, backbone_parameters, head_state
+from lightning_drm.deltas.statistics import (
+    STATISTICS_FILE,
+    Collected,
+    TaskStatistics,
+    load_statistics,
+    save_statistics,
+)
 from lightning_drm.deltas.store import (
     DELTAS_FILE,
     HEAD_FILE,
     StoredDeltas,
     load_task_vector,
-    load_tensors,
     save_task_vector,
 )
 from lightning_drm.deltas.task_vector import TaskVector
@@ -18,20 +25,26 @@ from lightning_drm.deltas.task_vector import TaskVector
 __all__ = [
     "DELTAS_FILE",
     "HEAD_FILE",
+    "STATISTICS_FILE",
     "Base",
+    "Collected",
     "Kind",
     "Parameter",
     "StoredDeltas",
+    "TaskStatistics",
     "TaskVector",
+    "backbone_layers",
     "backbone_parameters",
     "describe_difference",
     "fingerprint",
     "guess_kind",
     "hash_tensor",
     "head_state",
+    "load_statistics",
     "load_task_vector",
     "load_tensors",
     "remove_adapters",
+    "save_statistics",
     "save_task_vector",
     "strip_adapter",
     "transposed_names",

@@ -78,6 +78,19 @@ def backbone_parameters(module: nn.Module, head: Sequence[str]) -> dict[str, Par
     return _without_ties(backbone)
 
 
+def backbone_layers(module: nn.Module, head: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers that compute with the backbone's parameters, by the parameter's plain name.
+
+    Under a LoRA adapter it is the layer that the adapter wraps.
+
+    Args:
+        module: A task's module.
+        head: Names of the submodules or parameters that are its head.
+    """
+    names = backbone_parameters(module, head)
+    return {name: layer for name, layer in _layers(module) if name in names}
+
+
 def head_state(module: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
     """The head's tensors by plain name, live and not copied.
 
@@ -96,6 +109,14 @@ def head_state(module: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
             state[name] = parameter.tensor
     _require_found(head, state)
     return state
+
+
+def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    layer = unwrapped(strip_adapter(unwrapped(module)))
+    for name, _ in layer.named_parameters(recurse=False):
+        yield prefix + name, layer
+    for name, child in layer.named_children():
+        yield from _layers(child, f"{prefix}{name}.")
 
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Parameter]]:

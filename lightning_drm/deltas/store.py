@@ -1,9 +1,4 @@
-"""Task vectors in safetensors files: written whole or not at all, read one parameter at a time.
-
-A file holds the hash of each of its tensors, and what is read is compared with it once: a delta in which a bit flipped
-on a disk looks like any other. The hash is xxh3 in 128 bits, as for the base. ``torch.hash_tensor`` would be no proof:
-it is the exclusive or of all values, in which two equal flips, or two values that changed places, do not show.
-"""
+"""Task vectors in safetensors files: written whole or not at all, read one parameter at a time."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -11,29 +6,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_drm.deltas.fingerprint import fingerprint, hash_pieces, hash_tensor
+from lightning_drm.deltas.fingerprint import fingerprint
+from lightning_drm.deltas.hashed_file import FACTORS, HashedFile, load_tensors, write_hashed
 from lightning_drm.deltas.kinds import Kind
+from lightning_drm.deltas.statistics import load_statistics, save_statistics
 from lightning_drm.deltas.task_vector import TaskVector
 from lightning_drm.merging import Delta, LowRank, LowRankStack
-from lightning_drm.storage import write_tensors
-from lightning_drm.storage.json_files import parse_object, shown
+from lightning_drm.storage.json_files import shown
 
 DELTAS_FILE = "deltas.safetensors"
 HEAD_FILE = "head.safetensors"
 
 _FORMAT = "lightning_drm.deltas/1"
-_HASHES = "tensor_hashes"  # files that older versions wrote have none
-_NUM_STEPS = "num_steps"  # nor this
-_PIECE = 16 << 20  # bytes that are hashed at once
-# Not ".up": a module may have a parameter of that name.
-_UP, _DOWN = "::up", "::down"
+_NUM_STEPS = "num_steps"  # files that older versions wrote have none
+_UP, _DOWN = FACTORS
 
 
 def save_task_vector(vector: TaskVector, folder: Path) -> None:
-    """Stores a task vector as ``deltas.safetensors`` and ``head.safetensors``.
+    """Stores a task vector as ``deltas.safetensors``, ``head.safetensors`` and, if it has any, its statistics.
 
     Args:
         vector: The task vector.
@@ -45,8 +37,8 @@ def save_task_vector(vector: TaskVector, folder: Path) -> None:
             tensors[name + _UP], tensors[name + _DOWN] = delta.up, delta.down
         else:
             tensors[name] = delta
-    _write(folder / HEAD_FILE, vector.head, {"task": vector.task})
-    _write(
+    write_hashed(folder / HEAD_FILE, vector.head, {"task": vector.task})
+    write_hashed(
         folder / DELTAS_FILE,
         tensors,
         {
@@ -60,13 +52,16 @@ def save_task_vector(vector: TaskVector, folder: Path) -> None:
             "versions": json.dumps({name: version(name) for name in ("lightning_drm", "torch", "lightning")}),
         },
     )
+    if vector.statistics is not None:
+        save_statistics(vector.statistics, folder, vector.task, StoredDeltas(folder / DELTAS_FILE).fingerprint)
 
 
-def load_task_vector(folder: Path) -> TaskVector:
-    """Opens a stored task vector; its deltas stay on disk until they are asked for.
+def load_task_vector(folder: Path, *, statistics: bool = True) -> TaskVector:
+    """Opens a stored task vector; its deltas and statistics stay on disk until they are asked for.
 
     Args:
         folder: A folder that `save_task_vector` wrote.
+        statistics: Whether to open the statistics, too.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -81,103 +76,8 @@ def load_task_vector(folder: Path) -> TaskVector:
         base_hashes=deltas.base_hashes(),
         settings=deltas.described("settings"),
         num_steps=deltas.num_steps(),
+        statistics=load_statistics(folder, deltas.fingerprint) if statistics else None,
     )
-
-
-def load_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """Reads a file of a run folder, such as a stored head.
-
-    Args:
-        path: A safetensors file.
-        what: What it holds, for messages.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
-    """
-    file = _HashedFile(path, what)
-    return {name: file.read(name) for name in file.headers}
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    hashes = {name: hash_tensor(tensor) for name, tensor in here.items()}
-    write_tensors(path, here, {**metadata, _HASHES: json.dumps(hashes)})
-
-
-class _HashedFile:
-    """A safetensors file with the hash of each tensor.
-
-    Args:
-        path: The file.
-        what: What it holds, for messages.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
-    """
-
-    def __init__(self, path: Path, what: str) -> None:
-        self.path = path
-        try:
-            with self._open() as file:
-                self.metadata: dict[str, str] = file.metadata() or {}
-                # Mapped, not read.
-                self.headers = {name: file.get_tensor(name).to("meta") for name in list(file.keys())}
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold {what}: it is damaged or no safetensors file ({error}).") from error
-        self._hashes = self.described(_HASHES) if _HASHES in self.metadata else None
-        if self._hashes is not None and self._hashes.keys() != self.headers.keys():
-            wrong = sorted(self._hashes.keys() ^ self.headers.keys())
-            raise ValueError(f"{path} is damaged: {wrong[0]} is not both in the file and in its list of hashes.")
-        self._verified: set[str] = set()
-
-    def described(self, name: str) -> dict[str, Any]:
-        """An object in the file's metadata.
-
-        Raises:
-            ValueError: If it is not there, or damaged.
-        """
-        if name not in self.metadata:
-            raise ValueError(f"{self.path} is damaged: it has no {name} in its metadata.")
-        return parse_object(self.metadata[name], f"{self.path} is damaged: {name} in its metadata")
-
-    @property
-    def fingerprint(self) -> str | None:
-        """One hash over those of all tensors."""
-        return fingerprint(self._hashes) if self._hashes is not None else None
-
-    def read(self, name: str) -> Tensor:
-        """A tensor, mapped; its values are compared with their hash at the first reading.
-
-        Raises:
-            ValueError: If they differ.
-        """
-        with self._open() as file:
-            if self._hashes is not None and name not in self._verified:
-                if self._hash(file, name) != self._hashes[name]:
-                    task = self.metadata.get("task")
-                    raise ValueError(
-                        f"{self.path} is damaged: the values of {name.removesuffix(_UP).removesuffix(_DOWN)} of task "
-                        f"{task!r} are not those that were written; finetune the task again."
-                    )
-                self._verified.add(name)
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    def _hash(self, file: Any, name: str) -> str:
-        """Read piece by piece, as all of a mapped tensor would count as this process's memory."""
-        header = self.headers[name]
-        if not header.shape or not header.numel():
-            return hash_tensor(file.get_tensor(name))
-        rows = max(1, _PIECE * len(header) // header.nbytes)
-        part = file.get_slice(name)
-        return hash_pieces(header.shape, header.dtype, (part[i : i + rows] for i in range(0, len(header), rows)))
-
-    def _open(self) -> Any:  # safetensors ships no types
-        return safe_open(self.path, framework="pt")
 
 
 class StoredDeltas(Mapping[str, Delta]):
@@ -197,7 +97,7 @@ class StoredDeltas(Mapping[str, Delta]):
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = _HashedFile(path, "deltas")
+        self._file = HashedFile(path, "deltas")
         self.path, self.metadata = path, self._file.metadata
         if self.metadata.get("format") != _FORMAT:
             found = shown(self.metadata.get("format"))

@@ -1,12 +1,13 @@
 """A task vector: all deltas of one task, its head, and where they come from."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
 from lightning_drm.deltas.kinds import Kind
+from lightning_drm.deltas.statistics import TaskStatistics
 from lightning_drm.merging import Delta
 from lightning_drm.merging.low_rank import rows_of
 
@@ -32,6 +33,7 @@ class TaskVector:
         base_hashes: Hash by name of every backbone parameter that the task started from.
         settings: Hyper-parameters of the finetune, as they should be shown and compared.
         num_steps: How many optimizer steps it took, where that is known.
+        statistics: What was collected of the task's data, if anything was.
     """
 
     task: str
@@ -41,6 +43,12 @@ class TaskVector:
     base_hashes: Mapping[str, str]
     settings: Mapping[str, object] = field(default_factory=dict)
     num_steps: int | None = None
+    statistics: TaskStatistics | None = None
+
+    def of(self, names: Collection[str]) -> Self:
+        """The same of some parameters alone."""
+        own = [name for name in names if name in self.deltas]
+        return replace(self, deltas={n: self.deltas[n] for n in own}, kinds={n: self.kinds[n] for n in own})
 
     def read(self, name: str, rows: slice | None = None) -> Delta | None:
         """A parameter's delta, or some rows of it; ``None`` if the task did not train it."""

@@ -7,6 +7,7 @@
 from lightning_drm.fusion.decompositions import Decompositions, free_bytes
 from lightning_drm.fusion.described import facts_on_kinds, method_title
 from lightning_drm.fusion.fuse import Fusion, Merged, merge_side_by_side
+from lightning_drm.fusion.known import problem_of_statistics, treatments
 from lightning_drm.fusion.model_card import model_card
 from lightning_drm.fusion.recipe import Override, Recipe, Treatment
 
@@ -22,4 +23,6 @@ __all__ = [
     "merge_side_by_side",
     "method_title",
     "model_card",
+    "problem_of_statistics",
+    "treatments",
 ]

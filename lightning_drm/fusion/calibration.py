@@ -2,18 +2,21 @@
 
 Every rank shows the method its own share of the parameters, and where parameters come in pieces, several threads show
 it some pieces each. What the method counts is summed over all of them, so all merge with the same threshold. A method
-on matrices is shown one expert after another.
+on matrices is shown the matrices that it will merge: one expert, or one part of a fused matrix, after another.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import partial
 from itertools import starmap
+from typing import Any
 
-from lightning_drm.fusion.parameter import experts
+from lightning_drm.fusion.decompositions import Decompositions
+from lightning_drm.fusion.parameter import one_by_one
 from lightning_drm.fusion.recipe import Treatment
 from lightning_drm.fusion.task_deltas import Piece, TaskDeltas
 from lightning_drm.fusion.threads import num_threads, summed_over_threads
-from lightning_drm.merging import Delta, Method
-from lightning_drm.merging.inputs import check_deltas
+from lightning_drm.merging import Delta, Method, PreparedMethod
 from lightning_drm.merging.linalg.selection import Reduce
 
 
@@ -24,6 +27,8 @@ def calibrated_methods(
     reduce: Reduce,
     *,
     in_threads: bool,
+    transposed: Set[str] = frozenset(),
+    decompositions: Decompositions | None = None,
 ) -> dict[str, Method | None]:
     """The method of each parameter, ready to merge.
 
@@ -36,6 +41,8 @@ def calibrated_methods(
         deltas: The tasks' deltas.
         reduce: Sums a tensor over ranks, all of which make this call.
         in_threads: Whether several threads may read, each one piece after another.
+        transposed: Names of the matrices that are stored (in, out), whose parts are columns.
+        decompositions: Keeps what a method prepares of each matrix, if merges are to use it again.
 
     Returns:
         By name, the method; ``None`` for a parameter that keeps the base's value.
@@ -50,45 +57,72 @@ def calibrated_methods(
     methods = {name: treatment.method for name, treatment in treatments.items()}
     for method, names in names_of.items():
         own = [piece for name in names for piece in pieces.get(name, ())]
+        shown = _Shown(method, own, deltas, treatments, transposed)
         try:
-            one_by_one = {name for name in names if treatments[name].expert_by_expert}
-            ready = _calibrated(method, own, deltas, one_by_one, reduce, in_threads and method.works_in_pieces)
+            if in_threads and method.works_in_pieces:
+                ready = _calibrated_in_threads(shown, reduce)
+            else:
+                ready = _calibrated(shown, reduce, decompositions)
         except ValueError:
-            _refuse_first(method, own, deltas, one_by_one)
+            _refuse_first(shown)
             raise
         methods.update(dict.fromkeys(names, ready))
     return methods
 
 
-def _calibrated(
-    method: Method,
-    pieces: Sequence[Piece],
-    deltas: TaskDeltas,
-    one_by_one: Set[str],
-    reduce: Reduce,
-    threads: bool,
-) -> Method:
-    num_tasks = len(deltas.tasks)
+@dataclass(frozen=True)
+class _Shown:
+    """A method, and what it is shown."""
 
-    def stream() -> Iterator[Sequence[Delta]]:
-        for (name, _), found in zip(pieces, deltas.stream(pieces), strict=True):
-            yield from experts(found) if name in one_by_one else [found]
+    method: Method
+    pieces: Sequence[Piece]
+    deltas: TaskDeltas
+    treatments: Mapping[str, Treatment]
+    transposed: Set[str]
+
+    def by_name(self) -> Iterator[tuple[str, Iterator[list[Delta]]]]:
+        """Each piece's parameter, and what the method will merge of it, one after another."""
+        for (name, _), found in zip(self.pieces, self.deltas.stream(self.pieces), strict=True):
+            yield name, one_by_one(self.method, found, self.treatments[name], transposed=name in self.transposed)
             del found  # before the next ones come
 
-    if not threads:
-        return method.calibrate(stream, reduce=reduce, num_tasks=num_tasks)
+    def stream(self) -> Iterator[Sequence[Delta]]:
+        for _, each in self.by_name():
+            yield from each
+
+
+def _calibrated(shown: _Shown, reduce: Reduce, decompositions: Decompositions | None) -> Method:
+    method, num_tasks = shown.method, len(shown.deltas.tasks)
+    # A method of a user's own may calibrate itself on deltas though it prepares them to merge.
+    if (
+        decompositions is None
+        or not isinstance(method, PreparedMethod)
+        or type(method).calibrate is not PreparedMethod.calibrate
+    ):
+        return method.calibrate(shown.stream, reduce=reduce, num_tasks=num_tasks)
+
+    def prepared() -> Iterator[Any]:
+        for name, each in shown.by_name():
+            prepare = decompositions.preparing(name)
+            yield from (prepare(method, deltas) for deltas in each)
+
+    return method.calibrate_prepared(prepared, reduce=reduce, num_tasks=num_tasks)
+
+
+def _calibrated_in_threads(shown: _Shown, reduce: Reduce) -> Method:
+    method, deltas = shown.method, shown.deltas
 
     def of_thread(own: Callable[[], Iterator[Piece]], add_up: Reduce) -> Method:
-        return method.calibrate(lambda: starmap(deltas.read, own()), reduce=add_up, num_tasks=num_tasks)
+        return method.calibrate(lambda: starmap(deltas.read, own()), reduce=add_up, num_tasks=len(deltas.tasks))
 
-    return summed_over_threads(of_thread, pieces, reduce, num_threads(deltas.device))
+    return summed_over_threads(of_thread, shown.pieces, reduce, num_threads(deltas.device))
 
 
-def _refuse_first(method: Method, pieces: Sequence[Piece], deltas: TaskDeltas, one_by_one: Set[str]) -> None:
+def _refuse_first(shown: _Shown) -> None:
     """Refuses the first delta that the method cannot take, by name; threads meet deltas in any order."""
-    for (name, _), found in zip(pieces, deltas.stream(pieces), strict=True):
+    for name, each in shown.by_name():
         try:
-            for matrices in experts(found) if name in one_by_one else [found]:
-                check_deltas(type(method).__name__, matrices, matrices=not method.elementwise)
+            for deltas in each:
+                shown.method.calibrate(partial(iter, [deltas]), num_tasks=len(deltas))
         except ValueError as error:
-            raise deltas.explained(error, name) from error
+            raise shown.deltas.explained(error, name) from error

@@ -2,13 +2,13 @@
 
 The expensive part of a method may not depend on all of its parameters. DRM's joint basis depends on neither density,
 coefficients nor switches, so a search over these decomposes every matrix once (`PreparedMethod.prepare`), and each
-setting costs `PreparedMethod.merge_prepared`.
+setting costs `PreparedMethod.merge_prepared`. KnOTS takes its thresholds from the same bases.
 """
 
 import itertools
 import shutil
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,10 @@ class Decompositions:
         folder: Where files are put, in a folder of their own; the system's place for such files if left out.
         max_bytes: How much may be in memory; half of what is free if left out.
 
+    Attributes:
+        num_decomposed: How many matrices were decomposed.
+        norms: By recipe, the two norms of the whole model that LiNeS takes its alpha from.
+
     Example:
         >>> from lightning_drm import DRM
         >>> deltas = [torch.eye(3), 2 * torch.eye(3)]
@@ -52,6 +56,7 @@ class Decompositions:
         self._num_bytes = 0
         self._files: Path | None = None
         self.num_decomposed = 0
+        self.norms: dict[str, tuple[float, float]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -62,6 +67,7 @@ class Decompositions:
         self._files = None
         self._in_memory.clear()
         self._on_disk.clear()
+        self.norms.clear()
         self._num_bytes = 0
 
     def merging(self, name: str) -> Merge:
@@ -70,22 +76,35 @@ class Decompositions:
         Args:
             name: The parameter's name. Its matrices, if there are several, must come in the same order each time.
         """
-        numbers = itertools.count()
+        prepare = self.preparing(name)
 
         def merge(method: Method, deltas: Sequence[Delta], coefficients: Sequence[float]) -> Tensor:
             if not isinstance(method, PreparedMethod):
                 return method.merge(deltas, coefficients)
+            merged = densify(method.merge_prepared(prepare(method, deltas), coefficients))
+            check_result(type(method).__name__, merged, deltas)
+            return merged
+
+        return merge
+
+    def preparing(self, name: str) -> Callable[[PreparedMethod, Sequence[Delta]], Any]:
+        """What takes the place of `PreparedMethod.prepare` for one parameter.
+
+        Args:
+            name: As for `merging`.
+        """
+        numbers = itertools.count()
+
+        def prepare(method: PreparedMethod, deltas: Sequence[Delta]) -> Any:
             key = (name, next(numbers), type(method), method.preparation)
             prepared = self._kept(key)
             if prepared is None:
                 prepared = method.prepare(deltas)
                 self.num_decomposed += 1
                 self._keep(key, prepared)
-            merged = densify(method.merge_prepared(prepared, coefficients))
-            check_result(type(method).__name__, merged, deltas)
-            return merged
+            return prepared
 
-        return merge
+        return prepare
 
     def _kept(self, key: Hashable) -> Any:
         if key in self._in_memory:

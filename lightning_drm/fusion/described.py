@@ -39,17 +39,21 @@ def method_title(method: Method) -> str:
         method: The method.
 
     Example:
-        >>> from lightning_drm import DRM, TaskArithmetic
+        >>> from lightning_drm import DRM, SVC, TaskArithmetic
         >>> method_title(DRM()), method_title(TaskArithmetic())
         ('DRM, horizontal, density 0.2', 'TaskArithmetic')
         >>> method_title(DRM(density=0.5, scale=1.2, elect_sign=False))
         'DRM, horizontal, density 0.5, no elect sign, scale 1.2'
+        >>> method_title(SVC(TaskArithmetic(0.3)))
+        'SVC of TaskArithmetic, scale 0.3'
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(type(method)).parameters.items()}
     words = [type(method).__name__]
     for name, value in method.hyperparameters().items():
         plain = name.replace("_", " ")
-        if name == "direction":
+        if isinstance(value, Method):
+            words[0] += f" of {method_title(value)}"
+        elif name == "direction":
             words.append(str(value))
         elif isinstance(value, bool) and value != defaults[name]:
             words.append(plain if value else f"no {plain}")

@@ -1,10 +1,12 @@
 """A recipe laid over task vectors: the deltas of one parameter of all tasks in, its merged delta out.
 
-`Fusion` goes through a recipe in three steps:
+`Fusion` goes through a recipe in these steps:
 
 1. `Recipe.treatment` says for each parameter which method merges it, with which coefficients;
 2. `calibrated_methods` shows whole task vectors to the methods that ask for them;
-3. `TaskDeltas` reads the deltas of a parameter, and `merge_parameter` merges them.
+3. `TaskDeltas` reads the deltas of a parameter, and `merge_parameter` merges them;
+4. LiNeS, if it is around the method, scales what was merged. To find its alpha, all parameters are merged twice: once
+   to see how large they become, which keeps nothing of them, and once for good.
 
 Deltas are read when their turn comes and dropped afterwards. So no more than two parameters' deltas are on the device
 at any time: those that are merged, and the next ones, which a thread reads ahead. Where entries are merged one by one,
@@ -12,7 +14,7 @@ or the experts of a layer are, and deltas can be read in part, a piece of a para
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -20,13 +22,19 @@ import torch
 from torch import Tensor
 
 from lightning_drm.deltas import TaskVector
+from lightning_drm.fusion.blocks import block_of, depths
 from lightning_drm.fusion.calibration import calibrated_methods
 from lightning_drm.fusion.decompositions import Decompositions
+from lightning_drm.fusion.depth import problems_of_depth
+from lightning_drm.fusion.known import problem_of_statistics, treatments
+from lightning_drm.fusion.model_norms import norms, over_model
 from lightning_drm.fusion.parameter import merge_parameter
 from lightning_drm.fusion.pieces import pieces
 from lightning_drm.fusion.recipe import Recipe
 from lightning_drm.fusion.task_deltas import Piece, TaskDeltas
-from lightning_drm.merging import Delta, LowRank, Method
+from lightning_drm.fusion.threads import num_threads, side_by_side
+from lightning_drm.merging import Delta, LiNeS, LowRank, Method
+from lightning_drm.merging.inputs import check_result
 from lightning_drm.merging.linalg.selection import Reduce, identity
 
 
@@ -55,7 +63,8 @@ class Fusion:
         vectors: The task vectors, at least one.
         device: Where to compute; deltas that are elsewhere are brought there one parameter at a time.
         transposed: Names of the matrices that are stored (in, out), whose parts are columns.
-        shapes: By name, each parameter's shape, where it is known without asking for deltas.
+        shapes: By name, each parameter's shape, where it is known without asking for deltas. Others than those that are
+            merged may be among them: LiNeS counts their blocks, too.
         in_pieces: Names of the parameters that are merged a few rows at a time; `shapes` must have them.
         share: Names of the parameters that this rank merges, where several ranks share the work; all if left out.
         reduce: Sums a tensor over these ranks.
@@ -93,11 +102,18 @@ class Fusion:
         self.device = torch.device(device)
         self.deltas = TaskDeltas(vectors, self.device)
         self.tasks, self.kinds = self.deltas.tasks, self.deltas.kinds
-        self.treatments = {name: recipe.treatment(name, kind, self.tasks) for name, kind in self.kinds.items()}
+        if problem := problem_of_statistics(recipe.method, vectors):
+            raise ValueError(problem)
+        self.treatments = treatments(recipe, self.kinds, self.tasks, vectors)
         if recipe.overrides:
-            known = shapes if shapes is not None else {name: self.deltas.shape(name) for name in self.kinds}
-            if problems := recipe.problems(self.kinds, known):
+            own_shapes = shapes if shapes is not None else {name: self.deltas.shape(name) for name in self.kinds}
+            if problems := recipe.problems(self.kinds, own_shapes):
                 raise ValueError("\n".join(problems))
+        names = {**dict.fromkeys(shapes or ()), **dict.fromkeys(vectors[0].base_hashes), **dict.fromkeys(self.kinds)}
+        if problems := problems_of_depth(recipe.method, names):
+            raise ValueError("\n".join(problems))
+        self._depths = depths(names)
+        self._recipe = recipe
         self._transposed = transposed
         self._in_pieces = {name: shape for name, shape in (shapes or {}).items() if name in in_pieces}
         assert all(self.treatments[name].works_in_pieces for name in self._in_pieces), "some must be merged whole"
@@ -111,7 +127,7 @@ class Fusion:
 
     def calibrate(self) -> None:
         """Shows whole task vectors to the methods that ask for them. All ranks call it before any of them merges."""
-        _ = self._methods
+        _ = self._methods, self.lines
 
     def merge(self, names: Iterable[str]) -> Iterator[Merged]:
         """Merges whole parameters.
@@ -122,12 +138,10 @@ class Fusion:
         Yields:
             Each parameter's merged delta, on the device: zeros for a parameter that keeps the base's value.
         """
-        names = list(names)
         self.calibrate()
-        for name, deltas in zip(names, self.deltas.stream((name, None) for name in names), strict=True):
-            merged = self.merge_deltas(name, deltas)
-            yield merged
-            del merged, deltas  # before the next ones come, or a third parameter's would be in memory
+        for merged in self._unscaled(list(names)):
+            yield self._scaled(merged)
+            del merged  # before the next one comes, or a third parameter's deltas would be in memory
 
     def comes_in_pieces(self, name: str) -> bool:
         """Whether a parameter is merged a few rows at a time."""
@@ -142,8 +156,9 @@ class Fusion:
         Yields:
             Its merged pieces, in order.
         """
-        for _, rows in self._pieces(name):
-            yield self.merge_deltas(name, self.deltas.read(name, rows), rows)
+        for merged in self._unscaled_pieces(name):
+            yield self._scaled(merged)
+            del merged  # before the next one comes
 
     def merge_low_rank(self, names: Iterable[str], rank: int | None = None) -> Iterator[tuple[str, LowRank, float]]:
         """Merges parameters whose deltas are all low-rank, exactly and without a dense matrix.
@@ -155,15 +170,24 @@ class Fusion:
         Yields:
             Name, merged factors, and the relative error that the limit on the rank made (0.0 without one).
         """
+        self.calibrate()
         for name in names:
             method = self._methods[name]
             assert method is not None, "a parameter that keeps the base's value has no place in an adapter"
+            turned = method.acts_on_inputs and name in self._transposed
+            deltas = self.deltas.read(name)
             try:
-                merged = method.merge_low_rank(self.deltas.read(name), self.treatments[name].coefficients)
+                keyed = self._informed(method, name).keyed(self._keys(name))
+                merged = keyed.merge_low_rank(
+                    [delta.T for delta in deltas] if turned else deltas, self.treatments[name].coefficients
+                )
             except ValueError as refused:
                 raise self.deltas.explained(refused, name) from refused
+            merged = merged.T if turned else merged
             limit = min(merged.rank if rank is None else rank, *merged.shape)
             factors, error = merged.truncate(limit) if merged.rank > limit else (merged, 0.0)
+            if self.lines is not None:
+                factors = self.lines.scaled(factors, self._depth(name))
             yield name, factors, error
 
     def merge_deltas(self, name: str, deltas: Sequence[Delta], rows: slice | None = None) -> Merged:
@@ -174,25 +198,111 @@ class Fusion:
             deltas: The tasks' deltas, in the order of `tasks`, on the device.
             rows: The rows of the piece; ``None`` for all of the parameter.
         """
+        return self._scaled(self._merge_unscaled(name, deltas, rows))
+
+    @cached_property
+    def lines(self) -> LiNeS | None:
+        """LiNeS with the numbers that it has for these task vectors, found with the other ranks; None without it."""
+        method = self._recipe.method
+        if not isinstance(method, LiNeS):
+            return None
+        if method.alpha != "auto":
+            return method.of_model(len(self.tasks))
+        known = self._decompositions.norms if self._decompositions is not None else {}
+        unscaled = repr(replace(self._recipe, method=method.method))
+        if unscaled not in known:
+            known[unscaled] = self._norms()
+        return method.of_model(len(self.tasks), known[unscaled])
+
+    @property
+    def notes(self) -> list[str]:
+        """What was found of the task vectors that the recipe does not say, after `calibrate`."""
+        if self.lines is None:
+            return []
+        return [f"LiNeS: alpha is {self.lines.alpha:.4g}, beta is {self.lines.beta:.4g}."]
+
+    def _merge_unscaled(self, name: str, deltas: Sequence[Delta], rows: slice | None) -> Merged:
         treatment, method = self.treatments[name], self._methods[name]
         if method is None:
             return Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas, rows)
-        start = rows.start * prod(deltas[0].shape[1:]) if rows is not None else 0
-        keyed = method.keyed([f"{task}/{name}" for task in self.tasks], start=start)
         try:
-            merge = Method.merge if self._decompositions is None else self._decompositions.merging(name)
-            merged = merge_parameter(keyed, deltas, treatment, transposed=name in self._transposed, merge=merge)
+            merged = merge_parameter(
+                self._informed(method, name),
+                deltas,
+                treatment,
+                keys=self._keys(name),
+                start=rows.start * prod(deltas[0].shape[1:]) if rows is not None else 0,
+                transposed=name in self._transposed,
+                merge=Method.merge if self._decompositions is None else self._decompositions.merging(name),
+            )
         except ValueError as error:
             raise self.deltas.explained(error, name) from error
         return Merged(name, merged, deltas, rows)
+
+    def _informed(self, method: Method, name: str) -> Method:
+        return method if method.needs is None else method.informed(self.deltas.statistics(name, method.needs))
+
+    def _unscaled(self, names: Sequence[str]) -> Iterator[Merged]:
+        """What the method makes of whole parameters; the next one is read ahead."""
+        for name, deltas in zip(names, self.deltas.stream((name, None) for name in names), strict=True):
+            merged = self._merge_unscaled(name, deltas, None)
+            yield merged
+            del merged, deltas  # before the next ones come
+
+    def _unscaled_pieces(self, name: str) -> Iterator[Merged]:
+        for _, rows in self._pieces(name):
+            yield self._merge_unscaled(name, self.deltas.read(name, rows), rows)
+
+    def _scaled(self, merged: Merged) -> Merged:
+        """LiNeS' step, if it is around the method."""
+        if self.lines is None:
+            return merged
+        delta = self.lines.scaled(merged.delta, self._depth(merged.name))
+        try:
+            check_result("LiNeS", delta, merged.deltas)
+        except ValueError as error:
+            raise self.deltas.explained(error, merged.name) from error
+        return replace(merged, delta=delta)
+
+    def _depth(self, name: str) -> float | None:
+        return self._depths.get(block_of(name))
+
+    def _norms(self) -> tuple[float, float]:
+        """The norms of the whole model, for which this rank merges its share and keeps nothing of it."""
+        names = [name for name, method in self._methods.items() if method is not None]
+        own = [name for name in names if self._share is None or name in self._share]
+
+        def of(merged: Merged) -> Tensor:
+            return norms(merged.deltas, self.treatments[merged.name].coefficients, merged.delta)
+
+        def of_pieces(name: str) -> tuple[str, Tensor]:
+            return name, torch.stack([of(merged) for merged in self._unscaled_pieces(name)]).sum(0)
+
+        in_pieces = [name for name in own if self.comes_in_pieces(name)]
+        found = dict(side_by_side(of_pieces, in_pieces, num_threads(self.device)))
+        for merged in self._unscaled([name for name in own if not self.comes_in_pieces(name)]):
+            found[merged.name] = of(merged)
+            del merged  # before the next one comes
+        return over_model(found, names, self._reduce)
 
     @cached_property
     def _methods(self) -> dict[str, Method | None]:
         """Each parameter's method, calibrated with the other ranks."""
         own = [name for name in self.kinds if self._share is None or name in self._share]
         own_pieces = {name: self._pieces(name) for name in own}
-        in_threads = bool(self._in_pieces)
-        return calibrated_methods(self.treatments, own_pieces, self.deltas, self._reduce, in_threads=in_threads)
+        return calibrated_methods(
+            self.treatments,
+            own_pieces,
+            self.deltas,
+            self._reduce,
+            in_threads=bool(self._in_pieces),
+            transposed=self._transposed,
+            decompositions=self._decompositions,
+        )
+
+    def _keys(self, name: str) -> list[str]:
+        """What random draws for a parameter are tied to, one name for each task."""
+        return [f"{task}/{name}" for task in self.tasks]
 
     def _pieces(self, name: str) -> list[Piece]:
         shape = self._in_pieces.get(name)

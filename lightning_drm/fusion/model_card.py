@@ -6,7 +6,7 @@ from importlib.metadata import version
 import yaml
 
 from lightning_drm.fusion.recipe import Recipe, class_path
-from lightning_drm.pretrained import public_name
+from lightning_drm.pretrained import hub_name, public_name
 
 
 def model_card(
@@ -18,23 +18,25 @@ def model_card(
     library: str = "transformers",
     license: str | None = None,
     facts: Sequence[str] = (),
+    loading: str | None = None,
 ) -> str:
     """Writes the card.
 
     Args:
         recipe: How the tasks were merged.
         columns: By task, the entries of its row in the table beside its coefficient, under their titles.
-        base: The base's name, where it has one; of a local folder, only the last part gets into the card.
+        base: The base's name, where it has one; of a local folder, only the last part gets into the card, and not into
+            its metadata, where the hub would look for a model of that name.
         base_fingerprint: Tells versions of the base apart.
         library: The library that loads the model.
         license: The base's license, where it is known.
         facts: Further lines for the list of facts.
+        loading: Python code that loads it.
     """
     tasks = list(columns)
-    base = public_name(base) if base is not None else None
     metadata: dict[str, object] = {"library_name": library}
-    if base is not None:
-        metadata["base_model"] = base
+    if base is not None and (on_hub := hub_name(base)) is not None:
+        metadata["base_model"] = on_hub
         metadata["base_model_relation"] = "adapter" if library == "peft" else "merge"
     if license is not None:
         metadata["license"] = license
@@ -61,11 +63,12 @@ def model_card(
             f"- convolutions: {recipe.convolutions}",
             f"- embeddings, biases, norms: {recipe.non_matrix}",
             *overrides,
-            f"- base: {base or 'not named'}, fingerprint `{base_fingerprint}`",
+            f"- base: {public_name(base) if base is not None else 'not named'}, fingerprint `{base_fingerprint}`",
             f"- made with: {packages}",
             *(f"- {fact}" for fact in facts),
             "",
             *(f"| {' | '.join(row)} |" for row in table),
             "",
+            *(["```python", *loading.splitlines(), "```", ""] if loading is not None else []),
         ]
     )

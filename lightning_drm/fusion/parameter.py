@@ -1,6 +1,7 @@
 """Merging one parameter in its own shape: as it is, as one or many matrices, or in the parts of a fused matrix."""
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import TypeAlias
 
 import torch
@@ -20,6 +21,8 @@ def merge_parameter(
     deltas: Sequence[Delta],
     treatment: Treatment,
     *,
+    keys: Sequence[str],
+    start: int = 0,
     transposed: bool,
     merge: Merge = Method.merge,
 ) -> Tensor:
@@ -32,6 +35,8 @@ def merge_parameter(
         method: The calibrated method.
         deltas: N deltas of one shape.
         treatment: Coefficients, the parts of a matrix that is merged in parts, and whether they are experts.
+        keys: N names that random draws are tied to; those of an expert or a part have its number, too.
+        start: How many entries of the parameter come before the piece.
         transposed: Whether a matrix is stored (in, out), so that its parts are columns.
         merge: Merges one matrix, or one tensor entry by entry.
 
@@ -42,11 +47,13 @@ def merge_parameter(
         ValueError: If the method refuses the deltas, or nothing is left of a matrix that tasks changed.
     """
     if not treatment.expert_by_expert:
-        return _merge_one(method, deltas, treatment, transposed, merge)
+        return _merge_one(method.keyed(keys, start=start), deltas, treatment, keys, transposed, merge)
     merged = torch.zeros(deltas[0].shape, device=deltas[0].device)
+    first = start // max(1, prod(deltas[0].shape[1:]))
     for index, of_expert in enumerate(experts(deltas)):
         try:
-            one = _merge_one(method, of_expert, treatment, transposed, merge)
+            own = _numbered(keys, first + index)
+            one = _merge_one(method.keyed(own), of_expert, treatment, own, transposed, merge)
         except ValueError as error:
             raise ValueError(f"expert {index}: {error}") from error
         merged = merged.to(one.dtype)
@@ -67,35 +74,71 @@ def experts(deltas: Sequence[Delta]) -> Iterator[list[Delta]]:
         yield [delta.matrix(index) if isinstance(delta, LowRankStack) else densify(delta)[index] for delta in deltas]
 
 
-def _merge_one(method: Method, deltas: Sequence[Delta], treatment: Treatment, transposed: bool, merge: Merge) -> Tensor:
+def one_by_one(
+    method: Method, deltas: Sequence[Delta], treatment: Treatment, *, transposed: bool
+) -> Iterator[list[Delta]]:
+    """What `merge_parameter` has the method merge, one after another: what it is to be calibrated on, too.
+
+    Args:
+        method: The method.
+        deltas: N deltas of one shape.
+        treatment: As for `merge_parameter`.
+        transposed: As for `merge_parameter`.
+
+    Yields:
+        N deltas: of an expert, of a part of a fused matrix, of a convolution as a matrix, or all as they are.
+    """
+    for each in experts(deltas) if treatment.expert_by_expert else [deltas]:
+        if treatment.split is not None:
+            yield from _parts(each, treatment.split, transposed)
+        else:
+            yield _as_matrices(method, each)
+
+
+def _numbered(keys: Sequence[str], index: int) -> list[str]:
+    return [f"{key}/{index}" for key in keys]
+
+
+def _merge_one(
+    method: Method,
+    deltas: Sequence[Delta],
+    treatment: Treatment,
+    keys: Sequence[str],
+    transposed: bool,
+    merge: Merge,
+) -> Tensor:
     """Merges one matrix, or a tensor of any shape entry by entry."""
+    if transposed and method.acts_on_inputs:
+        return _merge_one(method, [delta.T for delta in deltas], treatment, keys, False, merge).T
     if treatment.split is not None:
-        merged = _merge_parts(method, deltas, treatment.split, treatment.coefficients, transposed, merge)
-    elif method.elementwise or len(deltas[0].shape) == 2:
-        merged = merge(method, deltas, treatment.coefficients)
+        merged = torch.cat(
+            [
+                merge(method.keyed(_numbered(keys, index)), part, treatment.coefficients)
+                for index, part in enumerate(_parts(deltas, treatment.split, transposed))
+            ],
+            dim=-1 if transposed else -2,
+        )
     else:
-        matrices = [delta.flatten(1) for delta in deltas if isinstance(delta, Tensor)]
-        merged = merge(method, matrices, treatment.coefficients).reshape(deltas[0].shape)
+        merged = merge(method, _as_matrices(method, deltas), treatment.coefficients).reshape(deltas[0].shape)
     if not method.elementwise:
         _require_some(method, merged, deltas, treatment.coefficients)
     return merged
 
 
-def _merge_parts(
-    method: Method,
-    deltas: Sequence[Delta],
-    split: Split,
-    coefficients: Sequence[float],
-    transposed: bool,
-    merge: Merge,
-) -> Tensor:
-    """Merges the parts of a fused matrix one by one."""
+def _as_matrices(method: Method, deltas: Sequence[Delta]) -> list[Delta]:
+    """A convolution's deltas as matrices, for a method that needs these; all others as they are."""
+    if method.elementwise or len(deltas[0].shape) == 2:
+        return list(deltas)
+    return [delta.flatten(1) for delta in deltas if isinstance(delta, Tensor)]
+
+
+def _parts(deltas: Sequence[Delta], split: Split, transposed: bool) -> Iterator[list[Delta]]:
+    """The deltas of one part of a fused matrix after another, as views."""
     axis = -1 if transposed else -2
-    merged, start = [], 0
+    start = 0
     for size in split_sizes(split, deltas[0].shape[axis]):
-        merged.append(merge(method, [_part(delta, axis, start, size) for delta in deltas], coefficients))
+        yield [_part(delta, axis, start, size) for delta in deltas]
         start += size
-    return torch.cat(merged, dim=axis)
 
 
 def _part(delta: Delta, axis: int, start: int, size: int) -> Delta:

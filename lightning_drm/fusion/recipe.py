@@ -8,7 +8,8 @@ from typing import Literal, Self, TypeAlias, get_args
 
 from lightning_drm import merging
 from lightning_drm.deltas import Kind
-from lightning_drm.merging import DRM, TIES, Method, TaskArithmetic
+from lightning_drm.merging import DRM, TIES, LiNeS, Method, TaskArithmetic
+from lightning_drm.merging.inputs import weights
 
 Rule = Literal["method", "average", "elect", "base"]
 """The recipe's method; the weighted average; the average of the entries that agree in sign; the base's value."""
@@ -84,12 +85,15 @@ class Treatment:
 class Recipe:
     """What is done to each parameter of the backbone. Heads are never merged.
 
-    A method on matrices (DRM, Iso-C, Iso-CTS, TSV-M) merges the weights of linear layers, and those of experts one
+    A method on matrices (all but the elementwise ones) merges the weights of linear layers, and those of experts one
     expert after another. Embeddings, biases, norms and buffers get the average weighted by the coefficients, times the
     method's ``scale`` (arXiv 2505.23117 gives them the average; its published code elects signs there). The same holds
     for the output embeddings of a language model (``lm_head``), unless an override gives them the rule ``"method"``. An
     elementwise method (averaging, task arithmetic, TIES, DARE-TIES) is defined on whole task vectors and merges every
-    parameter.
+    parameter. A method that needs statistics of the tasks' data merges what they were collected of, and leaves the rest
+    to the average; where its coefficients are the weights of a mean, they are so in this average.
+
+    With LiNeS around a method, all of this is that method's, and what it has made of a parameter is scaled afterwards.
 
     Attributes:
         method: The merging method.
@@ -107,9 +111,14 @@ class Recipe:
     non_matrix: Literal["average", "elect"] = "average"
     overrides: Sequence[Override] = ()
 
+    @property
+    def inner_method(self) -> Method:
+        """The method that merges: the one that LiNeS is around, or else `method` itself."""
+        return self.method.method if isinstance(self.method, LiNeS) else self.method
+
     def rule(self, kind: Kind) -> Rule:
         """The rule for a parameter of some kind, exceptions aside."""
-        if self.method.elementwise or kind in ("matrix", "experts"):
+        if self.inner_method.elementwise or kind in ("matrix", "experts"):
             return "method"
         return "method" if kind == "convolution" and self.convolutions == "matrix" else self.non_matrix
 
@@ -117,26 +126,31 @@ class Recipe:
         """The exception that applies to a parameter; an empty one if none does."""
         return next((o for o in self.overrides if fnmatchcase(name, o.match)), Override(name))
 
-    def treatment(self, name: str, kind: Kind, tasks: Sequence[str]) -> Treatment:
+    def treatment(self, name: str, kind: Kind, tasks: Sequence[str], *, informed: bool = True) -> Treatment:
         """What is done to a parameter.
 
         Args:
             name: Its name.
             kind: What it is to its layer.
             tasks: The tasks, in their order.
+            informed: Whether there are the statistics that the method needs; else it does not take the parameter.
         """
-        override = self.override_of(name)
+        override, inner = self.override_of(name), self.inner_method
         rule = override.rule or self.rule(kind)
+        if rule == "method" and self.method.needs is not None and not informed:
+            rule = self.non_matrix
         values = {**self.coefficients, **override.coefficients}
         coefficients = tuple(values.get(task, 1.0) for task in tasks)
         if rule == "base":
             return Treatment(rule, None, coefficients)
+        if rule != "method" and self.method.weighs:
+            coefficients = tuple(len(tasks) * weight for weight in weights(type(self.method).__name__, coefficients))
         if rule == "average":
-            method: Method = TaskArithmetic(self.method.scale / len(tasks))
+            method: Method = TaskArithmetic(inner.scale / len(tasks))
         elif rule == "elect":
-            method = TIES(1.0, "tensor", self.method.scale)
+            method = TIES(1.0, "tensor", inner.scale)
         else:
-            method = self.method if override.density is None else with_density(self.method, override.density)
+            method = inner if override.density is None else with_density(inner, override.density)
         return Treatment(rule, method, coefficients, override.split, kind == "experts" and not method.elementwise)
 
     def for_tasks(self, tasks: Sequence[str]) -> Self:
@@ -167,7 +181,7 @@ class Recipe:
         """
         return {
             "class_path": class_path(self.method),
-            "init_args": self.method.hyperparameters(),
+            "init_args": plain_arguments(self.method),
             "coefficients": dict(zip(tasks, self.coefficients_of(tasks), strict=True)),
             "convolutions": self.convolutions,
             "non_matrix": self.non_matrix,
@@ -207,7 +221,7 @@ class Recipe:
                 )
             elif override.density is not None:
                 try:
-                    with_density(self.method, override.density)
+                    with_density(self.inner_method, override.density)
                 except ValueError as error:
                     problems.append(f"The override {override.match!r}: {error}")
         if problems:
@@ -239,8 +253,8 @@ class Recipe:
         for name, kind in kinds.items():
             override = self.override_of(name)
             rule, shape = override.rule or self.rule(kind), shapes[name]
-            if rule == "method" and not self.method.elementwise and len(shape) < 2:
-                method = type(self.method).__name__
+            if rule == "method" and not self.inner_method.elementwise and len(shape) < 2:
+                method = type(self.inner_method).__name__
                 found.append(f"{name} has shape {shape}, but {method} merges matrices: give it rule average or elect.")
             matrix = shape[1:] if kind == "experts" else shape
             if override.split is not None and (problem := _split_problem(override.split, matrix)):
@@ -264,6 +278,24 @@ def class_path(method: Method) -> str:
     return f"{own.__module__}.{own.__qualname__}"
 
 
+def plain_arguments(method: Method) -> dict[str, object]:
+    """A method's arguments as configuration: a method among them as its class path and arguments.
+
+    Args:
+        method: The method.
+
+    Example:
+        >>> plain_arguments(merging.SVC(TaskArithmetic(0.3)))
+        {'method': {'class_path': 'lightning_drm.TaskArithmetic', 'init_args': {'scale': 0.3}}, 'alpha': None}
+    """
+    return {
+        name: {"class_path": class_path(value), "init_args": plain_arguments(value)}
+        if isinstance(value, Method)
+        else value
+        for name, value in method.hyperparameters().items()
+    }
+
+
 def with_density(method: Method, density: float) -> Method:
     """The method with another density.
 
@@ -277,8 +309,7 @@ def with_density(method: Method, density: float) -> Method:
     arguments = method.hyperparameters()
     if "density" not in arguments:
         raise ValueError(f"{type(method).__name__} has no density")
-    changed: Method = type(method)(**{**arguments, "density": density})
-    return changed
+    return type(method)(**{**arguments, "density": density})
 
 
 def split_sizes(split: Split, length: int) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 
 from lightning_drm.deltas import Kind, TaskVector, describe_difference
 from lightning_drm.fusion.read_ahead import read_ahead
-from lightning_drm.merging import Delta, LowRank
+from lightning_drm.merging import Delta, LowRank, Need, Statistics
 
 Piece: TypeAlias = tuple[str, slice | None]
 """A parameter's name and the rows that are meant; ``None`` for all of them."""
@@ -61,6 +61,11 @@ class TaskDeltas:
     def stream(self, pieces: Iterable[Piece]) -> Iterator[list[Delta]]:
         """What `read` gives for one piece after another; a thread reads the next one ahead."""
         return read_ahead(self.read(name, rows) for name, rows in pieces)
+
+    def statistics(self, name: str, need: Need) -> list[Statistics]:
+        """What a method needs of a parameter from every task, on the device: of a parameter of which all have such."""
+        found = [vector.statistics.read(name, need) for vector in self._vectors if vector.statistics is not None]
+        return [one.to(self.device) for one in found]
 
     def present(self, name: str) -> dict[str, Delta]:
         """By task, the deltas of a parameter as they are stored, from those tasks that have one."""

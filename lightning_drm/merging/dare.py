@@ -6,24 +6,30 @@
 Which entries are dropped depends only on the seed and the task's key: the key's hash starts a generator that can be
 advanced at no cost, and numpy keeps its raw output stable across releases. So neither the order of parameters, nor the
 device, nor the number of processes changes a merge.
+
+In core space (arXiv 2509.17786) the same is done to the entries of the cores of low-rank deltas; `core_space.py` has
+the algorithm. This is another method than DARE-TIES on entries: it gives another result, of low rank. A core's entries
+are drawn in the order of its rows, from the strongest direction on, by the same seed and keys. The paper keeps 70 %.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from lightning_drm.merging.core_space import CoreSpaceMethod, Space
 from lightning_drm.merging.election import elect_and_average, slice_size
-from lightning_drm.merging.inputs import finite, fraction, refuse
-from lightning_drm.merging.method import PIECE_STEP, Method
+from lightning_drm.merging.inputs import choice, finite, fraction, refuse
+from lightning_drm.merging.method import PIECE_STEP
 
 
-class DARETIES(Method):
+class DARETIES(CoreSpaceMethod):
     r"""DARE-TIES: keep each entry with probability `density`, rescale, then TIES' sign election and disjoint average.
 
     .. math:: \hat D_t = \frac{M_t \odot D_t}{1 - p}, \qquad M_t \sim \mathrm{Bernoulli}(1 - p), \qquad
@@ -33,6 +39,8 @@ class DARETIES(Method):
         density: Probability of keeping an entry, in (0, 1]; 1 − p in the paper, p being the drop rate.
         seed: Start of the random draws, together with each task's key; see `keyed`.
         scale: Factor on the merged delta.
+        space: What is merged entry by entry: "entries", the deltas themselves, or "core", the cores of low-rank deltas,
+            so that the result is low-rank too: another method, for matrices.
 
     Raises:
         ValueError: If an argument is out of range; lists all that are.
@@ -46,23 +54,36 @@ class DARETIES(Method):
         tensor([0., 2.])
     """
 
-    elementwise: ClassVar[bool] = True
-    works_in_pieces = True
-    not_low_rank: ClassVar[str] = "dropping single entries leaves a matrix of full rank"
+    linear = True
+    not_low_rank = "dropping single entries leaves a matrix of full rank, which space='core' avoids"
 
-    def __init__(self, density: float = 0.2, seed: int = 0, scale: float = 1.0) -> None:
-        refuse("DARETIES", [fraction("density", density, zero=False, one=True), finite("scale", scale)])
+    def __init__(self, density: float = 0.2, seed: int = 0, scale: float = 1.0, space: Space = "entries") -> None:
+        refuse(
+            "DARETIES",
+            [
+                fraction("density", density, zero=False, one=True),
+                finite("scale", scale),
+                choice("space", space, get_args(Space)),
+            ],
+        )
         self.density = density
         self.seed = seed
         self.scale = scale
         self.keys: tuple[str, ...] | None = None
         self.start = 0
+        self._choose(space)
+
+    @property
+    @override
+    def works_in_pieces(self) -> bool:
+        """Whether entries are those of the deltas."""
+        return self.elementwise
 
     def keyed(self, keys: Sequence[str], *, start: int = 0) -> Self:
         """A copy whose draws for task i depend on the seed and `keys[i]` only; without it, keys are "0", "1", …."""
         return self._with(keys=tuple(keys), start=start)
 
-    def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
+    def _merge_entries(self, deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
         keys = self.keys or tuple(str(task) for task in range(len(deltas)))
         if len(keys) != len(deltas):
             raise ValueError(f"DARETIES has keys for {len(keys)} tasks, got {len(deltas)} deltas")

@@ -30,16 +30,17 @@ renormalized task by task, they do. For deltas :math:`D_1, …, D_N` of shape (m
 DRM-V (`direction="vertical"`) stacks the deltas on top of each other: it is the transpose of DRM-H of all
 :math:`D_t^T`.
 
-In this code, `JointBasis` takes steps 1 to 3, `DRM._limits` finds the threshold of step 4, `prune_each` applies it,
-`elect_and_average` takes steps 5 and 6, and `LowRank.dense` step 7.
+In this code, `JointBasis` takes steps 1 to 3, `DRM._limits` finds the threshold of step 4, `WeighedRows` applies it and
+takes steps 5 and 6, and `LowRank.dense` step 7.
 
 What differs from the paper and from its published code:
 
 * The paper does not mention `rank_tol`. The published code drops singular values up to 1 % of the largest; so does the
   default here, and ``rank_tol=0`` keeps all but rounding noise, as the text has it.
 * A task without a part in a direction stays zero there. In the published code it becomes NaN.
-* Magnitudes that equal the threshold up to 1e-10 of it count as equal, and stay (see `TIE`). Where float32 deltas have
-  equal magnitudes by their structure (a bidiagonal matrix, a constant), rounding is coarser than that, and decides.
+* Magnitudes that equal the threshold up to 1e-10 of it count as equal, and stay (see `selection.TIE`). Where float32
+  deltas have equal magnitudes by their structure (a bidiagonal matrix, a constant), rounding is coarser than that, and
+  decides.
 * The coefficients weigh the average, not the vote, as in the published code.
 * Low-rank deltas stay factors, and the result is the same. The published code merges their dense products.
 
@@ -50,32 +51,22 @@ and a few looks at each of the N r n entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import check_coefficients, choice, finite, fraction, refuse
-from lightning_drm.merging.joint_basis import Direction, JointBasis
-from lightning_drm.merging.linalg.selection import prune, prune_each, thresholds
-from lightning_drm.merging.linalg.spectral import eigen_cost
+from lightning_drm.merging.joint_basis import Direction, JointBasis, joint_basis_cost
+from lightning_drm.merging.linalg.selection import thresholds
 from lightning_drm.merging.low_rank import Delta, LowRank
-from lightning_drm.merging.method import COST_PER_VALUE
 from lightning_drm.merging.precision import ieee_arithmetic
 from lightning_drm.merging.prepared import PreparedMethod
-from lightning_drm.merging.scaling import times_power_
+from lightning_drm.merging.weighed_rows import WeighedRows, joint_rows, unit_rows
 
 PruneScope = Literal["joint", "individual"]
-
-TIE = 1e-10
-"""Relative difference up to which magnitudes count as equal to the pruning threshold, and are kept.
-
-A task of rank 1 has the same unit row in every direction, up to sign and rounding. Without this tolerance, rounding in
-float64 would decide which of its equal entries survive. In float32 it is below the rounding error and has no effect.
-"""
 
 
 class DRM(PreparedMethod):
@@ -112,6 +103,8 @@ class DRM(PreparedMethod):
         >>> DRM(density=1 / 8).merge(deltas).round().int().tolist()
         [[0, 8], [1, 0]]
     """
+
+    linear = True
 
     def __init__(
         self,
@@ -218,12 +211,8 @@ class DRM(PreparedMethod):
         """
         self._require_preparation_of(prepared)
         with ieee_arithmetic(prepared.U.device):
-            norms, lengths = self._norms_and_lengths(prepared)
-            limits = self._limits(prepared, norms)
-            return tuple(
-                prune(seen, limit).mul_(length[:, None])
-                for seen, limit, length in zip(_seen(prepared, norms, slice(None)), limits, lengths, strict=True)
-            )
+            rows = self._rows(prepared)
+            return rows.pruned(self._limits(rows))
 
     def _require_preparation_of(self, prepared: JointBasis) -> None:
         refuse(
@@ -237,13 +226,7 @@ class DRM(PreparedMethod):
 
     @override
     def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:
-        height, width = reversed(shape) if self.direction == "vertical" else shape
-        rows = height if rank is None else min(height, rank)
-        short, long = sorted((rows, num_tasks * width))
-        decompose = eigen_cost(short) + short**2 * long  # half a Gram matrix
-        project = short * rows * num_tasks * width  # in single precision, as the product at the end
-        product = short * height * width
-        return decompose + project + product + COST_PER_VALUE * num_tasks * rows * width
+        return joint_basis_cost(shape, num_tasks, rank, self.direction)
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)
@@ -255,52 +238,24 @@ class DRM(PreparedMethod):
         basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)
         return self._fuse(basis, coefficients, basis.rows[0])
 
-    def _fuse(self, basis: JointBasis, coefficients: Sequence[float], merged: Tensor) -> LowRank:
-        """Prune, elect and average: slice by slice, so that no temporary is larger than one task's rows.
+    def _fuse(self, basis: JointBasis, coefficients: Sequence[float], out: Tensor) -> LowRank:
+        """Steps 4 to 7; `out` takes the outcome P, as for `WeighedRows.merged`."""
+        rows = self._rows(basis)
+        return rows.merged(
+            self._limits(rows),
+            coefficients,
+            scale=self.scale,
+            out=out,
+            elect_sign=self.elect_sign,
+            disjoint=self.disjoint,
+        )
 
-        `merged` takes the outcome P, (r, n). It may be the first task's rows, of a basis that nobody needs any more.
-        """
-        norms, lengths = self._norms_and_lengths(basis)
-        limits = self._limits(basis, norms)
-        for part in _slices(basis):
-            seen = list(_seen(basis, norms, part))
-            merged[part] = elect_and_average(
-                prune_each(seen, limits).mul_(lengths[:, part, None]),  # in no variable: gone before the next slice
-                coefficients,
-                elect_sign=self.elect_sign,
-                disjoint=self.disjoint,
-            ).mul_(self.scale)
-        times_power_(merged, basis.exponent)
-        factors = LowRank(basis.U, merged).to(basis.dtype)
-        return factors.T if self.direction == "vertical" else factors
+    def _rows(self, basis: JointBasis) -> WeighedRows:
+        return unit_rows(basis) if self.renormalize else joint_rows(basis)
 
-    def _norms_and_lengths(self, basis: JointBasis) -> tuple[Tensor | None, Tensor]:
-        """What rows are multiplied by before pruning, (N, r, 1), if at all, and after it, (N, r)."""
-        if self.renormalize:
-            return None, basis.sigma
-        # Without renormalization, pruning sees the rows of V_tᵀ, whose lengths are ‖v_{t,i}‖.
-        joint = torch.linalg.vector_norm(basis.sigma, dim=0).clamp(min=torch.finfo(basis.sigma.dtype).tiny)
-        return (basis.sigma / joint)[..., None], joint.expand_as(basis.sigma)
-
-    def _limits(self, basis: JointBasis, norms: Tensor | None) -> tuple[float, ...]:
+    def _limits(self, rows: WeighedRows) -> tuple[float, ...]:
         """One threshold for each task, the same for all where pruning is joint."""
-        whole, num_tasks = slice(None), len(basis.rows)
+        num_tasks = len(rows.basis.rows)
         if self.prune == "joint":
-            limits = thresholds(lambda: ([row] for row in _seen(basis, norms, whole)), self.density, num_tasks=1)
-            limits *= num_tasks
-        else:
-            limits = thresholds(lambda: [_seen(basis, norms, whole)], self.density, num_tasks=num_tasks)
-        return tuple(limit * (1 - TIE) for limit in limits)
-
-
-def _seen(basis: JointBasis, norms: Tensor | None, part: slice) -> Iterator[Tensor]:
-    """What pruning sees of each task in some directions: its unit rows ṽ or, with ‖v‖ (N, r, 1) given, its rows v."""
-    for task, rows in enumerate(basis.rows):
-        yield rows[part] if norms is None else rows[part] * norms[task, part]
-
-
-def _slices(basis: JointBasis) -> Iterator[slice]:
-    """Ranges of directions in which the rows of all tasks fit into the cache."""
-    rank, width = basis.rows[0].shape
-    size = max(1, slice_size(len(basis.sigma), basis.U.device) // max(1, width))
-    return (slice(start, start + size) for start in range(0, rank, size))
+            return thresholds(lambda: ([row] for row in rows.seen()), self.density, num_tasks=1) * num_tasks
+        return thresholds(lambda: [rows.seen()], self.density, num_tasks=num_tasks)

@@ -44,6 +44,11 @@ def finite(name: str, value: float) -> str | None:
     return None if math.isfinite(value) else f"{name} must be a finite number, got {value!r}"
 
 
+def at_least_zero(name: str, value: float) -> str | None:
+    """Problem with a number that should be finite, and 0 or more."""
+    return None if math.isfinite(value) and value >= 0 else f"{name} must be a number of at least 0, got {value!r}"
+
+
 def choice(name: str, value: object, options: Sequence[str]) -> str | None:
     """Problem with a word that should be one of `options`."""
     return None if value in options else f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}"
@@ -94,6 +99,36 @@ def check_coefficients(owner: str, coefficients: Sequence[float] | None, num_tas
         raise ValueError(f"{owner}: {num_tasks} deltas need {num_tasks} coefficients, got {len(values)}")
     refuse(owner, (finite(f"coefficient of task {task}", value) for task, value in enumerate(values)))
     return values
+
+
+def weights(owner: str, coefficients: Sequence[float]) -> list[float]:
+    """Coefficients that weigh the tasks in a mean: over their sum.
+
+    Raises:
+        ValueError: If one is negative, or all are zero.
+
+    Example:
+        >>> weights("RegMean", [1.0, 3.0])
+        [0.25, 0.75]
+    """
+    if min(coefficients) < 0 or not max(coefficients):
+        raise ValueError(
+            f"{owner} takes coefficients as weights of a mean: none below 0 and not all 0, got {list(coefficients)}"
+        )
+    largest = max(coefficients)  # their plain sum may be beyond the range of floats
+    total = sum(value / largest for value in coefficients)
+    return [value / largest / total for value in coefficients]
+
+
+def check_thresholds(owner: str, thresholds: Sequence[float], num_tasks: int) -> Sequence[float]:
+    """The thresholds that a method found when it was calibrated, one for each task.
+
+    Raises:
+        ValueError: If they are of another number of tasks.
+    """
+    if len(thresholds) != num_tasks:
+        raise ValueError(f"{owner} was calibrated on {len(thresholds)} tasks, got {num_tasks} deltas")
+    return thresholds
 
 
 def _kind_problem(task: int, delta: object) -> str | None:

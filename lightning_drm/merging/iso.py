@@ -49,7 +49,7 @@ class IsoC(RotationalMethod):
     def _num_svds(self, num_tasks: int) -> int:
         return 1
 
-    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
+    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], shape: tuple[int, ...]) -> Tensor:
         U, S, Vh = thin_svd(weighted_sum(deltas, coefficients))
         return _mean(S) * self.scale * U @ Vh
 
@@ -92,8 +92,8 @@ class IsoCTS(RotationalMethod):
     def _num_svds(self, num_tasks: int) -> int:
         return num_tasks + 3  # the sum, each task's rest, and the two bases that are made orthogonal
 
-    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
-        left, values, right = join(self._triplets(deltas, coefficients, size))
+    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], shape: tuple[int, ...]) -> Tensor:
+        left, values, right = join(self._triplets(deltas, coefficients, min(shape)))
         return _mean(values) * self.scale * orthogonalize(left) @ orthogonalize(right)
 
     def _triplets(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> list[Triplets]:

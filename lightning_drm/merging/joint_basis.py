@@ -1,7 +1,7 @@
 r"""The joint basis of one parameter's deltas: steps 1 to 3 of Decom-Renorm-Merge (see `drm.py`), done once.
 
-DRM decomposes the stack of all deltas and scales every row of every task's block to unit length. The algebra spares the
-SVD of the stack:
+DRM decomposes the stack of all deltas and scales every row of every task's block to unit length; KnOTS works in the
+same basis. The algebra spares the SVD of the stack:
 
 .. math:: [D_1 \cdots D_N] = U \Sigma\, [V_1^T \cdots V_N^T] \quad\Rightarrow\quad
     \Sigma V_t^T = U^T D_t, \qquad \sum_t D_t D_t^T = U \Sigma^2 U^T
@@ -13,6 +13,9 @@ SVD of the stack:
 * Rotating the rows of all deltas rotates U and nothing else, so low-rank deltas are decomposed in row coordinates.
 
 The vertical direction is the same on transposed deltas, which are only ever views.
+
+Where float64 data have directions that are kept, but that a Gram matrix does not resolve, the SVD of the stack takes
+over.
 
 Cost, for r kept directions: m² N n / 2 products in float64, an eigenproblem of size m, and m r N n products. Memory:
 what the eigenproblem takes, and then U and the rows, which are as large as the stacked deltas.
@@ -30,6 +33,7 @@ from torch import Tensor
 from lightning_drm.merging.linalg.spectral import (
     LENGTH,
     eigen,
+    eigen_cost,
     gram,
     needs_svd,
     rank_tolerance,
@@ -37,6 +41,7 @@ from lightning_drm.merging.linalg.spectral import (
     row_lengths,
 )
 from lightning_drm.merging.low_rank import Delta, LowRank, densify, row_coordinates
+from lightning_drm.merging.method import COST_PER_VALUE
 from lightning_drm.merging.scaling import near_one
 
 Direction = Literal["horizontal", "vertical"]
@@ -48,7 +53,7 @@ class JointBasis:
 
     .. math:: D_t = 2^e\, U\, \mathrm{diag}(\sigma_t)\, \tilde V_t^T
 
-    Made by `DRM.prepare`, used by `DRM.merge_prepared`.
+    Made by `DRM.prepare` and `KnOTS.prepare`, used by their `merge_prepared`.
 
     Args:
         U: Left singular vectors of the stacked deltas, shape (m, r); of the transposed deltas if vertical.
@@ -99,6 +104,22 @@ class JointBasis:
         return cls(U, rows, sigma, direction, rank_tol, rank_drop, deltas[0].dtype, exponent)
 
 
+def joint_basis_cost(
+    shape: tuple[int, ...], num_tasks: int, rank: int | None, direction: Direction = "horizontal"
+) -> float:
+    """What decomposing one parameter's deltas, and merging and multiplying what comes of it, is worth.
+
+    The arguments, and the unit, are those of `Method.cost`.
+    """
+    height, width = reversed(shape) if direction == "vertical" else shape
+    rows = height if rank is None else min(height, rank)
+    short, long = sorted((rows, num_tasks * width))
+    decompose = eigen_cost(short) + short**2 * long  # half a Gram matrix
+    project = short * rows * num_tasks * width  # in single precision, as the product at the end
+    product = short * height * width
+    return decompose + project + product + COST_PER_VALUE * num_tasks * rows * width
+
+
 Decomposed = tuple[Tensor, tuple[Tensor, ...], Tensor]
 """U (m, r), N matrices of unit rows (r, n), and the rows' lengths (N, r)."""
 
@@ -107,17 +128,16 @@ def _decompose(deltas: Sequence[Tensor], rank_tol: float, rank_drop: float) -> D
     """The joint basis of N matrices (m, n) side by side."""
     (height, width), dtype = deltas[0].shape, deltas[0].dtype
     tolerance = max(rank_tol, rank_tolerance((height, len(deltas) * width), dtype))
-    if needs_svd(dtype, tolerance, 1.0):
-        U, S, _ = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
-        return _project(U[:, : _num_kept(S, tolerance, rank_drop)], deltas)
-    if height <= len(deltas) * width:
-        values, U = eigen(lambda: gram(deltas))
-        U = U[:, : _num_kept(values.sqrt(), tolerance, rank_drop)].to(dtype).contiguous()  # not a view of all
-        return _project(U, deltas)
-    values, V = eigen(lambda: gram(_stacked_rows(deltas)))
+    is_wide = height <= len(deltas) * width
+    values, vectors = eigen(lambda: gram(deltas if is_wide else _stacked_rows(deltas)))
     S = values.sqrt()
     rank = _num_kept(S, tolerance, rank_drop)
-    return _expand(S[:rank], V[:, :rank], deltas)
+    if rank and needs_svd(dtype, float(S[rank - 1]), float(S[0])):
+        U, S, _ = torch.linalg.svd(torch.cat(list(deltas), dim=1), full_matrices=False)
+        return _project(U[:, : _num_kept(S, tolerance, rank_drop)], deltas)
+    if is_wide:
+        return _project(vectors[:, :rank].to(dtype).contiguous(), deltas)  # not a view of all
+    return _expand(S[:rank], vectors[:, :rank], deltas)
 
 
 def _num_kept(S: Tensor, tolerance: float, rank_drop: float) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +42,8 @@ class TaskArithmetic(Method):
         tensor([ 2., -1.])
     """
 
-    elementwise: ClassVar[bool] = True
+    elementwise = True
+    linear = True
     works_in_pieces = True
 
     def __init__(self, scale: float = 0.4) -> None:
@@ -67,7 +67,8 @@ class Average(Method):
         tensor([ 2., -1.])
     """
 
-    elementwise: ClassVar[bool] = True
+    elementwise = True
+    linear = True
     works_in_pieces = True
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
-from typing import ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from lightning_drm.merging.inputs import check_coefficients, check_deltas, check
 from lightning_drm.merging.linalg.selection import Reduce, identity
 from lightning_drm.merging.low_rank import Delta, LowRank, densify
 from lightning_drm.merging.precision import ieee_arithmetic
+from lightning_drm.merging.statistics import Need, Statistics, check_statistics
 
 COST_PER_VALUE = 500.0
 """What reading, moving and comparing one value of one task costs, in the unit of `Method.cost`: about 10 ns."""
@@ -31,14 +32,38 @@ class Method(ABC):
     exact on factors, it implements `_merge_low_rank` too.
     """
 
-    elementwise: ClassVar[bool] = False
+    elementwise: bool = False
     """Whether entries are merged one by one, so that tensors of any number of dimensions will do."""
 
-    not_low_rank: ClassVar[str] = ""
+    linear: bool = False
+    """Whether the result is linear in the coefficients: D = Σ_t λ_t C_t, with parts C_t that they do not change."""
+
+    not_low_rank: str = ""
     """Why the method's result is not low-rank where the inputs are; empty if it is."""
+
+    only_low_rank: str = ""
+    """What says that the method merges low-rank inputs only; empty if it takes dense ones too."""
+
+    needs: Need | None = None
+    """Which statistics of the tasks' data the method needs, if it needs any."""
+
+    num_samples: int | None = None
+    """How many training samples of each task the statistics must be of; any number will do if left out."""
+
+    propagate: bool = False
+    """Whether its statistics are those of inputs that come through the merged blocks before."""
+
+    acts_on_inputs: bool = False
+    """Whether the method tells the columns of a matrix, a layer's inputs, from its rows: one that is stored (in, out)
+    is merged the other way round."""
+
+    weighs: bool = False
+    """Whether coefficients are the weights of a mean, so that a factor on all of them changes nothing."""
 
     scale: float
     """Factor on the merged delta."""
+
+    _statistics: Sequence[Statistics] = ()
 
     @property
     def works_in_pieces(self) -> bool:
@@ -49,23 +74,33 @@ class Method(ABC):
         """
         return False
 
-    def merge(self, deltas: Sequence[Delta], coefficients: Sequence[float] | None = None) -> Tensor:
+    def merge(
+        self,
+        deltas: Sequence[Delta],
+        coefficients: Sequence[float] | None = None,
+        *,
+        statistics: Sequence[Statistics] | None = None,
+    ) -> Tensor:
         """Merge one parameter's deltas.
 
         Args:
             deltas: N deltas of one shape, (m, n) for matrix methods; dense, low-rank or both. They are not changed.
             coefficients: N finite numbers λ; default 1.0 each.
+            statistics: N statistics of the tasks' data, for the methods that have `needs`; others leave them aside.
 
         Returns:
             The merged delta, dense, in float32 for half-precision inputs, else in the inputs' precision.
 
         Raises:
-            ValueError: If the deltas or coefficients do not fit together or are not finite, or the merged delta is
-                beyond the precision; says which.
+            ValueError: If the deltas, coefficients or statistics do not fit together or are not finite, the method is
+                one for low-rank deltas only and some are dense, or the merged delta is beyond the precision; says
+                which.
         """
+        if statistics is not None:
+            return self.informed(statistics).merge(deltas, coefficients)
         checked, weights = self._check(deltas, coefficients)
+        factors = [delta for delta in checked if isinstance(delta, LowRank)]
         with ieee_arithmetic(checked[0].device):
-            factors = [delta for delta in checked if isinstance(delta, LowRank)]
             if self.supports_low_rank and len(factors) == len(checked):
                 merged = self._merge_low_rank(factors, weights).dense()
             else:
@@ -74,7 +109,12 @@ class Method(ABC):
             return merged
 
     def merge_low_rank(
-        self, deltas: Sequence[Delta], coefficients: Sequence[float] | None = None, *, rank: int | None = None
+        self,
+        deltas: Sequence[Delta],
+        coefficients: Sequence[float] | None = None,
+        *,
+        rank: int | None = None,
+        statistics: Sequence[Statistics] | None = None,
     ) -> LowRank:
         """Merge one parameter's low-rank deltas into a low-rank delta, exactly.
 
@@ -82,6 +122,7 @@ class Method(ABC):
             deltas: N low-rank deltas of one shape (m, n); their ranks may differ.
             coefficients: As for `merge`.
             rank: Truncate the result to this rank. `LowRank.truncate` does the same and reports the error.
+            statistics: As for `merge`.
 
         Returns:
             The merged delta as factors, of rank at most the sum of the ranks.
@@ -89,13 +130,16 @@ class Method(ABC):
         Raises:
             ValueError: If the method is not exact on factors, or an input is dense; and as `merge`.
         """
+        if statistics is not None:
+            return self.informed(statistics).merge_low_rank(deltas, coefficients, rank=rank)
         if not self.supports_low_rank:
             raise ValueError(f"{type(self).__name__} has no low-rank result: {self.not_low_rank}; use merge instead")
         checked, weights = self._check(deltas, coefficients)
         factors = [delta for delta in checked if isinstance(delta, LowRank)]
         if len(factors) != len(checked):
-            dense = [task for task, delta in enumerate(checked) if not isinstance(delta, LowRank)]
-            raise ValueError(f"{type(self).__name__}: merge_low_rank needs LowRank deltas, dense of tasks {dense}")
+            raise ValueError(
+                f"{type(self).__name__}: merge_low_rank needs LowRank deltas, dense of tasks {_dense(checked)}"
+            )
         with ieee_arithmetic(checked[0].device):
             merged = self._merge_low_rank(factors, weights)
             check_result(type(self).__name__, merged, checked)
@@ -116,7 +160,8 @@ class Method(ABC):
         """Fix what depends on the whole model; nothing, for most methods.
 
         Args:
-            stream: Called once or more; yields the N tasks' deltas of one parameter after another; of one piece after
+            stream: Called once or more; yields the N tasks' deltas that `merge` will be called with: those of one
+                parameter after another, of one expert or part of a fused matrix after another, or of one piece after
                 another if the method works in pieces.
             reduce: Sums a tensor over ranks, where each rank streams only its share of the parameters.
             num_tasks: Number of tasks; only needed by a rank whose share may be empty.
@@ -138,6 +183,17 @@ class Method(ABC):
         """
         return self
 
+    def informed(self, statistics: Sequence[Statistics]) -> Self:
+        """Tell the method of the tasks' data what it `needs` for one parameter; nothing, for most methods.
+
+        Args:
+            statistics: One for each task.
+
+        Returns:
+            The method to merge that parameter with.
+        """
+        return self if self.needs is None else self._with(_statistics=tuple(statistics))
+
     def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:
         """Estimate the work of merging one parameter, to share parameters out over processes.
 
@@ -154,8 +210,8 @@ class Method(ABC):
             return COST_PER_VALUE * num_tasks * prod(shape)
         return COST_PER_VALUE * rank * sum(shape) + rank * prod(shape)
 
-    def hyperparameters(self) -> dict[str, float | int | str | bool]:
-        """The constructor's arguments by name."""
+    def hyperparameters(self) -> dict[str, Any]:
+        """The constructor's arguments by name: numbers, words, and for some methods another method."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     @abstractmethod
@@ -170,7 +226,18 @@ class Method(ABC):
         name = type(self).__name__
         with torch.no_grad():
             checked = check_deltas(name, deltas, matrices=not self.elementwise)
+        if self.needs is not None:
+            given, first = self._statistics or None, checked[0]
+            check_statistics(name, self.needs, given, len(checked), first.shape, first.device)
+        if self.only_low_rank and (dense := _dense(checked)):
+            raise ValueError(f"{name}: {self.only_low_rank}, but those of tasks {dense} are dense")
         return checked, check_coefficients(name, coefficients, len(checked))
+
+    def _take_after(self, method: Method) -> None:
+        """Take over what a method says of itself, for a step around it, which merges by that method."""
+        self.not_low_rank, self.only_low_rank = method.not_low_rank, method.only_low_rank
+        self.needs, self.num_samples, self.propagate = method.needs, method.num_samples, method.propagate
+        self.acts_on_inputs, self.weighs = method.acts_on_inputs, method.weighs
 
     def _with(self, **changes: object) -> Self:
         changed = copy.copy(self)
@@ -186,3 +253,7 @@ class Method(ABC):
 
     def __hash__(self) -> int:
         return hash(repr(self))
+
+
+def _dense(deltas: Sequence[Delta]) -> list[int]:
+    return [task for task, delta in enumerate(deltas) if not isinstance(delta, LowRank)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
 
+from typing_extensions import override
+
+from lightning_drm.merging.linalg.selection import Reduce, identity
 from lightning_drm.merging.low_rank import Delta
 from lightning_drm.merging.method import Method
 
@@ -41,3 +44,28 @@ class PreparedMethod(Method):
         Returns:
             The merged delta.
         """
+
+    @override
+    def calibrate(
+        self,
+        stream: Callable[[], Iterable[Sequence[Delta]]],
+        *,
+        reduce: Reduce = identity,
+        num_tasks: int | None = None,
+    ) -> Self:
+        return self.calibrate_prepared(lambda: map(self.prepare, stream()), reduce=reduce, num_tasks=num_tasks)
+
+    def calibrate_prepared(
+        self, stream: Callable[[], Iterable[Any]], *, reduce: Reduce = identity, num_tasks: int | None = None
+    ) -> Self:
+        """Fix what depends on the whole model, from what `prepare` made of it; nothing, for most methods.
+
+        Args:
+            stream: Called once or more; yields what `prepare` made of one parameter after another.
+            reduce: As for `calibrate`.
+            num_tasks: As for `calibrate`.
+
+        Returns:
+            The method to merge with.
+        """
+        return self

@@ -37,29 +37,29 @@ class RotationalMethod(Method):
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         scaled, exponent = near_one(deltas)
-        return self._merge_scaled([densify(delta) for delta in scaled], coefficients, min(deltas[0].shape), exponent)
+        return self._merge_scaled([densify(delta) for delta in scaled], coefficients, deltas[0].shape, exponent)
 
     def _merge_low_rank(self, deltas: list[LowRank], coefficients: list[float]) -> LowRank:
         scaled, exponent = near_one(deltas)
         Q, W, cores = core_coordinates([delta for delta in scaled if isinstance(delta, LowRank)])
-        core = self._merge_scaled(cores, coefficients, min(deltas[0].shape), exponent)
+        core = self._merge_scaled(cores, coefficients, deltas[0].shape, exponent)
         return LowRank(Q, core @ W.T).to(deltas[0].dtype)
 
     def _merge_scaled(
-        self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int, exponent: int
+        self, deltas: Sequence[Tensor], coefficients: Sequence[float], shape: tuple[int, ...], exponent: int
     ) -> Tensor:
         """The result also scales with the coefficients, whose products with deltas are squared as well."""
         numbers, own = numbers_near_one(coefficients)
-        return times_power_(self._merge_rotated(deltas, numbers, size), exponent + own)
+        return times_power_(self._merge_rotated(deltas, numbers, shape), exponent + own)
 
     @abstractmethod
-    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
+    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], shape: tuple[int, ...]) -> Tensor:
         """Merge matrices in any pair of orthonormal bases.
 
         Args:
             deltas: N matrices of one shape: the deltas, or their cores.
             coefficients: N numbers λ.
-            size: min(m, n) of the deltas that these are or stand for: numbers of directions are fractions of it.
+            shape: (m, n) of the deltas that these are or stand for, on which numbers of directions depend.
 
         Returns:
             The merged matrix, in the same precision.

@@ -8,27 +8,32 @@ As in the original code, the threshold is taken over a task's whole task vector,
 and the average divides by the number of agreeing tasks. Where a sum is exactly 0, its entries are dropped; the original
 code takes the model-wide majority sign there. The threshold over a whole model is found by streaming its parameters
 twice past one histogram for each task; the flattened task vector never exists.
+
+In core space (arXiv 2509.17786) the same is done to the entries of the cores of low-rank deltas, and a task's threshold
+is taken over its cores in the whole model; `core_space.py` has the algorithm. This is another method than TIES on
+entries: it gives another result, of low rank. While it is calibrated, the cores of the whole model are in memory: about
+N R / (m + n) times as many numbers as the adapters have, for R the sum of N ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar, Literal, Self, get_args
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_drm.merging.core_space import CoreSpaceMethod, Space
 from lightning_drm.merging.election import elect_and_average, slice_size
-from lightning_drm.merging.inputs import check_deltas, choice, finite, fraction, refuse
-from lightning_drm.merging.linalg.selection import Reduce, identity, prune_each, thresholds
-from lightning_drm.merging.low_rank import Delta, densify
-from lightning_drm.merging.method import Method
+from lightning_drm.merging.inputs import check_thresholds, choice, finite, fraction, refuse
+from lightning_drm.merging.linalg.selection import TIE, Reduce, identity, prune_each, thresholds
+from lightning_drm.merging.low_rank import Delta
 
 Scope = Literal["global", "tensor"]
 
 
-class TIES(Method):
+class TIES(CoreSpaceMethod):
     r"""TIES-Merging: keep each task's largest entries, elect a sign at each position, average the entries that agree.
 
     .. math:: s = \mathrm{sgn} \sum_t \hat\tau_t, \qquad A = \{t : \mathrm{sgn}\, \hat\tau_t = s \ne 0\}, \qquad
@@ -41,6 +46,8 @@ class TIES(Method):
         scope: What the threshold is taken over: "global", a task's whole task vector (see `calibrate`), or "tensor",
             one parameter of it.
         scale: Factor on the merged delta; the paper's λ. The coefficients are one λ for each task.
+        space: What is merged entry by entry: "entries", the deltas themselves, or "core", the cores of low-rank deltas,
+            so that the result is low-rank too: another method, for matrices.
 
     Raises:
         ValueError: If an argument is out of range; lists all that are.
@@ -52,30 +59,41 @@ class TIES(Method):
         >>> deltas = [torch.tensor([4.0, 1.0, -3.0, 0.5]), torch.tensor([2.0, -5.0, 1.0, 6.0])]
         >>> TIES(density=0.5).merge(deltas)
         tensor([ 3., -5., -3.,  6.])
+
+        In core space, a merged LoRA delta is one again.
+
+        >>> from lightning_drm import LowRank
+        >>> deltas = [LowRank(torch.ones(4, 1), torch.ones(1, 3)), LowRank(torch.eye(4)[:, :1], torch.eye(3)[:1])]
+        >>> TIES(space="core").merge_low_rank(deltas).rank
+        2
     """
 
-    elementwise: ClassVar[bool] = True
-    not_low_rank: ClassVar[str] = "trimming single entries leaves a matrix of full rank"
+    linear = True
+    not_low_rank = "trimming single entries leaves a matrix of full rank, which space='core' avoids"
 
-    def __init__(self, density: float = 0.2, scope: Scope = "global", scale: float = 1.0) -> None:
+    def __init__(
+        self, density: float = 0.2, scope: Scope = "global", scale: float = 1.0, space: Space = "entries"
+    ) -> None:
         refuse(
             "TIES",
             [
                 fraction("density", density, zero=False, one=True),
                 choice("scope", scope, get_args(Scope)),
                 finite("scale", scale),
+                choice("space", space, get_args(Space)),
             ],
         )
         self.density = density
         self.scope = scope
         self.scale = scale
         self.thresholds: tuple[float, ...] | None = None
+        self._choose(space)
 
     @property
     @override
     def works_in_pieces(self) -> bool:
-        """Whether thresholds are not those of single tensors."""
-        return self.scope == "global" or self.density == 1
+        """Whether entries are those of the deltas, and thresholds not those of single tensors."""
+        return self.elementwise and (self.scope == "global" or self.density == 1)
 
     def calibrate(
         self,
@@ -98,20 +116,27 @@ class TIES(Method):
         if self.scope == "tensor":
             return self
 
-        def dense() -> Iterable[list[Tensor]]:
+        def entries() -> Iterator[list[Tensor]]:
             for deltas in stream():
-                yield [densify(delta) for delta in check_deltas("TIES", deltas, matrices=False)]
+                yield self._entries(self._check(deltas, None)[0])
 
         with torch.no_grad():
-            count = num_tasks or len(next(iter(dense()), ()))
-            return self._with(thresholds=thresholds(dense, self.density, num_tasks=count, reduce=reduce))
+            # Cores are small, and taking them once more would cost more than counting them.
+            cores = list(entries()) if self.space == "core" else None
 
-    def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
-        limits = self.thresholds
+            def passes() -> Iterable[list[Tensor]]:
+                return entries() if cores is None else cores
+
+            count = num_tasks or len(next(iter(passes()), ()))
+            return self._with(thresholds=thresholds(passes, self.density, num_tasks=count, reduce=reduce))
+
+    def _merge_entries(self, deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+        limits: Sequence[float] | None = self.thresholds
         if limits is None:
             limits = thresholds(lambda: [deltas], self.density, num_tasks=len(deltas))
-        if len(limits) != len(deltas):
-            raise ValueError(f"TIES was calibrated on {len(limits)} tasks, got {len(deltas)} deltas")
+        check_thresholds("TIES", limits, len(deltas))
+        if self.space == "core":
+            limits = [limit * (1 - TIE) for limit in limits]
         flat = [delta.flatten() for delta in deltas]
         merged = torch.empty_like(flat[0])
         size = slice_size(len(deltas), merged.device)

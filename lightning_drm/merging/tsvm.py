@@ -45,6 +45,8 @@ class TSVM(RotationalMethod):
                 [0., 2.]])
     """
 
+    linear = True
+
     def __init__(self, scale: float = 1.0) -> None:
         refuse("TSVM", [finite("scale", scale)])
         self.scale = scale
@@ -52,7 +54,7 @@ class TSVM(RotationalMethod):
     def _num_svds(self, num_tasks: int) -> int:
         return num_tasks + 2  # each task's, and those of the two bases that are made orthogonal
 
-    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> Tensor:
-        parts = (thin_svd(delta, size // len(deltas)) for delta in deltas)
+    def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], shape: tuple[int, ...]) -> Tensor:
+        parts = (thin_svd(delta, min(shape) // len(deltas)) for delta in deltas)
         left, values, right = join((U, value * S, Vh) for value, (U, S, Vh) in zip(coefficients, parts, strict=True))
         return orthogonalize(left) * (self.scale * values) @ orthogonalize(right)

@@ -139,6 +139,23 @@ def _of_one_batch(module: nn.Module, layers: Iterable[_BatchNorm], note: Callabl
                 layer.get_buffer(name).copy_(values)
 
 
+@contextmanager
+def by_batch_statistics(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """While it lasts, batch norms normalize each batch on itself, and their running statistics stay as they are.
+
+    Args:
+        layers: The batch norms.
+    """
+    kept = [(layer, layer.training, layer.momentum) for layer in layers]
+    try:
+        for layer, _, _ in kept:
+            layer.training, layer.momentum = True, 0.0
+        yield
+    finally:
+        for layer, training, momentum in kept:
+            layer.training, layer.momentum = training, momentum
+
+
 def of_all_tasks(statistics: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The statistics of all tasks' batches together, each task counting alike.
 

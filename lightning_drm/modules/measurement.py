@@ -29,7 +29,7 @@ from lightning_drm.modules.own_hooks import (
     logs_of,
     metric_stand_ins,
     plain_name,
-    run_test_step,
+    run_step,
 )
 from lightning_drm.modules.protocol import Classifies, classify
 from lightning_drm.modules.sample_states import SampleRecorder, SampleStates
@@ -130,7 +130,7 @@ class Measurement:
             if has_hook("test_step", self.module):
                 with logs_of(self.module, trainer, found):
                     call_hook(self.module, "on_test_batch_start", batch, batch_idx)
-                    outputs = run_test_step(self.module, batch, batch_idx)
+                    outputs = run_step(self.module, "test_step", batch, batch_idx)
                     call_hook(self.module, "on_test_batch_end", outputs, batch, batch_idx)
             if self._by_own is None:
                 self._by_own = self._score in found
@@ -276,7 +276,7 @@ def run_forward(module: nn.Module, batch: Any) -> None:
         classify(module, batch)
         return
     with metric_stand_ins(module), logs_of(module, None, {}):
-        run_test_step(module, batch, 0)
+        run_step(module, "test_step", batch, 0)
 
 
 def described(module: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ name that was logged, without ``test_``.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -46,15 +46,16 @@ def call_hook(module: nn.Module, hook: str, *args: Any) -> None:
         method(*args, **({"dataloader_idx": 0} if takes_loader else {}))
 
 
-def run_test_step(module: nn.Module, batch: Any, batch_idx: int) -> Any:
-    """Calls a module's ``test_step``, which takes the batch's number or not.
+def run_step(module: nn.Module, hook: str, batch: Any, batch_idx: int) -> Any:
+    """Calls a module's ``training_step`` or ``test_step``, which takes the batch's number or not.
 
     Args:
         module: A task's module that has one.
+        hook: The step's name.
         batch: The batch.
         batch_idx: Its number.
     """
-    step: Callable[..., Any] = cast(Any, module).test_step
+    step: Callable[..., Any] = getattr(module, hook)
     parameters = list(signature(step).parameters.values())
     takes_number = len(parameters) > 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
     return step(batch, batch_idx) if takes_number else step(batch)

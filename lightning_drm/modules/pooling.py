@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.generic import ModelOutput
 from typing_extensions import override
 
 
@@ -15,8 +16,8 @@ class PooledClassifier(nn.Module):
     Args:
         encoder: A transformers encoder whose output has ``last_hidden_state`` of shape ``(batch, tokens, dim)``.
         num_classes: Number of classes.
-        pooling: ``"mean"`` over the tokens that the attention mask keeps (without one, all), or ``"first"`` token;
-            ``None`` for logits of every token.
+        pooling: ``"mean"`` over the tokens that the attention mask keeps (without one, all), ``"first"`` token, or the
+            encoder's own ``"pooler"``; ``None`` for logits of every token.
         dropout: Probability of dropping an entry of the vector that the head sees.
 
     Example:
@@ -27,7 +28,11 @@ class PooledClassifier(nn.Module):
     """
 
     def __init__(
-        self, encoder: PreTrainedModel, num_classes: int, pooling: Literal["mean", "first"] | None, dropout: float = 0.0
+        self,
+        encoder: PreTrainedModel,
+        num_classes: int,
+        pooling: Literal["mean", "first", "pooler"] | None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -39,17 +44,26 @@ class PooledClassifier(nn.Module):
     def freeze_unused(self) -> None:
         """Takes gradients from what is no part of this computation, for distributed training would wait for them."""
         pooler = getattr(self.encoder, "pooler", None)
-        if isinstance(pooler, nn.Module):
+        if self.pooling != "pooler" and isinstance(pooler, nn.Module):
             pooler.requires_grad_(False)
 
     @override
     def forward(self, attention_mask: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
         """Logits ``(batch, classes)``, or ``(batch, tokens, classes)`` without pooling, in transformers' class."""
         masks = {} if attention_mask is None else {"attention_mask": attention_mask}
-        hidden = self.encoder(**masks, **inputs).last_hidden_state
-        if self.pooling is not None:
+        output = self.encoder(**masks, **inputs)
+        hidden = output.last_hidden_state
+        if self.pooling == "pooler":
+            hidden = self._pooled(output)
+        elif self.pooling is not None:
             hidden = hidden[:, 0] if self.pooling == "first" else _masked_mean(hidden, attention_mask)
         return SequenceClassifierOutput(logits=cast(torch.FloatTensor, self.classifier(self.dropout(hidden))))
+
+    def _pooled(self, output: ModelOutput) -> Tensor:
+        pooled: Tensor | None = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise ValueError(f"{type(self.encoder).__name__} pools nothing by itself: choose another pooling.")
+        return pooled
 
 
 def _masked_mean(hidden: Tensor, mask: Tensor | None) -> Tensor:

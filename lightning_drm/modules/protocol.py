@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from lightning_drm.kinds import Kind
+
 
 @runtime_checkable
 class Classifies(Protocol):
@@ -52,6 +54,23 @@ def classify(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             "(inputs, targets): define `classify(self, batch)` that returns logits and targets."
         )
     return module(batch[0]), batch[1]
+
+
+def class_logits(module: nn.Module, logits: Tensor, target: Tensor) -> Tensor | None:
+    """Logits ``(…, classes)`` whose softmax says how likely each class is; ``None`` where there are no classes.
+
+    The module's kind of task tells, or else shapes and types do.
+
+    Args:
+        module: A task's module.
+        logits: What `classify` returned.
+        target: The targets with it.
+    """
+    kind = getattr(module, "kind", None)
+    if isinstance(kind, Kind):
+        return kind.class_logits(logits.float(), target)
+    are_classes = logits.ndim == 2 and logits.shape[1] > 1 and target.ndim == 1 and not target.is_floating_point()
+    return logits if are_classes else None
 
 
 def head_names_of(module: nn.Module, given: Sequence[str] | None = None) -> tuple[str, ...]:

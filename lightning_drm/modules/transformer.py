@@ -1,10 +1,13 @@
 """One task of a transformers backbone, of any kind, finetuned in full or with LoRA."""
 
 import copy
+import inspect
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import transformers
@@ -15,9 +18,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
+from lightning_drm import kinds
 from lightning_drm.deltas import backbone_parameters, head_state
 from lightning_drm.deltas.wrappers import unwrapped
 from lightning_drm.kinds import LABELS, Classification, Kind, TaskMetrics, metrics_of
@@ -41,9 +45,10 @@ class TransformerTask(LightningModule):
         kind: What is predicted, `Classification` if left out. Leave it out where the task's data say it.
         modality: Whether the backbone reads text or images.
         pooling: ``"model"`` uses the model that transformers defines for the backbone and the kind of task, with its
-            own pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders) and
-            ``"first"`` takes the first one, both followed by a linear head. Kinds of task that predict something for
-            each token have a linear head on each token's last hidden state then.
+            own pooling and head; ``"mean"`` averages the last hidden states over the tokens (sentence encoders),
+            ``"first"`` takes the first one, and ``"pooler"`` is the encoder's own pooled output, each followed by a
+            linear head. Kinds of task that predict something for each token have a linear head on each token's last
+            hidden state then. Of a model of images and texts, such as CLIP, these use the vision tower for images.
         lora: Adapters to train in place of the backbone's weights (``peft.LoraConfig``); in full if left out.
         optimizer: From parameters to an optimizer; ``torch.optim.AdamW`` as it comes if left out.
         lr_scheduler: From an optimizer to a learning-rate scheduler, stepped after every batch.
@@ -52,6 +57,10 @@ class TransformerTask(LightningModule):
         dtype: Precision of the weights. A finetune in bfloat16 loses small deltas, hence float32.
         trust_remote_code: Run Python code that comes with the pretrained model, on the hub or in its folder. It can do
             anything that you can; without it, such a model is refused.
+        revision: The version of a model on the hub: a commit, a tag or a branch; the newest one if left out.
+
+    Attributes:
+        class_names: The classes in the order of the logits, where the task's data name them.
     """
 
     def __init__(
@@ -60,7 +69,7 @@ class TransformerTask(LightningModule):
         num_classes: int | None = None,
         kind: Kind | None = None,
         modality: Literal["text", "image"] = "text",
-        pooling: Literal["model", "mean", "first"] = "model",
+        pooling: Literal["model", "mean", "first", "pooler"] = "model",
         lora: LoraConfig | None = None,
         optimizer: OptimizerCallable | None = None,  # a class here would give its defaults to any other (jsonargparse)
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -68,6 +77,7 @@ class TransformerTask(LightningModule):
         dropout: float = 0.0,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
         trust_remote_code: bool = False,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -81,7 +91,9 @@ class TransformerTask(LightningModule):
         self.dropout = dropout
         self.load_dtype = dtype
         self.trust_remote_code = trust_remote_code
+        self.revision = revision
         self.kind = kind
+        self.class_names: list[str] | None = None
         self.model: nn.Module | None = None
         # Lightning's own mean rounds the batches' sizes where processes share them.
         self.mean_loss = MeanMetric(nan_strategy=math.nan)
@@ -115,14 +127,58 @@ class TransformerTask(LightningModule):
                 f"The module is of the kind {type(self.kind).__name__}, its data of the kind {type(kind).__name__}."
             )
         metrics = metrics_of(data) or TaskMetrics(kind.metrics(data.num_classes))
+        self.class_names = getattr(data, "class_names", None)
         self._configure(kind, data.num_classes, metrics)
+        config = getattr(self._built, "config", None)
+        if not kind.shares_head and isinstance(config, PretrainedConfig) and config.pad_token_id is None:
+            config.pad_token_id = getattr(data, "pad_token_id", None)  # where a text ends, for the heads of decoders
+
+    def description(self) -> dict[str, Any] | None:
+        """What `from_description` builds it of again, but for its weights, in JSON's types.
+
+        ``None`` for a class or a kind of task of a user's own, whose code others do not have.
+        """
+        kind = self._kind
+        if type(self) is not TransformerTask or _kind_called(type(kind).__name__) is not type(kind):
+            return None
+        settings = {name: getattr(kind, name) for name in inspect.signature(type(kind)).parameters}
+        return {
+            "kind": {type(kind).__name__: settings},
+            "num_classes": self.hparams["num_classes"],
+            "class_names": self.class_names,
+            "modality": self.modality,
+            "pooling": self.pooling,
+            "dtype": self.load_dtype,
+        }
+
+    @classmethod
+    def from_description(cls, backbone: str, description: Mapping[str, Any]) -> Self:
+        """Builds a module for predictions, which measures nothing.
+
+        Args:
+            backbone: Folder of the backbone.
+            description: What `description` gave.
+
+        Raises:
+            KeyError: If it lacks something, or names no kind of task.
+        """
+        ((name, settings),) = description["kind"].items()
+        if (kind := _kind_called(name)) is None:  # the file may come from anywhere: nothing else is called by its name
+            raise KeyError(name)
+        module = cls(backbone, **{name: description[name] for name in ("modality", "pooling", "dtype")})
+        module.class_names = description["class_names"]
+        module._build(kind(**settings), description["num_classes"])
+        return module.eval()
 
     def _configure(self, kind: Kind, num_outputs: int, metrics: TaskMetrics) -> None:
+        self.val_metrics, self.test_metrics = copy.deepcopy(metrics), metrics
+        self._build(kind, num_outputs)
+
+    def _build(self, kind: Kind, num_outputs: int) -> None:
         self._require_fit(kind)
         self.hparams["num_classes"] = num_outputs
         self.kind = kind
-        self.val_metrics, self.test_metrics = copy.deepcopy(metrics), metrics
-        model = self._load(resolve_pretrained(self.backbone_name), kind, num_outputs)
+        model = self._load(kind, num_outputs)
         self.model = model
         # transformers names it after the architecture ("bert", "vision_model", …), not always after its own prefix.
         # Found now, for under FSDP1 a process will see of each part's size only its own piece.
@@ -143,22 +199,28 @@ class TransformerTask(LightningModule):
         if self.device_mesh is not None and not is_sharded(self):
             shard_for_training(self._built, data_parallel(self.device_mesh))
 
-    def _load(self, source: str, kind: Kind, num_outputs: int) -> nn.Module:
-        # Said in any case: transformers would ask on the terminal.
-        trust = self.trust_remote_code
+    @property
+    def _source(self) -> dict[str, Any]:
+        """What to load, as arguments of every `from_pretrained`."""
+        return {
+            "pretrained_model_name_or_path": resolve_pretrained(self.backbone_name, self.revision),
+            "trust_remote_code": self.trust_remote_code,  # in any case: transformers would ask on the terminal
+            **({"revision": self.revision} if self.revision is not None else {}),
+        }
+
+    def _load(self, kind: Kind, num_outputs: int) -> nn.Module:
         if self.pooling != "model":
-            encoder = AutoModel.from_pretrained(source, dtype=self.load_dtype, trust_remote_code=trust)
+            encoder = self._load_encoder()
             return PooledClassifier(encoder, num_outputs, self.pooling if kind.pools else None, self.dropout)
         if self.modality not in kind.auto_class:
             raise ValueError(f"{type(kind).__name__} tasks are of {', '.join(kind.auto_class)}, not {self.modality}.")
         auto_class = kind.auto_class[self.modality]
         try:
             model, found = getattr(transformers, auto_class).from_pretrained(
-                source,
+                **self._source,
                 **kind.model_settings(num_outputs),
                 dtype=self.load_dtype,
                 ignore_mismatched_sizes=not kind.shares_head,
-                trust_remote_code=trust,
                 output_loading_info=True,
             )
         except ValueError as error:
@@ -168,12 +230,28 @@ class TransformerTask(LightningModule):
                 f"{self.backbone_name} is no model for {type(kind).__name__} tasks: transformers has no {auto_class} "
                 "of its architecture."
             ) from error
-        if kind.shares_head and (missing := sorted(found["missing_keys"])):
+        if kind.shares_head and (missing := _listed(found["missing_keys"])):
             raise ValueError(
                 f"Expected all weights of {type(model).__name__} in {self.backbone_name}, as no task has a head of its "
-                f"own, but it lacks {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}."
+                f"own, but it lacks {missing}."
             )
         return cast(nn.Module, model)
+
+    def _load_encoder(self) -> PreTrainedModel:
+        config = AutoConfig.from_pretrained(**self._source)
+        tower = getattr(config, "vision_config", None) if self.modality == "image" else None
+        if tower is None:
+            return cast(PreTrainedModel, AutoModel.from_pretrained(**self._source, dtype=self.load_dtype))
+        lists_the_other_tower = logging.getLogger("transformers.modeling_utils")
+        with _only_errors(lists_the_other_tower):
+            encoder, found = AutoModel.from_pretrained(
+                **self._source, config=tower, dtype=self.load_dtype, output_loading_info=True
+            )
+        if missing := _listed(found["missing_keys"]):
+            raise ValueError(
+                f"Expected all weights of {type(encoder).__name__} in {self.backbone_name}, but it lacks {missing}."
+            )
+        return cast(PreTrainedModel, encoder)
 
     def _require_fit(self, kind: Kind) -> None:
         """Refuses settings that a kind of task has no use for."""
@@ -215,17 +293,21 @@ class TransformerTask(LightningModule):
     @property
     def score(self) -> str | None:
         """The name of the metric that the task is judged by."""
-        return self.test_metrics.score if self.model is not None else None
+        return self._measured.score if self._measured is not None else None
 
     @property
     def higher_is_better(self) -> bool | None:
         """The score's direction."""
-        return self.test_metrics.score_info.higher_is_better if self.model is not None else None
+        return self._measured.score_info.higher_is_better if self._measured is not None else None
 
     @property
     def score_metric(self) -> Metric | None:
         """The metric behind the score."""
-        return self.test_metrics.score_metric if self.model is not None else None
+        return self._measured.score_metric if self._measured is not None else None
+
+    @property
+    def _measured(self) -> TaskMetrics | None:
+        return getattr(self, "test_metrics", None)
 
     @override
     def forward(self, **inputs: Tensor) -> Tensor:
@@ -335,8 +417,7 @@ class TransformerTask(LightningModule):
         self.backbone.save_pretrained(folder)
         processor = AutoTokenizer if self.modality == "text" else AutoImageProcessor
         try:
-            source = resolve_pretrained(self.backbone_name)
-            processor.from_pretrained(source, trust_remote_code=self.trust_remote_code).save_pretrained(folder)
+            processor.from_pretrained(**self._source).save_pretrained(folder)
         except (OSError, ValueError) as error:  # users may prepare inputs by other means: the weights come first
             rank_zero_warn(
                 f"The merged model is written without a processor, as {self.backbone_name} has none: {error}"
@@ -351,3 +432,23 @@ class TransformerTask(LightningModule):
         saved = backbone_parameters(type(self.backbone).from_pretrained(folder, dtype=self.load_dtype), ())
         for name, parameter in backbone_parameters(self.backbone, ()).items():  # below adapters, where there are any
             parameter.tensor.data.copy_(saved[name].tensor)
+
+
+@contextmanager
+def _only_errors(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _kind_called(name: str) -> type[Kind] | None:
+    """A kind of task of this package by its class's name."""
+    found = getattr(kinds, name, None)
+    return found if isinstance(found, type) and issubclass(found, Kind) else None
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")

@@ -15,13 +15,18 @@ from lightning_drm.fusion import Fusion, Recipe, pieces
 from lightning_drm.merging import (
     DARETIES,
     DRM,
+    METHODS,
+    SVC,
     TIES,
     TSVM,
+    WUDI,
     Average,
+    Fisher,
     IsoC,
     IsoCTS,
     LowRank,
     Method,
+    RegMean,
     TaskArithmetic,
 )
 
@@ -38,13 +43,17 @@ MATRIX_METHODS = {
     "iso_c": (IsoC(scale=0.5), lambda d: reference.iso_c(d, IN_ORDER, scale=0.5)),
     "iso_cts": (IsoCTS(scale=0.5), lambda d: reference.iso_cts(d, IN_ORDER, scale=0.5)),
     "tsv_m": (TSVM(scale=0.5), lambda d: reference.tsv_m(d, IN_ORDER, scale=0.5)),
+    "svc": (
+        SVC(TaskArithmetic(0.3)),
+        lambda d: reference.svc(d, reference.task_arithmetic(d, IN_ORDER, scale=0.3), IN_ORDER),
+    ),
 }
 ELEMENTWISE = {
     "task_arithmetic": (TaskArithmetic(0.3), lambda d: reference.task_arithmetic(d, IN_ORDER, scale=0.3)),
     "average": (Average(), lambda d: reference.average(d, IN_ORDER)),
     "ties_tensor": (TIES(0.3, "tensor", 0.8), lambda d: reference.ties(d, IN_ORDER, density=0.3, scale=0.8)),
 }
-ALL: list[Method] = [DRM(), TIES(), DARETIES(), TaskArithmetic(), Average(), IsoC(), IsoCTS(), TSVM()]
+ALL: list[Method] = [*(kind() for kind in METHODS), SVC(DRM())]
 
 
 def weighted_average(deltas: list[Tensor], scale: float) -> Tensor:
@@ -321,3 +330,72 @@ def test_pieces_are_those_of_whole_parameters(
 def test_a_method_on_matrices_cannot_be_given_pieces(vectors: list[TaskVector]) -> None:
     with pytest.raises(AssertionError):
         Fusion(Recipe(DRM()), vectors, shapes={"dense.weight": (9, 7)}, in_pieces={"dense.weight"})
+
+
+def test_statistics_reach_the_method_and_what_has_none_is_averaged(
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]]
+) -> None:
+    """RegMean by its formula on both matrices, from factors on one of them; the rest by a mean of the same weights."""
+    merged = dict(Fusion(Recipe(RegMean(), COEFFICIENTS, convolutions="matrix"), vectors))
+    in_order = sorted(vectors, key=lambda vector: vector.task)
+    for name, deltas in dense.items():
+        mean = sum(c * delta for c, delta in zip(IN_ORDER, deltas, strict=True)) / sum(IN_ORDER)
+        if name in MATRICES:
+            grams = [vector.statistics.tensors[f"gram::{name}"] for vector in in_order]
+            shrunk = [c * (0.95 * g + 0.05 * torch.diag(g.diagonal())) for c, g in zip(IN_ORDER, grams, strict=True)]
+            met = sum(delta @ gram for delta, gram in zip(deltas, shrunk, strict=True))
+            mean = met @ torch.linalg.inv(sum(shrunk))
+        torch.testing.assert_close(merged[name], mean, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_fisher_takes_the_norm_of_the_whole_model(vectors: list[TaskVector], dense: dict[str, list[Tensor]]) -> None:
+    in_order = sorted(vectors, key=lambda vector: vector.task)
+    strong = [dataclasses.replace(v, statistics=dataclasses.replace(v.statistics, fisher_norm=n)) for v, n in
+              zip(in_order, (1.0, 4.0, 0.5), strict=True)]  # fmt: skip
+    for name, tensor in Fusion(Recipe(Fisher(), COEFFICIENTS), strong):
+        weights = [
+            c * v.statistics.tensors[f"fisher::{name}"].clamp(min=1e-6) / v.statistics.fisher_norm
+            for c, v in zip(IN_ORDER, strong, strict=True)
+        ]
+        expected = sum(w * d for w, d in zip(weights, dense[name], strict=True)) / sum(weights)
+        torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", [RegMean(), WUDI(input_weight=1.0), WUDI()], ids=repr)
+def test_a_matrix_that_is_stored_in_out_is_merged_the_other_way_round(vectors: list[TaskVector], method: Method):
+    """Inputs are the columns of (out, in); transposed by hand, the result is the same."""
+
+    def turned(vector: TaskVector) -> TaskVector:
+        return dataclasses.replace(vector, deltas={n: d.T if n in MATRICES else d for n, d in vector.deltas.items()})
+
+    expected = dict(Fusion(Recipe(method), vectors))
+    stored = dict(Fusion(Recipe(method), [turned(vector) for vector in vectors], transposed=set(MATRICES)))
+    for name in MATRICES:
+        torch.testing.assert_close(stored[name].T, expected[name], rtol=1e-10, atol=1e-12)
+    name = "adapted.weight"
+    adapted = [
+        dataclasses.replace(vector, deltas={name: vector.deltas[name].T}, kinds={name: "matrix"})
+        for vector in vectors
+        if name in vector.deltas
+    ]
+    fusion = Fusion(Recipe(method), adapted, transposed={name})
+    ((_, factors, _),) = fusion.merge_low_rank([name])
+    torch.testing.assert_close(factors.dense(), dict(fusion)[name], rtol=1e-10, atol=1e-12)
+
+
+def test_missing_statistics_are_refused_by_name(vectors: list[TaskVector]) -> None:
+    without = [dataclasses.replace(vectors[0], statistics=None), *vectors[1:]]
+    with pytest.raises(
+        ValueError, match=r"RegMean needs statistics .* \(gram\), and there are none of zeta: `lightning"
+    ):
+        Fusion(Recipe(RegMean()), without)
+    with pytest.raises(
+        ValueError, match=r"statistics of 64 training samples .* those that were collected are of 256 of"
+    ):
+        Fusion(Recipe(RegMean(num_samples=64)), vectors)
+    assert dict(Fusion(Recipe(DRM()), without)).keys() == dict(Fusion(Recipe(DRM()), vectors)).keys()
+
+
+def test_weights_that_are_none_are_refused(vectors: list[TaskVector]) -> None:
+    with pytest.raises(ValueError, match="RegMean takes coefficients as weights of a mean"):
+        Fusion(Recipe(RegMean(), {"alpha": -1.0}), vectors)

@@ -2,6 +2,8 @@
 
 import inspect
 import pydoc
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from helpers.own_method import Largest
@@ -9,7 +11,7 @@ from helpers.own_method import Largest
 import lightning_drm
 from lightning_drm.fusion import Recipe
 from lightning_drm.fusion.model_card import model_card
-from lightning_drm.merging import Method
+from lightning_drm.merging import Method, TaskArithmetic
 
 METHODS = [
     exported
@@ -18,17 +20,32 @@ METHODS = [
 ]
 
 
+def _made(method: type[Method]) -> Method:
+    """The method with its defaults; around another one where it needs one."""
+    needed = [name for name, p in inspect.signature(method).parameters.items() if p.default is p.empty]
+    return method(**dict.fromkeys(needed, TaskArithmetic(0.3)))
+
+
+def _read(description: Mapping[str, Any]) -> Method:
+    """The method that a description tells of, as jsonargparse would make it."""
+    arguments = description["init_args"].items()
+    return pydoc.locate(description["class_path"])(
+        **{name: _read(value) if isinstance(value, dict) else value for name, value in arguments}
+    )
+
+
 @pytest.mark.parametrize("method", [*METHODS, Largest])
 def test_its_class_path_imports_the_method(method: type[Method]):
-    description = Recipe(method()).description(["a", "b"])
+    made = _made(method)
+    description = Recipe(made).description(["a", "b"])
     assert pydoc.locate(description["class_path"]) is method
-    assert method(**description["init_args"]) == method()
+    assert _read(description) == made
 
 
 def test_this_package_exports_its_methods_under_its_own_name():
     assert len(METHODS) >= 8
     for method in METHODS:
-        assert Recipe(method()).description([])["class_path"] == f"lightning_drm.{method.__name__}"
+        assert Recipe(_made(method)).description([])["class_path"] == f"lightning_drm.{method.__name__}"
 
 
 def test_a_users_own_method_is_called_by_its_module():

@@ -5,7 +5,7 @@ import random
 import pytest
 from benchmarks.llama import llama_parameters
 
-from lightning_drm import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS
+from lightning_drm import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, KnOTS
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.fusion.share_out import Balance, balance, costs, share_out
 
@@ -20,7 +20,7 @@ def llama():
 @pytest.mark.parametrize("num_ranks", [8, 64, 512])
 @pytest.mark.parametrize("rule", ["average", "method"])
 @pytest.mark.parametrize(
-    "method", [DRM(), DRM("vertical"), TIES(), DARETIES(), Average(), IsoC(), IsoCTS(), TSVM()], ids=repr
+    "method", [DRM(), DRM("vertical"), TIES(), DARETIES(), Average(), IsoC(), IsoCTS(), TSVM(), KnOTS()], ids=repr
 )
 def test_llama_is_shared_out_evenly(method, rule, num_ranks, llama):
     """Within a tenth of the mean, unless whole parameters do not allow it: then within Graham's 4/3 of the best."""

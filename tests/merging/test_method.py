@@ -7,9 +7,11 @@ import pytest
 import torch
 from helpers import ties
 
-from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
+from lightning_drm import merging
+from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, KnOTS, LowRank, TaskArithmetic
+from lightning_drm.merging import METHODS as KINDS
 
-METHODS = [DRM(), TIES(), DARETIES(), TaskArithmetic(), Average(), IsoC(), IsoCTS(), TSVM()]
+METHODS = [kind() for kind in KINDS]
 
 
 def deltas(*shape, num_tasks=3, seed=0):
@@ -22,7 +24,7 @@ def test_hyperparameters_rebuild_the_method(method):
     again = type(method)(**method.hyperparameters())
     assert again == method
     assert hash(again) == hash(method)
-    assert eval(repr(method)) == method
+    assert eval(repr(method), vars(merging)) == method
     assert isinstance(method.scale, float)
 
 
@@ -46,7 +48,11 @@ def test_pieces_are_parts_of_the_whole(method, dtype):
         assert torch.equal(merged, whole[start:stop])
 
 
-@pytest.mark.parametrize("method", [DRM(), TIES(0.4, "tensor"), IsoC(), IsoCTS(), TSVM()], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [DRM(), TIES(0.4, "tensor"), TIES(space="core"), DARETIES(space="core"), IsoC(), IsoCTS(), TSVM(), KnOTS()],
+    ids=repr,
+)
 def test_methods_that_see_a_whole_parameter_say_so(method):
     assert not method.works_in_pieces
 

@@ -5,14 +5,38 @@ from helpers import ties
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, Method, TaskArithmetic
+from lightning_drm.merging import (
+    DARETIES,
+    DRM,
+    STAR,
+    SVC,
+    TIES,
+    TSVM,
+    WUDI,
+    Average,
+    DCMerge,
+    IsoC,
+    IsoCTS,
+    KnOTS,
+    LowRank,
+    Method,
+    TaskArithmetic,
+)
+from lightning_drm.merging import METHODS as ALL_METHODS
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
 DIRECTIONS = st.sampled_from(["horizontal", "vertical"])
 METHODS = st.sampled_from(
-    [DRM(), DRM("vertical"), DRM(prune="individual"), TIES(), TaskArithmetic(), Average(), IsoC(), IsoCTS(), TSVM()]
+    [
+        DRM(), DRM("vertical"), DRM(prune="individual"), TIES(), TaskArithmetic(), Average(), IsoC(), IsoCTS(), TSVM(),
+        WUDI(), DCMerge(0.2), STAR(), KnOTS(), KnOTS(0.4, scaled=False),
+    ]
+)  # fmt: skip
+ROTATIONAL = [IsoC(), IsoCTS(), TSVM(), WUDI(), DCMerge(0.2), STAR()]
+SPECTRAL = st.sampled_from(
+    [DRM(), DRM("vertical"), KnOTS(), KnOTS(scaled=False), TaskArithmetic(), Average(), *ROTATIONAL]
 )
-SPECTRAL = st.sampled_from([DRM(), DRM("vertical"), TaskArithmetic(), Average(), IsoC(), IsoCTS(), TSVM()])
+LINEAR = [kind() for kind in ALL_METHODS if kind.linear] + [DRM("vertical"), DRM(prune="individual")]
 
 
 @st.composite
@@ -101,7 +125,7 @@ def test_drm_commutes_with_rotations_of_the_side_that_is_not_pruned(
 
 
 @SETTINGS
-@given(deltas=tasks(), method=st.sampled_from([IsoC(), IsoCTS(), TSVM()]), seed=st.integers(0, 2**31))
+@given(deltas=tasks(), method=st.sampled_from(ROTATIONAL), seed=st.integers(0, 2**31))
 def test_spectral_methods_commute_with_all_rotations(deltas: list[torch.Tensor], method: Method, seed: int) -> None:
     Q, W = rotation(deltas[0].shape[0], seed), rotation(deltas[0].shape[1], seed + 1)
     rotated = Q.T @ method.merge([Q @ delta @ W for delta in deltas]) @ W.T
@@ -119,7 +143,14 @@ def test_vertical_is_horizontal_on_the_transposed(deltas: list[torch.Tensor]) ->
 @given(
     deltas=tasks(max_tasks=1),
     method=st.sampled_from(
-        [DRM(density=1.0, rank_tol=0.0), DRM("vertical", density=1.0, rank_tol=0.0), TIES(1.0), DARETIES(1.0), TSVM()]
+        [
+            DRM(density=1.0, rank_tol=0.0),
+            DRM("vertical", density=1.0, rank_tol=0.0),
+            TIES(1.0),
+            DARETIES(1.0),
+            TSVM(),
+            KnOTS(1.0),
+        ]
     ),
 )
 def test_one_task_with_everything_kept_is_returned(deltas: list[torch.Tensor], method: Method) -> None:
@@ -149,3 +180,31 @@ def test_factors_give_the_dense_result(deltas: list[torch.Tensor], method: Metho
     """Any matrix is a product with the identity, whatever its rank."""
     factors = [LowRank(delta, torch.eye(delta.shape[1], dtype=delta.dtype)) for delta in deltas]
     assert close(method.merge_low_rank(factors).dense(), method.merge(deltas), method, deltas)
+
+
+@SETTINGS
+@given(deltas=tasks(), method=st.sampled_from([KnOTS(0.4), KnOTS(0.4, scaled=False)]), seed=st.integers(0, 2**31))
+def test_knots_commutes_with_rotations_of_the_rows(deltas: list[torch.Tensor], method: Method, seed: int) -> None:
+    Q = rotation(deltas[0].shape[0], seed)
+    assert close(Q.T @ method.merge([Q @ delta for delta in deltas]), method.merge(deltas), method, deltas)
+
+
+@SETTINGS
+@given(tasks(), st.integers(0, 2**31), st.sampled_from(LINEAR))
+def test_a_linear_method_is_the_sum_of_its_parts(deltas, seed, method):
+    g = torch.Generator().manual_seed(seed)
+    coefficients = torch.randn(len(deltas), generator=g, dtype=torch.float64).tolist()
+    ones = [[float(task == other) for other in range(len(deltas))] for task in range(len(deltas))]
+    parts = [value * method.merge(deltas, one) for value, one in zip(coefficients, ones, strict=True)]
+    whole = method.merge(deltas, coefficients)
+    assert torch.linalg.norm(sum(parts) - whole) <= 1e-10 * torch.linalg.norm(torch.stack(parts)) + 1e-12
+
+
+def test_methods_that_are_not_linear_say_so():
+    g = torch.Generator().manual_seed(0)
+    deltas = [torch.randn(7, 5, generator=g, dtype=torch.float64) for _ in range(2)]
+    for method in (IsoC(), IsoCTS(), SVC(TaskArithmetic())):
+        assert not method.linear
+        parts = method.merge(deltas, [1.0, 0.0]) + method.merge(deltas, [0.0, 1.0])
+        whole = method.merge(deltas)
+        assert torch.linalg.norm(parts - whole) > 0.1 * torch.linalg.norm(whole)

@@ -4,7 +4,22 @@ import pytest
 import torch
 from helpers import reference, ties
 
-from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRank, TaskArithmetic
+from lightning_drm.merging import (
+    DARETIES,
+    DRM,
+    STAR,
+    SVC,
+    TIES,
+    TSVM,
+    WUDI,
+    Average,
+    DCMerge,
+    IsoC,
+    IsoCTS,
+    KnOTS,
+    LowRank,
+    TaskArithmetic,
+)
 
 SHAPES = [(12, 20), (20, 12), (16, 16), (60, 7), (7, 60), (1, 9), (9, 1), (1, 1)]
 PAIRS = {
@@ -24,12 +39,22 @@ PAIRS = {
     "ties": (TIES(0.3, "tensor", 1.2), lambda d, c: reference.ties(d, c, 0.3, 1.2)),
     "ties_global": (TIES(0.3), lambda d, c: reference.ties(d, c, 0.3)),
     "dare_dense": (DARETIES(density=1.0), lambda d, c: reference.ties(d, c, 1.0)),
+    "knots": (KnOTS(0.3, scale=1.2), lambda d, c: reference.knots(d, c, 0.3, scale=1.2)),
+    "knots_unscaled": (KnOTS(0.3, scaled=False), lambda d, c: reference.knots(d, c, 0.3, scaled=False)),
+    "knots_dense": (KnOTS(1.0), lambda d, c: reference.knots(d, c, 1.0)),
     "task_arithmetic": (TaskArithmetic(0.7), lambda d, c: reference.task_arithmetic(d, c, 0.7)),
     "average": (Average(), reference.average),
     "iso_c": (IsoC(1.3), lambda d, c: reference.iso_c(d, c, 1.3)),
     "iso_cts": (IsoCTS(0.6, 1.3), lambda d, c: reference.iso_cts(d, c, 0.6, 1.3)),
     "iso_cts_own": (IsoCTS(0.0), lambda d, c: reference.iso_cts(d, c, 0.0)),
     "tsv_m": (TSVM(1.3), lambda d, c: reference.tsv_m(d, c, 1.3)),
+    "wudi": (WUDI(0.2, 1.3), lambda d, c: reference.wudi(d, c, 0.2, 1.3)),
+    "wudi_exact": (WUDI(0.0), lambda d, c: reference.wudi(d, c, 0.0)),
+    "dc_merge": (DCMerge(0.2, scale=1.3), lambda d, c: reference.dc_merge(d, c, 0.2, scale=1.3)),
+    "dc_merge_line": (DCMerge(0.3, 2, "linear"), lambda d, c: reference.dc_merge(d, c, 0.3, 2, "linear")),
+    "svc": (SVC(TaskArithmetic(0.7)), lambda d, c: reference.svc(d, reference.task_arithmetic(d, c, 0.7), c)),
+    "svc_tsv": (SVC(TSVM(), 0.6), lambda d, c: reference.svc(d, reference.tsv_m(d, c), c, 0.6)),
+    "star": (STAR(60.0, 1.3), lambda d, c: reference.star(d, c, 60.0, 1.3)),
 }
 LOW_RANK = [name for name, (method, _) in PAIRS.items() if method.supports_low_rank]
 
@@ -67,7 +92,7 @@ def bound(method, dtype):
     eps = torch.finfo(dtype).eps
     if method.elementwise:
         return 4 * eps
-    if isinstance(method, DRM):  # singular values down to 1 % of the largest come from their squares, in doubles
+    if isinstance(method, DRM | KnOTS):  # singular values down to 1 % of the largest, come from squares
         return 8 * eps if dtype == torch.float32 else eps / 1e-2**2
     return 2e-5 if dtype == torch.float32 else 1e-9  # the polar factors of bases that are nearly dependent
 

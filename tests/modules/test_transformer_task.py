@@ -1,6 +1,7 @@
 """One task of a transformers backbone, over the architectures that people finetune."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,10 @@ import lightning as L
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import AutoModel
 
 from lightning_drm.deltas import Base, backbone_parameters
 from lightning_drm.kinds import IGNORE_INDEX
@@ -198,6 +201,40 @@ def test_pooling_without_a_mask_takes_all_tokens(pretrained: Folder) -> None:
         torch.testing.assert_close(task(input_ids=batch["input_ids"]), task.classify(batch)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["clip", "bert"])
+def test_the_encoders_own_pooling(pretrained: Folder, architecture: str) -> None:
+    """Of CLIP, it is that of the vision tower, which is loaded alone and trained as a whole."""
+    task = build(pretrained, architecture, pooling="pooler").eval()
+    batch = make_batch(architecture)
+    whole = AutoModel.from_pretrained(pretrained(architecture))
+    encoder = whole.vision_model if architecture == "clip" else whole
+    weights = encoder.state_dict()
+    assert task.backbone.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in task.backbone.state_dict().items())
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        pooled, head = encoder(**inputs).pooler_output.double(), task.model.classifier
+        expected = pooled @ head.weight.double().T + head.bias.double()
+        torch.testing.assert_close(task.classify(batch)[0].double(), expected, rtol=1e-5, atol=1e-6)
+    step_loss(task, batch).backward()
+    assert [name for name, parameter in task.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_vision_tower_that_is_not_whole_is_refused(pretrained: Folder, tmp_path: Path) -> None:
+    folder = shutil.copytree(pretrained("clip"), tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    del weights["vision_model.post_layernorm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"Expected all weights of CLIPVisionModel in .*, but it lacks post_layernorm"):
+        TransformerTask(str(folder), 3, modality="image", pooling="pooler")
+
+
+def test_an_encoder_without_pooling_is_refused(pretrained: Folder) -> None:
+    task = build(pretrained, "deberta", pooling="pooler")
+    with pytest.raises(ValueError, match="DebertaV2Model pools nothing by itself: choose another pooling"):
+        task.classify(make_batch("deberta"))
+
+
 def test_unused_pooler_takes_no_gradient(pretrained: Folder) -> None:
     """Distributed training would wait for its gradients."""
     task = build(pretrained, "bert", pooling="mean")
@@ -244,7 +281,8 @@ def test_metrics_of_a_fit(pretrained: Folder) -> None:
     """Validation and test leave padding samples out; the numbers are those of plain loops."""
     task = build(pretrained, "bert")
     batch = make_batch("bert", 6)
-    labels = [0, 1, 2, IGNORE_INDEX, 1, IGNORE_INDEX]
+    first = int(eval_logits(task, batch)[0].argmax())  # right, so that the accuracy is not 0 whatever the head is
+    labels = [first, 1, 2, IGNORE_INDEX, 1, IGNORE_INDEX]
     samples = [
         {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(label)}
         for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], labels, strict=True)

@@ -27,6 +27,13 @@ DEVICE_CHUNK = 1 << 24  # and elsewhere: enough to occupy an accelerator, and 12
 
 SAMPLE_STEP = 16  # every how many entries one is looked at, to guess where the threshold is
 
+TIE = 1e-10
+"""Relative difference up to which magnitudes in a computed basis count as equal to the threshold, and are kept.
+
+A task of rank 1 has the same unit row in every direction, up to sign and rounding. Without this tolerance, rounding in
+float64 would decide which of its equal entries survive. In float32 it is below the rounding error and has no effect.
+"""
+
 Reduce = Callable[[Tensor], Tensor]
 Stream = Callable[[], Iterable[Iterable[Tensor]]]
 
