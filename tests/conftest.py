@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from xdist.scheduler import LoadFileScheduling
 
-from lightning_drm.deltas import TaskVector
+from lightning_drm.deltas import Collected, TaskStatistics, TaskVector
 from lightning_drm.deltas.parameters import Kind
 from lightning_drm.fusion import pieces
-from lightning_drm.merging import Delta, LowRank
+from lightning_drm.merging import Delta, LowRank, Need
 
 TESTS = Path(__file__).parent
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -65,6 +65,20 @@ def vectors() -> list[TaskVector]:
     def head() -> dict[str, Tensor]:
         return {"head.weight": torch.randn(2, 3, generator=generator)}
 
+    def statistics() -> TaskStatistics:
+        own = torch.Generator().manual_seed(int(torch.randint(1000, (), generator=generator)))
+        tensors: dict[str, Tensor] = {}
+        for name in ("dense.weight", "adapted.weight"):
+            inputs = torch.randn(30, SHAPES[name][1][1], generator=own, dtype=torch.float64)
+            tensors[f"gram::{name}"] = inputs.T @ inputs / 30
+        for name, (_, shape) in SHAPES.items():
+            tensors[f"fisher::{name}"] = torch.rand(shape, generator=own, dtype=torch.float64)
+        keys: dict[Need, dict[str, str]] = {
+            need: {key.partition("::")[2]: key for key in tensors if key.startswith(need)}
+            for need in ("gram", "fisher")
+        }
+        return TaskStatistics(tensors, keys, dict.fromkeys(keys, Collected()), fisher_norm=2.0)
+
     return [
         TaskVector(
             task=task,
@@ -72,6 +86,7 @@ def vectors() -> list[TaskVector]:
             kinds={name: kind for name, (kind, _) in SHAPES.items() if name not in absent[task]},
             head=head(),
             base_hashes=BASE,
+            statistics=statistics(),
         )
         for task, size in (("zeta", 1.0), ("alpha", 0.3), ("mid", 2.0))
     ]

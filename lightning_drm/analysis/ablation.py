@@ -26,6 +26,7 @@ from lightning_drm.analysis.matrices import drm_of
 from lightning_drm.analysis.summary import AVERAGE, Summary, comparison, points, rows, summary
 from lightning_drm.evaluation import Candidates, Comparison, Finding, paired_interval
 from lightning_drm.evaluation.figures import Point, bars, line, new_figure, percent
+from lightning_drm.evaluation.published import SOURCE
 from lightning_drm.fusion import Recipe, method_title
 from lightning_drm.merging import DRM
 from lightning_drm.merging.joint_basis import Direction
@@ -128,11 +129,20 @@ class Ablation(Analysis):
             against = {f"change of the average{n}": v for n, v in zip(names, (change[0], low, high), strict=True)}
             table += [{**row, **against} if row["task"] == AVERAGE else row for row in rows(compared, labels)]
             on_step(number, len(variations))
+        published = _published(candidates, method)
+        for row in table if published else []:
+            is_switch = row["direction"] == "horizontal" and row["rank drop (fraction)"] == method.rank_drop
+            row["change of the average, published"] = (
+                published.get(str(row["variation"])) if is_switch and row["task"] == AVERAGE else None
+            )
         title = f"Ablation of {len(candidates.tasks)} tasks' merge ({method_title(method)})"
         sentence = _sentence(found, changes, method)
         if method is not candidates.recipe.method:
             configured = method_title(candidates.recipe.method)
             sentence += f" The configured method is {configured}, so this is DRM with its defaults."
+        if published:
+            listed = ", ".join(f"{name} {points(change)}" for name, change in published.items())
+            sentence += f" Published of DRM, horizontal ({SOURCE}): {listed}."
         return [Finding(self.name, title, sentence, pd.DataFrame(table), _figure(found, changes, method, title))]
 
     def _variations(self, method: DRM, direction: Direction) -> list[Variation]:
@@ -147,6 +157,14 @@ class Ablation(Analysis):
             switched.append(Variation(f"{other} pruning", _with(full, "prune", other)))
         dropped = [k for k in (0.0, *self.rank_drops) if k != full.rank_drop]
         return [Variation(FULL, full), *switched, *(Variation(FULL, _with(full, "rank_drop", k)) for k in dropped)]
+
+
+def _published(candidates: Candidates, method: DRM) -> Mapping[str, float]:
+    """By variation, the published change of the average accuracy; empty where it is of something else."""
+    if candidates.published is None or any(score.metric.name != "accuracy" for score in candidates.individual.values()):
+        return {}
+    recipe = replace(candidates.recipe, method=_with(method, "direction", "horizontal"))
+    return candidates.published.changes(recipe, candidates.tasks)
 
 
 def _with(method: DRM, name: str, value: object) -> DRM:

@@ -20,12 +20,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.analysis.analysis import Analysis, OnStep
-from lightning_drm.analysis.blocks import block_of, in_depth, short_names
 from lightning_drm.analysis.matrices import Matrices, matrix_of
 from lightning_drm.analysis.overlap import ERROR, alignment_ratio, cosines, inner_products, leading_directions
 from lightning_drm.evaluation import Candidates, Comparison, Finding
 from lightning_drm.evaluation.figures import heat_map, new_figure, percent, style_of
+from lightning_drm.evaluation.short_names import short_names
 from lightning_drm.fusion import method_title
+from lightning_drm.fusion.blocks import block_of, in_depth
 from lightning_drm.fusion.task_deltas import TaskDeltas
 from lightning_drm.merging import Delta
 

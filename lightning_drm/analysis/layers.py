@@ -22,12 +22,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.analysis.analysis import Analysis, OnStep
-from lightning_drm.analysis.blocks import OUTSIDE, block_of, in_depth, short_names
 from lightning_drm.analysis.summary import comparison
 from lightning_drm.deltas import Kind
 from lightning_drm.evaluation import Candidates, Deltas, Finding
 from lightning_drm.evaluation.figures import heat_map, new_figure
+from lightning_drm.evaluation.short_names import short_names
 from lightning_drm.fusion import method_title
+from lightning_drm.fusion.blocks import OUTSIDE, block_of, in_depth
 
 EMBEDDINGS = "embeddings"
 

@@ -6,10 +6,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from lightning_drm.analysis.blocks import in_depth
 from lightning_drm.deltas import TaskVector
 from lightning_drm.evaluation import Deltas
 from lightning_drm.fusion import Recipe
+from lightning_drm.fusion.blocks import in_depth
 from lightning_drm.fusion.parameter import experts
 from lightning_drm.fusion.task_deltas import TaskDeltas
 from lightning_drm.merging import DRM, Delta, LowRank

@@ -30,10 +30,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.analysis.analysis import Analysis, OnStep
-from lightning_drm.analysis.blocks import short_names
 from lightning_drm.analysis.matrices import Matrices, drm_of
 from lightning_drm.evaluation import Candidates, Finding
 from lightning_drm.evaluation.figures import new_figure, percent, style_of
+from lightning_drm.evaluation.short_names import short_names
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.merging.joint_basis import Direction
 from lightning_drm.merging.linalg.spectral import gram, rank_tolerance

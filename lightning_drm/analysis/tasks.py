@@ -32,7 +32,7 @@ from lightning_drm.analysis.analysis import Analysis, OnStep
 from lightning_drm.analysis.summary import comparison, points
 from lightning_drm.evaluation import Candidates, Finding
 from lightning_drm.evaluation.figures import heat_map, new_figure, percent, style_of
-from lightning_drm.fusion import method_title
+from lightning_drm.fusion import method_title, problem_of_statistics
 from lightning_drm.merging import METHODS, Method
 
 SIGNIFICANT = 0.05
@@ -108,7 +108,8 @@ class Tasks(Analysis):
     """Merging 2 … N tasks with several methods, with t-tests of the configured one against each other.
 
     Args:
-        baselines: The other methods; all of this package, with their defaults, if left out.
+        baselines: The other methods; all of this package, with their defaults, if left out, but for those that need
+            statistics which were not collected.
         most_subsets: How many subsets of each size are merged at most.
         seed: Decides which.
 
@@ -172,7 +173,9 @@ class Tasks(Analysis):
         own = candidates.recipe.method
         if self.baselines is not None:
             return [own, *self.baselines]
-        return [own, *(kind() for kind in METHODS if kind is not type(own))]
+        vectors = list(candidates.vectors.values())
+        others = (kind() for kind in METHODS if kind is not type(own))
+        return [own, *(other for other in others if problem_of_statistics(other, vectors) is None)]
 
     def _subsets(self, tasks: Sequence[str]) -> Iterator[tuple[str, ...]]:
         for size in range(2, len(tasks) + 1):

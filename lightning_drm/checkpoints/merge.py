@@ -76,12 +76,13 @@ def merge_checkpoints(
 ) -> MergeResult:
     """Merges finetuned models that are on disk or on the hub into one, without loading any of them.
 
-    Model folders, PEFT adapters, checkpoints and run folders may be mixed. ``lightning-drm merge`` calls this function;
-    its options have the same names.
+    Model folders, litgpt folders, PEFT adapters, checkpoints and run folders may be mixed. ``lightning-drm merge``
+    calls this function; its options have the same names.
 
     Args:
         base: The model that all of them started from: a folder, a file, ``package:…`` or a hub name.
-        models: By task, its finetune: a model folder, a PEFT adapter, a checkpoint, a run folder or a hub name.
+        models: By task, its finetune: a model folder (of transformers or litgpt), a PEFT adapter, a checkpoint, a run
+            folder or a hub name.
         output: The folder to write. ``from_pretrained`` loads it (or peft, for an adapter);
             ``heads/<task>.safetensors`` in it holds the head of each task that has one.
         method: The merging method.
@@ -172,7 +173,7 @@ def _merge(
         _task_vectors(plan, values),
         device,
         transposed=plan.transposed,
-        shapes=plan.shapes,
+        shapes={name: header.shape for name, header in plan.base.tensors.headers.items()},
         in_pieces=plan.in_pieces,
         share=set(share),
         reduce=ranks.sum,
@@ -197,7 +198,7 @@ def _merge(
         survived=checked.survived,
         rounding=checked.rounding,
         rank_errors=rank_errors,
-        notes=(*plan.notes, *beside, *checked.notes),
+        notes=(*plan.notes, *fusion.notes, *beside, *checked.notes),
     )
     if ranks.is_first:
         _require_unchanged(plan, fingerprints)
@@ -209,7 +210,14 @@ def _merge(
 def _task_vectors(plan: Plan, values: BaseValues) -> list[TaskVector]:
     """The tasks' deltas, which are read when they are asked for."""
     return [
-        TaskVector(task.name, FileDeltas(task, values), {name: plan.kinds[name] for name in task.names}, {}, {})
+        TaskVector(
+            task.name,
+            FileDeltas(task, values),
+            {name: plan.kinds[name] for name in task.names},
+            {},
+            {},
+            statistics=task.statistics,
+        )
         for task in plan.tasks
     ]
 

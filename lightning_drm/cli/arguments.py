@@ -7,11 +7,8 @@ get DRM's ``scale``, and ``SGD`` over ``AdamW`` its ``weight_decay``.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace, _typehints
 from jsonargparse._util import import_object
 from jsonargparse.typing import PositiveInt
@@ -129,25 +126,6 @@ def refuse_dotted_tasks(args: Sequence[str]) -> None:
             )
 
 
-def config_contents(args: Sequence[str]) -> list[dict[str, Any]]:
-    """What the configuration files on a command line hold, as far as they can be read.
-
-    Args:
-        args: Arguments after ``lightning-drm``.
-    """
-    files = [value for name, value in pairwise(args) if name in ("--config", "-c")]
-    files += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
-    contents = []
-    for file in files:
-        try:
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):  # the parser reports it
-            continue
-        if isinstance(content, dict):
-            contents.append(content)
-    return contents
-
-
 def file_merge_parser() -> ArgumentParser:
     """The parser of a merge of files."""
     parser = OneSentence(
@@ -159,8 +137,8 @@ def file_merge_parser() -> ArgumentParser:
         "--models",
         type=dict[str, str],
         required=True,
-        help="For each task, a model folder, a PEFT adapter, a checkpoint, a run folder, or a hub name, as in "
-        "--models.sst2 PATH.",
+        help="For each task, a model folder (of transformers or litgpt), a PEFT adapter, a checkpoint, a run folder, "
+        "or a hub name, as in --models.sst2 PATH; org/name@revision names a revision of a hub's model.",
     )
     parser.add_argument("--output", type=str, required=True, help="The folder to write.")
     parser.add_argument(

@@ -73,7 +73,7 @@ def is_file_merge(args: Sequence[str]) -> bool:
     Args:
         args: Arguments after ``lightning-drm``.
     """
-    from lightning_drm.cli.arguments import config_contents
+    from lightning_drm.cli.config_files import config_contents
 
     if not args or args[0] != "merge":
         return False
@@ -104,7 +104,9 @@ def _run(words: Sequence[str], args: list[str] | None) -> None:
     _keep_others_quiet()
     with _collector_paused():
         from lightning_drm.cli.arguments import file_merge_parser, refuse_lost_options
+        from lightning_drm.cli.config_files import with_own_configs
     refuse_lost_options(words[1:])
+    words = with_own_configs(words)
     if is_file_merge(words):
         with _collector_paused():
             from lightning_drm.cli import checkpoints

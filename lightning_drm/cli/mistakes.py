@@ -16,6 +16,8 @@ _WRONG_CLASS = re.compile(r"Import path (\S+) does not correspond to a subclass 
 _PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)'")
 _WRONG_VALUE = re.compile(r"Expected a <class '(\w+)'>\. Got value: (.*)")
 _NO_CHOICE = re.compile(r"Expected a typing\.Literal\[(.*)\]\. Got value: (.*)")
+_OPTION = re.compile(r"^ *- (?:Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*)\])$)?", re.MULTILINE)
+_GIVEN = re.compile(r"Given value: (.*)")
 _NO_ARGUMENT = re.compile(r"Option '(\w+)' is not accepted")
 _LACKING = re.compile(r"the following arguments are required: (.*)")
 _NO_CLASS = re.compile(r"No [\w.]+ attribute|No module named|Unexpected import")
@@ -66,6 +68,8 @@ def sentence(message: str) -> str:
         return f"{key}: expected {_PLAIN.get(wrong[1], wrong[1])}, got {wrong[2]!r}."
     if wrong := _NO_CHOICE.search(message):
         return f"{key}: expected one of {wrong[1].replace(chr(39), '')}, got {wrong[2]!r}."
+    if (given := _GIVEN.search(message)) and (options := _options(message)):
+        return f"{key}: expected {' or '.join(options)}, got {given[1]!r}."
     if key == "model" and problem and problem[1] == "lightning.LightningModule":
         return "model: expected class_path with the module's class, and init_args with its arguments."
     if problem and (unknown := _NO_ARGUMENT.search(message)):
@@ -75,6 +79,14 @@ def sentence(message: str) -> str:
     lines = [line.strip() for line in message.splitlines()]
     kept = [line.removeprefix("- ").rstrip(":") for line in lines if line and not line.startswith(_NOISE)]
     return f"{': '.join(kept).removesuffix('.')}."
+
+
+def _options(message: str) -> list[str]:
+    """What a value may be of several plain types; nothing if a class or a list is among them."""
+    found = _OPTION.findall(message)
+    if not all(kind or words for kind, words in found):
+        return []
+    return [_PLAIN.get(kind, kind) or words.replace("'", "") for kind, words in found if kind != "NoneType"]
 
 
 def _not_a(path: str, wanted: str) -> str:

@@ -1,9 +1,9 @@
 """What ``lightning-drm --help`` shows: the subcommands with an example each. Nothing heavy is imported for it."""
 
-SUBCOMMANDS = ("fit", "merge", "test", "compare", "tune", "analyze")
+SUBCOMMANDS = ("fit", "collect", "merge", "test", "compare", "tune", "analyze")
 
 OVERVIEW = """\
-usage: lightning-drm [-h] [--version] {fit,merge,test,compare,tune,analyze} ...
+usage: lightning-drm [-h] [--version] {fit,collect,merge,test,compare,tune,analyze} ...
 
 Finetune several tasks from one base, merge the finetunes into one multitask model, and test it.
 
@@ -11,6 +11,10 @@ subcommands:
   fit     Finetune every task from the same base, then merge and test. Tasks that the run folder already has
           are not trained again.
             lightning-drm fit --config configs/quickstart.yaml
+
+  collect Take statistics of the training data of finished tasks, which RegMean, Fisher and WUDI's input_weight
+          need. No training; `fit` does it by itself where the configured method needs them.
+            lightning-drm collect --config configs/quickstart.yaml --drm.statistics '[gram]'
 
   merge   Merge finetunes with any method. No training. It has two forms:
           from a run: merge again what `fit` stored, with the run's configuration, then test the result.
@@ -24,7 +28,8 @@ subcommands:
   compare Merge a run's tasks with several methods, and show their scores side by side. No training.
             lightning-drm compare --config configs/quickstart.yaml --methods DRM TIES TSVM
 
-  tune    Search for the best method, density and coefficients on the validation sets, and test the best once.
+  tune    Search for the best method, density and coefficients on the validation sets, or learn coefficients
+          there (--search gradient), and test the best once.
             lightning-drm tune --config configs/quickstart.yaml --methods DRM TIES
 
   analyze Study the stored deltas: tables and figures, each with what it says in one sentence. No training.

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from lightning_drm.cli.arguments import lists_in_brackets, own_defaults
+from lightning_drm.cli.config_files import with_own_configs
 from lightning_drm.cli.mistakes import UNION, OneSentence, sentence
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.storage import write_text
@@ -65,6 +66,7 @@ class MergeCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {
             "fit": {*_LIGHTNINGS_OWN, "train_dataloaders", "val_dataloaders"},
+            "collect": {"model", "datamodule"},
             "merge": {"model", "datamodule"},
             "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
             "compare": {"model", "datamodule"},
@@ -76,10 +78,9 @@ class MergeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         with own_defaults():
             if args is None:
-                self.config = parser.parse_args(lists_in_brackets(sys.argv[1:], "--methods"))
+                self.config = parser.parse_args(_words(sys.argv[1:]))
             else:
-                words = lists_in_brackets(args, "--methods") if isinstance(args, list) else args
-                super().parse_arguments(parser, words)
+                super().parse_arguments(parser, _words(args) if isinstance(args, list) else args)
 
     def before_fit(self) -> None:
         """Lets a fit that is not refused keep its configuration, without the options that only `fit` takes."""
@@ -93,6 +94,11 @@ class MergeCLI(LightningCLI):
         if folder is not None:
             trainer = cast(MergeTrainer, self.trainer)
             trainer.on_accepted = partial(write_text, folder.config, f"{command}\n{text}")
+
+
+def _words(args: list[str]) -> list[str]:
+    """A command line as the parser takes it."""
+    return lists_in_brackets(with_own_configs(args), "--methods")
 
 
 def run(args: ArgsType = None) -> None:

@@ -5,7 +5,7 @@ from lightning_drm.data.image import ImageTask
 from lightning_drm.data.language import LanguageTask
 from lightning_drm.data.multitask import MultiTaskDataModule
 from lightning_drm.data.quickstart import QuickstartTask, QuickstartWordsTask
-from lightning_drm.data.sample import SampledData, require_validation_sets
+from lightning_drm.data.sample import SampledData, halves, has_rows, num_rows, require_validation_sets, some_rows
 from lightning_drm.data.sequence import SequenceTask
 from lightning_drm.data.text import TextTask
 from lightning_drm.data.tokens import TokenTask
@@ -21,5 +21,9 @@ __all__ = [
     "SequenceTask",
     "TextTask",
     "TokenTask",
+    "halves",
+    "has_rows",
+    "num_rows",
     "require_validation_sets",
+    "some_rows",
 ]

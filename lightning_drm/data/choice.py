@@ -67,7 +67,7 @@ class MultipleChoiceTask(TokenizedTask):
     @property
     @override
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
-        return _PadChoices(self.tokenizer)
+        return _PadChoices(self.padding_tokenizer)
 
     @cached_property
     @override

@@ -36,7 +36,7 @@ class ImageTask(DatasetTask):
     def processor(self) -> BaseImageProcessor:
         """The image processor of `pretrained`, on PIL and numpy: the other backend needs torchvision."""
         processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            self._resolved(), backend="pil", trust_remote_code=self.trust_remote_code
+            backend="pil", **self._resolved
         )
         return processor
 

@@ -8,10 +8,13 @@ from datasets.exceptions import DatasetGenerationError
 DataFiles = str | list[str] | dict[str, str | list[str]]
 
 _BUILDER_OF_SUFFIX = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_BUILDERS = {*_BUILDER_OF_SUFFIX.values(), "imagefolder"}
 _READERS = {"csv": DatasetDict.from_csv, "json": DatasetDict.from_json, "parquet": DatasetDict.from_parquet}
 
 
-def load_splits(dataset: str, config: str | None = None, data_files: DataFiles | None = None) -> DatasetDict:
+def load_splits(
+    dataset: str, config: str | None = None, data_files: DataFiles | None = None, revision: str | None = None
+) -> DatasetDict:
     """Read every split there is.
 
     Args:
@@ -19,9 +22,14 @@ def load_splits(dataset: str, config: str | None = None, data_files: DataFiles |
             `datasets` (`csv`, `json`, `parquet`, `imagefolder`) together with `data_files`.
         config: the configuration of a hub data set that has several.
         data_files: files by split, or files of a single split.
+        revision: the version of a hub data set.
 
     """
     path = Path(dataset)
+    if revision is not None and (path.exists() or (dataset in _BUILDERS and data_files is not None)):
+        raise ValueError(
+            f"A revision is for a data set on the hub, and {dataset!r} is read from files: leave out {revision!r}."
+        )
     builder = _BUILDER_OF_SUFFIX.get(path.suffix.lower())
     if path.is_file() and builder is None:
         raise ValueError(f"Expected a file that ends in {', '.join(_BUILDER_OF_SUFFIX)}, got {dataset!r}.")
@@ -42,7 +50,7 @@ def load_splits(dataset: str, config: str | None = None, data_files: DataFiles |
                 raise
             files = ", ".join(map(str, by_split.values()))
             raise ValueError(f"Expected rows in {files}, which cannot be read: {error.__cause__ or error}") from error
-    splits = load_dataset(dataset, config, data_files=data_files)
+    splits = load_dataset(dataset, config, data_files=data_files, revision=revision)
     assert isinstance(splits, DatasetDict)
     return splits
 

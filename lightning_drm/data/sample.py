@@ -1,10 +1,11 @@
 """Evaluating on a part of the validation sets: always the same samples, classes in proportion."""
 
 from collections.abc import Sequence, Sized
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -58,21 +59,91 @@ class SampledData(MultiTaskDataModule):
         return [self._sampled(name, task, loader) for (name, task), loader in loaders]
 
     def _sampled(self, name: str, task: LightningDataModule, loader: Any) -> Any:
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            raise ValueError(
-                f"Task {name!r} has a validation loader that is no DataLoader of numbered samples, so no part of it "
-                "can be chosen: set the number of samples to null, which uses all of them."
-            )
-        assert isinstance(loader.dataset, Sized)
-        if len(loader.dataset) <= self.num_samples:
+        count = _required_rows(name, loader, "set the number of samples to null, which uses all of them")
+        if count <= self.num_samples:
             return loader
-        chosen = evenly_spaced(len(loader.dataset), self.num_samples, seed=self.seed, classes=_classes(task))
-        return DataLoader(
-            Subset(loader.dataset, chosen.tolist()),
-            loader.batch_size,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
+        chosen = evenly_spaced(count, self.num_samples, seed=self.seed, classes=_classes(task))
+        return some_rows(loader, chosen, loader.batch_size)
+
+
+def halves(
+    data: MultiTaskDataModule, num_samples: int | None, *, batch_size: int, seed: int
+) -> dict[str, tuple[DataLoader[Any], DataLoader[Any]]]:
+    """By task, two halves of its validation samples, classes in proportion: one to learn from, and one to judge by.
+
+    Args:
+        data: The tasks, set up.
+        num_samples: How many validation samples of each task take part, the same ones as in `SampledData`; all if left
+            out.
+        batch_size: How many samples a batch has, in both halves.
+        seed: Decides which sample is in which half, and the order of those to learn from, which is another one each
+            time.
+
+    Raises:
+        ValueError: If a task's samples are not numbered, or there are fewer than two.
+    """
+    found = {}
+    for (name, task), loader in zip(data.tasks.items(), data.val_dataloader(), strict=True):
+        count = _required_rows(name, loader, "give it a DataLoader whose data set has a length")
+        rows, classes = np.arange(count), _classes(task)
+        if num_samples is not None and num_samples < count:
+            rows = evenly_spaced(count, num_samples, seed=0, classes=classes)
+        if len(rows) < 2:
+            raise ValueError(f"Task {name!r}: expected two validation samples or more, got {len(rows)}.")
+        of_rows = None if classes is None else np.asarray(classes)[rows]
+        first = rows[evenly_spaced(len(rows), len(rows) // 2, seed=seed, classes=of_rows)]
+        order = torch.Generator().manual_seed(seed)
+        learned_from = some_rows(loader, first, batch_size, shuffle=True, generator=order)
+        found[name] = learned_from, some_rows(loader, np.setdiff1d(rows, first), batch_size)
+    return found
+
+
+def _required_rows(task: str, loader: Any, advice: str) -> int:
+    if not has_rows(loader):
+        raise ValueError(
+            f"Task {task!r} has a validation loader that is no DataLoader of numbered samples, so no part of it "
+            f"can be chosen: {advice}."
         )
+    return num_rows(loader)
+
+
+def has_rows(loader: object) -> TypeGuard[DataLoader[Any]]:
+    """Whether a loader's samples have numbers, so that some of them can be chosen."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def num_rows(loader: DataLoader[Any]) -> int:
+    """How many samples a loader that has numbers for them has."""
+    assert isinstance(loader.dataset, Sized)
+    return len(loader.dataset)
+
+
+def some_rows(
+    loader: DataLoader[Any],
+    rows: npt.NDArray[np.int64],
+    batch_size: int | None,
+    *,
+    shuffle: bool = False,
+    generator: torch.Generator | None = None,
+) -> DataLoader[Any]:
+    """A loader of some rows of a loader's data set.
+
+    Args:
+        loader: The loader, which makes batches of samples.
+        rows: Which rows, in order.
+        batch_size: How many a batch has.
+        shuffle: Whether they come in another order each time.
+        generator: Decides which order.
+    """
+    samples: Subset[Any] = Subset(loader.dataset, rows.tolist())
+    return DataLoader(
+        samples,
+        batch_size,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        shuffle=shuffle,
+        generator=generator,
+    )
 
 
 def _classes(task: LightningDataModule) -> npt.ArrayLike | None:

@@ -32,6 +32,8 @@ class DatasetTask(LightningDataModule, ABC):
         dataset: a hub name, a local folder or file, or a builder of `datasets` together with `data_files`.
         pretrained: whose tokenizer or image processor to use: a hub name, a local folder, or `package:<name>/<folder>`.
         config: the configuration of a hub data set that has several.
+        revision: the version of a hub data set: a commit, a tag or a branch; the newest one if left out.
+        pretrained_revision: the same of `pretrained`.
         data_files: files by split, or those of a single split, for the builders `csv`, `json`, `parquet` and
             `imagefolder`.
         kind: what is predicted: `Classification` (the default), `MultiLabel` or `Regression`, or a `Kind` of your own.
@@ -64,6 +66,8 @@ class DatasetTask(LightningDataModule, ABC):
         pretrained: str,
         *,
         config: str | None = None,
+        revision: str | None = None,
+        pretrained_revision: str | None = None,
         data_files: DataFiles | None = None,
         kind: Kind | None = None,
         metric: MetricChoice | None = None,
@@ -92,6 +96,8 @@ class DatasetTask(LightningDataModule, ABC):
         self.dataset = dataset
         self.pretrained = pretrained
         self.config = config
+        self.revision = revision
+        self.pretrained_revision = pretrained_revision
         self.data_files = data_files
         self.kind = Classification() if kind is None else copy.copy(kind)  # it learns the labels' names
         check_choice(metric)
@@ -133,7 +139,7 @@ class DatasetTask(LightningDataModule, ABC):
 
     def load(self) -> DatasetDict:
         """Read train and, where there are any, validation and test."""
-        return pick_splits(load_splits(self.dataset, self.config, self.data_files), *self.split_names)
+        return pick_splits(load_splits(self.dataset, self.config, self.data_files, self.revision), *self.split_names)
 
     @cached_property
     def rows(self) -> DatasetDict:
@@ -255,8 +261,14 @@ class DatasetTask(LightningDataModule, ABC):
                     f"Expected a column {column!r} in {self.dataset!r}, but its split {split!r} has {found}."
                 )
 
-    def _resolved(self) -> str:
-        return resolve_pretrained(self.pretrained)
+    @property
+    def _resolved(self) -> dict[str, Any]:
+        """What of `pretrained` to load, as arguments of every `from_pretrained`."""
+        return {
+            "pretrained_model_name_or_path": resolve_pretrained(self.pretrained, self.pretrained_revision),
+            "trust_remote_code": self.trust_remote_code,
+            **({"revision": self.pretrained_revision} if self.pretrained_revision is not None else {}),
+        }
 
 
 def _encode_with_labels(encoder: Encoder, rows: dict[str, list[Any]]) -> dict[str, Any]:

@@ -17,12 +17,68 @@ from lightning_drm.kinds import IGNORE_INDEX, LABELS, require_texts
 
 
 class TokenizedTask(DatasetTask):
-    """A task of texts."""
+    """A task of texts.
+
+    Args:
+        dataset: see `DatasetTask`.
+        pretrained: whose tokenizer to use: a hub name, a local folder, or `package:<name>/<folder>`.
+        pad_token: which of the tokenizer's tokens fills up batches, where it has none for that, as Llama's.
+        **kwargs: see `DatasetTask`.
+
+    """
+
+    def __init__(self, dataset: str, pretrained: str, *, pad_token: str | None = None, **kwargs: Any) -> None:
+        super().__init__(dataset, pretrained, **kwargs)
+        self.pad_token = pad_token
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of `pretrained`."""
-        return AutoTokenizer.from_pretrained(self._resolved(), trust_remote_code=self.trust_remote_code)
+        return self.load_tokenizer()
+
+    @property
+    def padding_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, for batches that it fills up.
+
+        Raises:
+            ValueError: if it has no token for that.
+
+        """
+        if self.tokenizer.pad_token is None:
+            raise ValueError(
+                f"The tokenizer of {self.pretrained!r} has no token that fills up batches: name one of its tokens as "
+                "pad_token."
+            )
+        return self.tokenizer
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The number of the token that fills up batches."""
+        number: int | None = self.tokenizer.pad_token_id
+        return number
+
+    def load_tokenizer(self, **options: Any) -> PreTrainedTokenizerBase:
+        """The tokenizer of `pretrained`, with a token that fills up batches.
+
+        Args:
+            **options: arguments of `from_pretrained`.
+
+        Raises:
+            ValueError: if it has another token for that than `pad_token`, or does not know it.
+
+        """
+        found = AutoTokenizer.from_pretrained(**self._resolved, **options)
+        if self.pad_token is None:
+            return found
+        if found.pad_token not in (None, self.pad_token):
+            raise ValueError(
+                f"The tokenizer of {self.pretrained!r} fills up batches with {found.pad_token!r}: leave out the "
+                f"pad_token {self.pad_token!r}."
+            )
+        if self.pad_token not in found.get_vocab():
+            raise ValueError(f"The tokenizer of {self.pretrained!r} has no token {self.pad_token!r} (pad_token).")
+        found.pad_token = self.pad_token
+        return found
 
     @override
     def check(self, table: Dataset) -> None:

@@ -5,14 +5,15 @@ from functools import cached_property
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoTokenizer, DataCollatorForTokenClassification, PreTrainedTokenizerBase
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from lightning_drm.data.task import DatasetTask, Encoder
+from lightning_drm.data.task import Encoder
+from lightning_drm.data.tokenized import TokenizedTask
 from lightning_drm.kinds import IGNORE_INDEX, LABELS, Kind, Tokens
 
 
-class TokenTask(DatasetTask):
+class TokenTask(TokenizedTask):
     """Tags the words of texts.
 
     A row has a list of words and a list of as many tags. Batches are dicts of the tokenizer's fields and `labels`, a
@@ -54,12 +55,12 @@ class TokenTask(DatasetTask):
         self.max_length = max_length
 
     @cached_property
+    @override
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of `pretrained`."""
-        source, trust = self._resolved(), self.trust_remote_code
-        found = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+        found = self.load_tokenizer()
         if getattr(found, "add_prefix_space", None) is False:  # byte-level ones take words only with a space before
-            found = AutoTokenizer.from_pretrained(source, trust_remote_code=trust, add_prefix_space=True)
+            found = self.load_tokenizer(add_prefix_space=True)
         if not found.is_fast:
             raise ValueError(
                 f"Tags need a fast tokenizer, which knows the word of each token, and that of {self.pretrained!r} is "
@@ -75,7 +76,7 @@ class TokenTask(DatasetTask):
     @property
     @override
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
-        return DataCollatorForTokenClassification(self.tokenizer, label_pad_token_id=IGNORE_INDEX)
+        return DataCollatorForTokenClassification(self.padding_tokenizer, label_pad_token_id=IGNORE_INDEX)
 
     @cached_property
     @override

@@ -6,8 +6,9 @@ thread that waits for exactly that wakes up: on rank 0 for every other rank, on 
 never counts as dead, however long it computes or holds the interpreter's lock, because nobody waits for it to say
 something. A node without power or network closes nothing, but the kernel's own probes find it.
 
-The first end that rank 0 hears of counts. It tells all ranks, and so each of them knows whether it has to speak. If
-rank 0 itself dies, the others know without being told.
+The first end that rank 0 hears of counts. Where it finds several at once, as its interpreter's lock was held, a death
+does: a rank that failed beside it was in a meeting, which broke. Rank 0 tells all ranks, and so each of them knows
+whether it has to speak. If rank 0 itself dies, the others know without being told.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Literal, NamedTuple, NoReturn
 
@@ -132,12 +133,9 @@ class _Watch(threading.Thread):
             for rank, peer in self._peers.items():
                 selector.register(peer, selectors.EVENT_READ, rank)
             while self._end is None and len(done) < len(self._peers):
-                for key, _ in selector.select():
-                    word = _hear(self._peers[key.data])
-                    if word == _DONE:
-                        done.add(key.data)
-                    elif self._end is None:
-                        self._end = word or _End(key.data, died=True)
+                heard = {key.data: _hear(self._peers[key.data]) for key, _ in selector.select()}
+                done |= {rank for rank, word in heard.items() if word == _DONE}
+                self._end = _end_of(heard)
         if self._rank == 0:
             for peer in self._peers.values():
                 _tell(peer, self._end or _DONE)
@@ -176,6 +174,16 @@ class _Watch(threading.Thread):
         if end.died:
             return f"{who} died without an error message, so the other ranks ended too. {self._advice}"
         return f"{who} failed, so the other ranks ended too."
+
+
+def _end_of(heard: Mapping[int, _End | None]) -> _End | None:
+    """Why all ranks end, if they do, by what was heard at once.
+
+    Args:
+        heard: By rank, its word; ``None`` from one that died.
+    """
+    ends = [word or _End(rank, died=True) for rank, word in heard.items() if word != _DONE]
+    return next((end for end in ends if end.died), ends[0] if ends else None)
 
 
 def _connect(ranks: Ranks) -> tuple[socket.socket, dict[int, socket.socket]]:

@@ -8,6 +8,7 @@ from lightning_drm.evaluation.measure import Split, measure
 from lightning_drm.evaluation.page import write_page
 from lightning_drm.evaluation.picture import report_figure
 from lightning_drm.evaluation.predictions import Predictions, RecordPredictions
+from lightning_drm.evaluation.published import Published
 from lightning_drm.evaluation.report import (
     add_section,
     logged_metrics,
@@ -28,6 +29,7 @@ __all__ = [
     "Finding",
     "Interval",
     "Predictions",
+    "Published",
     "RecordPredictions",
     "Score",
     "Split",

@@ -9,6 +9,7 @@ from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.deltas import TaskVector
 from lightning_drm.evaluation.measure import Split
 from lightning_drm.evaluation.predictions import Predictions
+from lightning_drm.evaluation.published import Published
 from lightning_drm.evaluation.score import Score
 from lightning_drm.fusion import Recipe
 from lightning_drm.modules import MultiTaskModule
@@ -22,9 +23,11 @@ class Candidates(ABC):
 
     Attributes:
         split: Which samples measure a candidate.
+        published: What was published about the model, for runs that repeat the paper's experiments.
     """
 
     split: Split
+    published: Published | None = None
 
     @property
     @abstractmethod
@@ -40,6 +43,10 @@ class Candidates(ABC):
     @abstractmethod
     def vectors(self) -> dict[str, TaskVector]:
         """By task, its task vector."""
+
+    def vectors_for(self, recipe: Recipe) -> dict[str, TaskVector]:
+        """By task, what a recipe merges: `vectors`, unless its method takes statistics from the merge itself."""
+        return self.vectors
 
     @property
     @abstractmethod

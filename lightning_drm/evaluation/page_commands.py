@@ -34,7 +34,9 @@ def commands(config: Path, report: Mapping[str, Any]) -> list[str]:
         words = [*given, *_recipe(first, configured), "--split", first["split"], "--methods", named]
         found.append(_line("compare", words))
     if "tuned" in report:
-        found.append(_line("tune", given))
+        asked = report["tuned"].get("options", {})
+        words = [word for name, value in asked.items() for word in (f"--{name}", _word(value))]
+        found.append(_line("tune", [*given, *words]))
     return found
 
 
@@ -50,9 +52,12 @@ def _recipe(description: Mapping[str, Any], configured: Mapping[str, Any]) -> li
     words = []
     for name in ("method", "coefficients", "convolutions", "non_matrix", "overrides"):
         if asked[name] != known.get(name):
-            value = asked[name]
-            words += [f"--drm.{name}", value if isinstance(value, str) else json.dumps(value)]
+            words += [f"--drm.{name}", _word(asked[name])]
     return words
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _line(subcommand: str, words: list[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from lightning_drm.evaluation.comparison import ROWS
+from lightning_drm.evaluation.published import SOURCE
 from lightning_drm.evaluation.shown import shown
 
 
@@ -63,15 +64,21 @@ def methods_table(report: Mapping[str, Any]) -> PageTable:
         report: The content of ``report.json``, with methods.
     """
     columns = [*report["tasks"], "average"]
+    published = {title: entry.get("published", {}).get("average") for title, entry in report["methods"].items()}
+    has_published = any(average is not None for average in published.values())
     rows = []
     for title, entry in report["methods"].items():
         cells = [_number(report, column, entry["scores"][column], entry["intervals"][column]) for column in columns]
-        rows.append([Cell(title), *cells, _ratio(entry["normalized"]["average"])])
-    higher = [True, *(_higher_is_better(report, column) for column in columns), True]
+        beside = [Cell("") if published[title] is None else _ratio(published[title])] if has_published else []
+        rows.append([Cell(title), *cells, _ratio(entry["normalized"]["average"]), *beside])
+    higher = [True, *(_higher_is_better(report, column) for column in columns), *[True] * (1 + has_published)]
     marked = [_mark_best(cells, is_higher) for cells, is_higher in zip(zip(*rows, strict=True), higher, strict=True)]
     split = next(iter(report["methods"].values()))["split"]
     notes = [f"Measured on the {split} sets; the first method is the configured one. Best numbers are bold."]
     header = ["method", *(named(report, column) for column in columns), "normalized"]
+    if has_published:
+        header.append("average, published")
+        notes.append(f"Published averages are those of {SOURCE}, on the test sets.")
     return PageTable(header, list(zip(*marked, strict=True)), notes=[*notes, *_notes(report)])
 
 

@@ -81,6 +81,10 @@ class Choice(Kind):
         return functional.cross_entropy(logits.reshape(len(labels), -1), labels)
 
     @override
+    def class_logits(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        return logits.reshape(len(labels), -1)
+
+    @override
     def prediction(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return logits.softmax(-1), labels
 

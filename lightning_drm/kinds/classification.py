@@ -46,15 +46,19 @@ class Classification(Kind):
 
     @override
     def sizes(self, num_outputs: int) -> dict[str, Any]:
-        return {"num_classes": num_outputs, "task": "multiclass"}
+        return {"num_classes": num_outputs, "task": "multiclass", "ignore_index": IGNORE_INDEX}
 
     @override
     def metrics(self, num_outputs: int) -> dict[str, Metric]:
-        return {"accuracy": MulticlassAccuracy(num_outputs, average="micro")}
+        return {"accuracy": MulticlassAccuracy(num_outputs, average="micro", ignore_index=IGNORE_INDEX)}
 
     @override
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
+
+    @override
+    def class_logits(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        return logits
 
     @override
     def prediction(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,6 +127,15 @@ class Kind(ABC):
             labels: The batch's labels.
         """
 
+    def class_logits(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """Logits ``(…, classes)`` whose softmax says how likely each class is; ``None`` for kinds without classes.
+
+        Args:
+            logits: What `logits` returned, in float32.
+            labels: The batch's labels. Of these, only which places count is looked at, and how many samples there are.
+        """
+        return None
+
     def generate(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, Any] | None:
         """Predictions and targets of a batch, where a model makes them in its own way; ``None`` where logits do.
 

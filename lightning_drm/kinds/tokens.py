@@ -102,6 +102,10 @@ class Tokens(Kind):
         return total / max(1, self.count(labels))
 
     @override
+    def class_logits(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        return logits[labels != IGNORE_INDEX]
+
+    @override
     def prediction(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities ``(samples, tags, tokens)`` and tags ``(samples, tokens)``."""
         return logits.softmax(-1).transpose(1, 2), labels

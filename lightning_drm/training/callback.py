@@ -12,16 +12,19 @@ from typing_extensions import override
 
 from lightning_drm.deltas import TaskVector
 from lightning_drm.distributed.ranks import Ranks
+from lightning_drm.evaluation import Published
 from lightning_drm.fusion import Override, Recipe
-from lightning_drm.merging import DRM, Method
+from lightning_drm.merging import DRM, Method, Need
 from lightning_drm.modules import MultiTaskModule, batch_norms
 from lightning_drm.training.chosen_weights import Weights, callbacks_of, require_choice, settings_of
 from lightning_drm.training.collect import CollectTask, join_processes
 from lightning_drm.training.delta_cache import Store
+from lightning_drm.training.foreign import problem_of_class
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.snapshots import SnapshotPlan, TakeSnapshots
-from lightning_drm.training.strategies import whole_weights
+from lightning_drm.training.statistics import StatisticsPlan
+from lightning_drm.training.strategies import is_sharded_strategy, whole_weights
 from lightning_drm.training.training_batches import TrainingBatches, is_one_loader
 
 
@@ -61,11 +64,19 @@ class DRMMergeCallback(Callback):
         merge_at_snapshots: When all tasks are finetuned, merge the snapshots of each step that all of them have, and
             log ``merge/snapshot/<task>`` and ``merge/snapshot/average``, measured on the validation sets, at that step.
             Only with `MergeTrainer`, on one device, as it knows the data of all tasks.
+        statistics: Statistics of the training data to collect when a fit ends: ``gram`` (the inputs of linear layers,
+            for RegMean and WUDI), ``fisher`` (for Fisher). What the method needs is collected anyway.
+        statistics_samples: From how many training samples of each task; the method's own ``num_samples``, or 256, if
+            left out.
+        count_padding: Whether the positions of padding count in Gram matrices, as in RegMean's published code.
+        published: A model of the paper's tables, such as ``ViT-B/32``: `compare` and `analyze` show what was published
+            about it beside what they measure.
 
     Raises:
         ValueError: If names repeat or cannot be folder names, coefficients are given for unknown tasks,
             ``store="disk"`` has no ``dirpath``, ``batch_norm_batches`` is negative, there is no such choice of
-            ``weights``, or snapshots cannot be taken so.
+            ``weights``, snapshots cannot be taken so, there are no such statistics, or nothing was published about
+            the model.
 
     Example:
         >>> merge = DRMMergeCallback(["topic", "valence"], method=DRM(density=0.2))
@@ -90,9 +101,16 @@ class DRMMergeCallback(Callback):
         snapshots: Sequence[int] = (),
         snapshot_every_n_epochs: int | None = None,
         merge_at_snapshots: bool = False,
+        statistics: Sequence[Need] = (),
+        statistics_samples: int | None = None,
+        count_padding: bool = False,
+        published: str | None = None,
     ) -> None:
         require_choice(weights)
+        self.statistics = StatisticsPlan(tuple(statistics), statistics_samples, count_padding)
+        self.statistics.of(method)
         self.weights = weights
+        self.published = Published(published) if published is not None else None
         self.snapshots = SnapshotPlan(tuple(snapshots), snapshot_every_n_epochs, merge_at_snapshots)
         self.session = MergeSession(
             tasks,
@@ -208,6 +226,9 @@ class DRMMergeCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        for given in (trainer, pl_module):
+            if problem := problem_of_class(type(given)):
+                raise ValueError(problem)
         announced, self._announced = self._announced, None
         join_processes(self.session, trainer)
         if self.run_folder is not None and (found := self.session.restore()):
@@ -220,10 +241,15 @@ class DRMMergeCallback(Callback):
                 "with it, or leave merge_at_snapshots out."
             )
         settings = settings_of(self.weights, callbacks_of(trainer))
-        self._fit = CollectTask(self.session, task, settings, self.weights)
+        self._fit = CollectTask(self.session, task, settings, self.weights, self.statistics)
         self._fit.setup(trainer, pl_module, stage)
         self._taking = TakeSnapshots(self.session, task, self.snapshots, settings)
         self._taking.setup(trainer, pl_module, stage)
+        if self.statistics.of(self.recipe.method)[0] and is_sharded_strategy(trainer.strategy):
+            raise ValueError(
+                f"Statistics are taken with whole weights, and {type(trainer.strategy).__name__} shards them. "
+                "MergeTrainer takes them after each fit; MergeSession.collect_statistics takes any whole module."
+            )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

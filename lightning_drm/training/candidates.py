@@ -36,9 +36,11 @@ class RunCandidates(Candidates):
 
     def __init__(self, run: Run, split: Split = "validation", num_samples: int | None = None) -> None:
         self._run = run
+        self.published = run.published
         self._measure_on(split, num_samples)
         self._unit: tuple[Recipe, Deltas] | None = None
         self._decompositions = Decompositions()
+        self._propagated: list[tuple[Recipe, dict[str, TaskVector]]] = []
 
     def __enter__(self) -> Self:
         self._decompositions.__enter__()
@@ -64,6 +66,16 @@ class RunCandidates(Candidates):
     @override
     def vectors(self) -> dict[str, TaskVector]:
         return self._run.session.task_vectors
+
+    @override
+    def vectors_for(self, recipe: Recipe) -> dict[str, TaskVector]:
+        if not recipe.method.propagate:
+            return self.vectors
+        for known, vectors in self._propagated:
+            if known == recipe:
+                return vectors
+        self._propagated.append((recipe, self._run.vectors_for(recipe)))
+        return self._propagated[-1][1]
 
     @cached_property
     @override
@@ -187,9 +199,10 @@ class RunCandidates(Candidates):
         progress: Callable[[int, int], None] | None = None,
     ) -> list[dict[str, Tensor]]:
         kept = self._decompositions if vectors is None else None
+        own = [self.vectors_for(recipe) if vectors is None else vectors for recipe in recipes]
         merged: list[dict[str, Tensor]] = [{} for _ in recipes]
         total = len({name for vector in (vectors or self.vectors).values() for name in vector.kinds})
-        parameters = self._run.session.merge_side_by_side(recipes, self._module, vectors=vectors, decompositions=kept)
+        parameters = self._run.session.merge_side_by_side(recipes, self._module, vectors=own, decompositions=kept)
         for done, (name, deltas) in enumerate(parameters, 1):
             for model, delta in zip(merged, deltas, strict=True):
                 model[name] = delta

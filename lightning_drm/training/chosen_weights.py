@@ -27,6 +27,7 @@ from torch.distributed.fsdp._common_utils import clean_tensor_name
 from lightning_drm.checkpoints.reading.tensors import PickleFiles
 from lightning_drm.deltas.sharded import local, shard_like
 from lightning_drm.distributed.ranks import Ranks
+from lightning_drm.training.strategies import is_sharded_strategy
 
 Weights = Literal["last", "best", "averaged"]
 
@@ -188,7 +189,7 @@ def _problem_of_averaged(trainer: Trainer) -> str | None:
         return "its fit has no WeightAveraging or EMAWeightAveraging callback"
     if len(found) > 1:
         return f"its fit has several averaging callbacks ({', '.join(type(c).__name__ for c in found)}): keep one"
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+    if is_sharded_strategy(trainer.strategy):
         return f"{type(found[0]).__name__} cannot average weights that {type(trainer.strategy).__name__} shards"
     return None
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Set
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_drm.deltas import backbone_parameters
@@ -32,9 +33,12 @@ from lightning_drm.training.chosen_weights import (
     frozen_tensors,
     refuse_fit,
 )
+from lightning_drm.training.collect_statistics import collect_statistics
 from lightning_drm.training.session import MergeSession
+from lightning_drm.training.statistics import StatisticsPlan
 from lightning_drm.training.strategies import (
     convert_precision,
+    is_sharded_strategy,
     refuse_rounded_buffers,
     refuse_strategy,
     whole_weights,
@@ -59,6 +63,7 @@ class CollectTask(Callback):
         task: The task that the fit belongs to.
         settings: Hyper-parameters of the finetune, to be stored with its deltas.
         weights: Which of its weights the deltas are taken from.
+        statistics: What is collected of its training data, with the same weights, where they are whole.
     """
 
     def __init__(
@@ -67,11 +72,13 @@ class CollectTask(Callback):
         task: str,
         settings: Mapping[str, object] | None = None,
         weights: Weights = "last",
+        statistics: StatisticsPlan | None = None,
     ) -> None:
         self.session = session
         self.task = task
         self.settings = settings
         self.weights = weights
+        self.statistics = statistics or StatisticsPlan()
         self._collected = False
         self._frozen: Set[str] = frozenset()
 
@@ -93,7 +100,7 @@ class CollectTask(Callback):
         convert_precision(strategy, pl_module)
         if isinstance(strategy, ModelParallelStrategy):
             data_parallel(strategy.device_mesh)  # refuses tensor parallelism
-        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        if is_sharded_strategy(strategy):
             if not any(True for _ in pl_module.parameters()):
                 raise ValueError(
                     f"{type(pl_module).__name__} has no weights yet: under {type(strategy).__name__}, load them before "
@@ -133,7 +140,7 @@ class CollectTask(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._collected:
             return
-        if trainer.global_step > 0 and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        if trainer.global_step > 0 and is_sharded_strategy(trainer.strategy):
             raise ValueError(
                 f"Task {self.task!r} went on from a checkpoint of its last step, from which no deltas can be taken "
                 f"under {type(trainer.strategy).__name__}: train it from the start, with --resume false."
@@ -159,8 +166,24 @@ class CollectTask(Callback):
         self._collected = True
         with chosen_weights(self.weights, trainer, module, self.task, self._frozen, self.session.ranks):
             self.session.collect(module, self.task, settings=self.settings, num_steps=trainer.global_step)
+            if not is_sharded_strategy(trainer.strategy):
+                with isolate_rng():
+                    self._collect_statistics(trainer, module)
         num_tasks = len(self.session.tasks)
         rank_zero_info(f"Collected task {self.task!r} ({num_tasks - len(self.session.missing)} of {num_tasks}).")
+
+    def _collect_statistics(self, trainer: Trainer, module: LightningModule) -> None:
+        needs, how = self.statistics.of(self.session.recipe.method)
+        collect_statistics(
+            self.session,
+            module,
+            self.task,
+            lambda: trainer.train_dataloader,
+            needs,
+            how,
+            strategy=trainer.strategy,
+            data=getattr(trainer, "datamodule", None),
+        )
 
     def _note_base(self, module: LightningModule) -> None:
         self.session.note_base(module, self.task)

@@ -34,6 +34,8 @@ def compare_methods(run: Run, candidates: Candidates, methods: Sequence[Method] 
         found[title] = comparison
         run.say(f"{len(found)} of {len(recipes)} · {result_line(title, comparison)}")
     compared = ComparedMethods(found, candidates.split)
+    if run.published is not None:
+        compared = compared.beside(run.published, recipes)
     run.console.print(compared_table(compared))
     if is_writer():
         run.keep("compare", [compared_finding(compared)], compared.section())

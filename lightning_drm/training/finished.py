@@ -1,6 +1,7 @@
 """What of a run is finished already, and whether it was made as the configuration says now."""
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lightning_drm.training.run_folder import BATCH_NORM, RunFolder
@@ -22,6 +23,9 @@ def require_merged_as_configured(folder: RunFolder, session: MergeSession) -> No
     if record is None:
         return
     merged, asked = (dict(flatten(method)) for method in (record["method"], session.recipe.description(session.tasks)))
+    for name, parameter in inspect.signature(type(session.recipe.method)).parameters.items():
+        if f"init_args.{name}" in asked and merged["class_path"] == asked["class_path"]:
+            merged.setdefault(f"init_args.{name}", parameter.default)  # where it was no argument yet
     if BATCH_NORM in record:  # not for models without batch norms, nor in records of older versions
         setting = "batch_norm_batches"
         merged[setting], asked[setting] = record[BATCH_NORM]["batches"], session.batch_norm_batches
@@ -32,17 +36,17 @@ def require_merged_as_configured(folder: RunFolder, session: MergeSession) -> No
         )
 
 
-def require_done(folder: RunFolder, session: MergeSession) -> None:
-    """Refuses to go on before all tasks are finetuned.
+def require_done(folder: RunFolder, tasks: Sequence[str]) -> None:
+    """Refuses to go on before some tasks are finetuned.
 
     Args:
         folder: The run folder.
-        session: Knows the tasks.
+        tasks: The tasks.
 
     Raises:
         ValueError: If some are missing, naming them.
     """
-    if missing := folder.missing(session.tasks):
+    if missing := folder.missing(tasks):
         raise ValueError(f"{folder.path} has no finetune of {', '.join(missing)}: run `fit` first.")
 
 

@@ -1,15 +1,21 @@
 """What ends a run from outside, SIGTERM and Ctrl-C: one sentence, and the exit code by which shells and SLURM know it.
 
 Lightning ends a fit gracefully on SIGTERM, after the batch, but with exit code 0, and on Ctrl-C with 1. A signal that
-comes between two of its loops, or in the last batch of one, is lost.
+comes between two of its loops, or in the last batch of one, is lost. Python itself loses one that comes while an object
+is being deleted: what is raised there is printed and dropped.
 """
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Self
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+AGAIN = 0.05
+"""After so many seconds a signal is sent again that was lost in a deletion, which has ended by then."""
 
 
 class Interrupted(SystemExit):
@@ -44,8 +50,11 @@ class Interruptible:
         self.requeued = False
         self._received = False
         self._installed = False
+        self._unraisable = sys.unraisablehook
 
     def __enter__(self) -> Self:
+        self._unraisable = sys.unraisablehook
+        sys.unraisablehook = self._on_unraisable
         free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a handler of the user's own is left alone
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -55,6 +64,7 @@ class Interruptible:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        sys.unraisablehook = self._unraisable
         if self._installed:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if isinstance(error, SIGTERMException) and not self.requeued:
@@ -79,6 +89,13 @@ class Interruptible:
         if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
             raise SIGTERMException
         # Else one of Lightning's loops runs, and has put its own handler before this one: it ends after the batch.
+
+    def _on_unraisable(self, dropped: "sys.UnraisableHookArgs") -> None:
+        for kind, signum in ((SIGTERMException, signal.SIGTERM), (KeyboardInterrupt, signal.SIGINT)):
+            if issubclass(dropped.exc_type, kind):
+                threading.Timer(AGAIN, os.kill, (os.getpid(), signum)).start()
+                return
+        self._unraisable(dropped)
 
     def _ended(self, signum: signal.Signals) -> Interrupted:
         return Interrupted(

@@ -6,6 +6,7 @@ then has those of all tasks together.
 The folder is written beside its place and moved there when it is whole.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from lightning_drm.deltas import backbone_parameters, load_tensors, remove_adapt
 from lightning_drm.storage import write_tensors, written_whole
 
 MODEL_FILE = "model.safetensors"
+DESCRIPTION = "module"  # in a head's metadata
 
 _STATISTICS = "batch_norm"
 
@@ -34,6 +36,15 @@ class SavesBackbone(Protocol):
         ...
 
 
+@runtime_checkable
+class Described(Protocol):
+    """A module that says what it can be built of again, so that a merged model loads without its author's code."""
+
+    def description(self) -> dict[str, Any] | None:
+        """Its settings, in JSON's types; ``None`` where they are not enough."""
+        ...
+
+
 def write_merged(
     folder: Path,
     module: nn.Module,
@@ -42,6 +53,7 @@ def write_merged(
     card: str,
     finish: Callable[[Path], None] = lambda partial: None,
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Writes a merged model.
 
@@ -54,7 +66,9 @@ def write_merged(
         card: The model card, in Markdown.
         finish: Called with the written folder before it takes its place.
         statistics: By task, the running statistics of its batch norms by name, where it has its own.
+        modules: By task, its own module, where it is known. One that is `Described` is described beside its head.
     """
+    own = {task: found for task, one in (modules or {}).items() if (found := _description(one)) is not None}
     with written_whole(folder) as partial:
         partial.mkdir()
         if isinstance(module, SavesBackbone):
@@ -63,11 +77,28 @@ def write_merged(
             tensors = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
             write_tensors(partial / MODEL_FILE, tensors, {"format": "pt"})
         for task, head_tensors in heads.items():
-            write_tensors(partial / "heads" / f"{task}.safetensors", head_tensors, {"task": task})
-        for task, own in (statistics or {}).items():
-            write_tensors(partial / _STATISTICS / f"{task}.safetensors", own, {"task": task})
+            # One entry: safetensors writes several in any order, and the same merge is to give the same bytes.
+            metadata = {DESCRIPTION: json.dumps({"task": task, **own[task]})} if task in own else {"task": task}
+            write_tensors(partial / "heads" / f"{task}.safetensors", head_tensors, metadata)
+        for task, running in (statistics or {}).items():
+            write_tensors(partial / _STATISTICS / f"{task}.safetensors", running, {"task": task})
         (partial / "README.md").write_text(card, encoding="utf-8")
         finish(partial)
+
+
+def _description(module: nn.Module) -> dict[str, Any] | None:
+    return module.description() if isinstance(module, Described) else None
+
+
+def loading_code(task: str, module: nn.Module) -> str:
+    """What loads a task's module from the folder, for the model card.
+
+    Args:
+        task: The task's name.
+        module: Its module.
+    """
+    own = "" if _description(module) is not None else f", {type(module).__name__}(…)"
+    return f"from lightning_drm import load_merged\n\nmodel = load_merged(folder_or_hub_name, {task!r}{own})"
 
 
 def read_merged(

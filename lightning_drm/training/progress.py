@@ -41,7 +41,7 @@ class TaskProgressBar(RichProgressBar):
 
 @contextmanager
 def merging_bar(methods: str, ranks: Ranks) -> Iterator[Callable[[int, int], None]]:
-    """A bar that the first rank shows while all of them merge.
+    """A bar that the first rank shows while all of them merge; none in a notebook.
 
     Args:
         methods: What they merge with.
@@ -50,7 +50,9 @@ def merging_bar(methods: str, ranks: Ranks) -> Iterator[Callable[[int, int], Non
     Yields:
         What to call with the number of parameters that are merged, and of those that will be.
     """
-    with Progress(console=Console(stderr=True), disable=not ranks.is_first) as bar:
+    console = Console(stderr=True)
+    # In a notebook, rich draws a bar only with ipywidgets, and otherwise warns at each turn.
+    with Progress(console=console, disable=not ranks.is_first or console.is_jupyter) as bar:
         row = bar.add_task(f"merging with {methods}", total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
 

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -11,9 +12,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from lightning_drm.data import MultiTaskDataModule
+from lightning_drm.deltas import TaskVector
 from lightning_drm.evaluation import (
     Comparison,
     Finding,
+    Published,
     Score,
     StoredFinding,
     Study,
@@ -25,14 +28,18 @@ from lightning_drm.evaluation import (
     write_page,
     write_report,
 )
-from lightning_drm.fusion import method_title
+from lightning_drm.fusion import Recipe, method_title
 from lightning_drm.training.chosen_weights import Weights, callbacks_of, ends_with
+from lightning_drm.training.collect_statistics import collect_statistics, training_samples
 from lightning_drm.training.figure_log import log_figures
 from lightning_drm.training.interruption import Interruptible
+from lightning_drm.training.merged_card import add_scores
+from lightning_drm.training.propagation import propagated
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
 from lightning_drm.training.session import MergeSession
 from lightning_drm.training.snapshots import SnapshotPlan
+from lightning_drm.training.statistics import StatisticsPlan, missing
 from lightning_drm.training.task_modules import TaskModules
 
 
@@ -50,6 +57,8 @@ class Run:
         interruptible: Tells whether a signal has come.
         weights: Which weights of a fit are merged.
         snapshots: When a fit's snapshots are taken, and what becomes of them.
+        statistics: Which statistics of the training data are collected.
+        published: What was published about the model, for runs that repeat the paper's experiments.
         console: Where sentences are printed.
     """
 
@@ -62,6 +71,8 @@ class Run:
     interruptible: Interruptible
     weights: Weights
     snapshots: SnapshotPlan
+    statistics: StatisticsPlan
+    published: Published | None
     console: Console
 
     @property
@@ -86,6 +97,53 @@ class Run:
             self.folder.write_metrics(task, {**scores, **self.scoring.stamp(task)})
         self.session.ranks.wait()
 
+    def collect_statistics(self, task: str) -> None:
+        """Collects those statistics of a finetuned task that are to be there and are not, from its stored deltas."""
+        needs, how = self.statistics.of(self.session.recipe.method)
+        lacking = missing(self.session.task_vectors[task], needs, how)
+        if not lacking:
+            return
+        start, strategy = time.perf_counter(), self.trainer.strategy
+        finetuned = self.session.finetuned(self.modules.fresh(task), task).to(strategy.root_device)
+        collect_statistics(
+            self.session,
+            finetuned.task_module(task),
+            task,
+            partial(self.modules.training_loader, task, self.trainer),
+            lacking,
+            how,
+            strategy=strategy,
+            data=self.data.tasks[task],
+        )
+        self.interruptible.check()
+        seconds = time.perf_counter() - start
+        self.say(f"{task}: statistics ({', '.join(lacking)}) of {how.num_samples} training samples, in {seconds:.0f} s")
+
+    def vectors_for(self, recipe: Recipe) -> dict[str, TaskVector]:
+        """The task vectors, with the statistics that the recipe's method takes from the merge itself, if it does."""
+        session, modules, strategy = self.session, self.modules, self.trainer.strategy
+        if not recipe.method.propagate:
+            return session.task_vectors
+        finetuned = {
+            task: session.finetuned(modules.fresh(task), task).to(strategy.root_device).task_module(task)
+            for task in session.tasks
+        }
+        _, how = self.statistics.of(recipe.method)
+        batches = {
+            task: training_samples(
+                partial(modules.training_loader, task, self.trainer),
+                task,
+                how.num_samples,
+                session.ranks,
+                strategy,
+                self.data.tasks[task],
+            )
+            for task in session.tasks
+        }
+        number = how.num_samples
+        self.say(f"Statistics of {number} samples of each task, block by block, through the merged blocks before")
+        return propagated(session, recipe, modules.make_known().to(strategy.root_device), finetuned, batches, how)
+
     def scores(self, task: str, *, again: bool = False) -> dict[str, Any]:
         """A finished task's scores as they are stored; measured again if asked, or where data or deltas are others."""
         found = (self.folder.read_metrics(task), self.scoring.stamp(task)) if is_writer() else ({}, {})
@@ -106,6 +164,7 @@ class Run:
             module=self.modules.make_known(),
             device=self.trainer.strategy.root_device,
             batch_norm=self.modules.training_batches(self.trainer),
+            vectors=self.vectors_for(self.session.recipe),
         )
         if earlier is not None and earlier != self.folder.merge_record:
             self.say(f"The merge before this one, with its report: {self.folder.history_of(earlier)}")
@@ -130,6 +189,7 @@ class Run:
         folder = self.folder
         if is_writer():
             write_report(comparison, folder.path, self.made_from)
+            add_scores(folder.merged / "README.md", comparison)
         for logger in self.trainer.loggers:
             logger.log_hyperparams(method)
             logger.log_metrics(metrics)

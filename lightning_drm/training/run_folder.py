@@ -17,7 +17,16 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
-from lightning_drm.deltas import DELTAS_FILE, StoredDeltas, TaskVector, load_task_vector, save_task_vector
+from lightning_drm.deltas import (
+    DELTAS_FILE,
+    STATISTICS_FILE,
+    StoredDeltas,
+    TaskStatistics,
+    TaskVector,
+    load_task_vector,
+    save_statistics,
+    save_task_vector,
+)
 from lightning_drm.evaluation import Score
 from lightning_drm.kinds import MetricInfo
 from lightning_drm.storage import only_one, write_json, writing
@@ -25,6 +34,7 @@ from lightning_drm.storage.json_files import read_object, shown
 
 RECORD_FILE = "merge.json"
 SCORED = ("individual", "base")
+STATISTICS = "statistics"  # in the record of methods that need some: how they were collected
 BATCH_NORM = "batch_norm"  # in the record of models with batch norms: what their statistics were estimated on
 REPORT_FILES = ("report.json", "report.md", "report.png", "report.svg", "report.html")
 
@@ -136,9 +146,9 @@ class RunFolder:
         return (self.task(task) / DELTAS_FILE).is_file()
 
     def is_collected(self, task: str) -> bool:
-        """Whether a task was finetuned and collected, and its files can be read."""
+        """Whether a task was finetuned and collected, and its files can be read; statistics can be taken again."""
         try:
-            self.load_task_vector(task)
+            load_task_vector(self.task(task), statistics=False)
         except (OSError, ValueError, SafetensorError):
             return False
         return True
@@ -170,7 +180,7 @@ class RunFolder:
             return None
         return settings
 
-    def missing(self, tasks: list[str]) -> list[str]:
+    def missing(self, tasks: Sequence[str]) -> list[str]:
         """Those of the tasks that are not done."""
         return [task for task in tasks if not self.is_done(task)]
 
@@ -192,7 +202,12 @@ class RunFolder:
     def save_task_vector(self, vector: TaskVector) -> None:
         """Stores a task vector; the task is not done before `write_metrics`."""
         folder = self.task(vector.task)  # the old deltas go first, or a kill could leave them beside the new head
-        for outdated in (folder / "metrics.json", folder / DELTAS_FILE, self.base_head(vector.task)):
+        for outdated in (
+            folder / "metrics.json",
+            folder / DELTAS_FILE,
+            folder / STATISTICS_FILE,
+            self.base_head(vector.task),
+        ):
             _remove(outdated)
         save_task_vector(vector, self.task(vector.task))
 
@@ -208,6 +223,10 @@ class RunFolder:
         if not self.has_task_vector(task):
             raise FileNotFoundError(f"{self.task(task)} holds no deltas of task {task!r}: finetune it first.")
         return load_task_vector(self.task(task))
+
+    def save_statistics(self, task: str, statistics: TaskStatistics) -> None:
+        """Stores what was collected of a task's data, beside its deltas."""
+        save_statistics(statistics, self.task(task), task, self.fingerprint(task))
 
     def write_metrics(self, task: str, metrics: Mapping[str, Any]) -> None:
         """Stores a task's scores, which marks it as done.

@@ -29,6 +29,7 @@ from lightning_drm.storage import write_tensors
 from lightning_drm.training.merged_folder import read_merged, read_statistics
 from lightning_drm.training.run_folder import BATCH_NORM, RunFolder
 from lightning_drm.training.session import MergeSession
+from lightning_drm.training.strategies import is_sharded_strategy
 from lightning_drm.training.task_modules import TaskModules
 from lightning_drm.training.test_sets import fingerprint_of_samples
 from lightning_drm.training.training_batches import TrainingBatches, is_one_loader
@@ -77,7 +78,7 @@ class Scoring:
         Raises:
             ValueError: If the task cannot be measured.
         """
-        if isinstance(self._strategy, FSDPStrategy | ModelParallelStrategy):
+        if is_sharded_strategy(self._strategy):
             return
         arguments = {**self._arguments, "limit_test_batches": 2, "strategy": copy.deepcopy(self._arguments["strategy"])}
         with isolate_rng():

@@ -9,7 +9,7 @@ Fabric, `DRMMergeCallback` and `MergeTrainer` all talk to it in the same way.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_drm.deltas import (
     Base,
+    Collected,
     TaskVector,
     backbone_parameters,
     fingerprint,
@@ -40,7 +41,8 @@ from lightning_drm.fusion import (
     merge_side_by_side,
     model_card,
 )
-from lightning_drm.merging import DRM, Method
+from lightning_drm.fusion.depth import notes_on_depth, problems_of_depth
+from lightning_drm.merging import DRM, Method, Need
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.modules import MultiTaskModule, head_names_of, of_all_tasks
 from lightning_drm.names import check_task_name
@@ -49,9 +51,10 @@ from lightning_drm.training.assembly import Assembled, assemble, with_deltas
 from lightning_drm.training.delta_cache import DeltaCache, Store
 from lightning_drm.training.exchange import Owners, merge_together
 from lightning_drm.training.kept_modules import KeptModules
-from lightning_drm.training.merged_folder import write_merged
+from lightning_drm.training.merged_folder import loading_code, write_merged
 from lightning_drm.training.progress import merging_bar
-from lightning_drm.training.run_folder import BATCH_NORM, RECORD_FILE, RunFolder
+from lightning_drm.training.run_folder import BATCH_NORM, RECORD_FILE, STATISTICS, RunFolder
+from lightning_drm.training.statistics import extended
 
 
 class MergeSession:
@@ -225,7 +228,8 @@ class MergeSession:
         self._base.remember(module, head, task, self.ranks)
         trained = self._base.trained(module, head)
         shapes = {name: tuple(parameter.tensor.shape) for name, parameter in trained.items()}
-        if problems := self.recipe.misfits({name: parameter.kind for name, parameter in trained.items()}, shapes):
+        kinds = {name: parameter.kind for name, parameter in trained.items()}
+        if problems := self.recipe.misfits(kinds, shapes) + problems_of_depth(self.recipe.method, self._base.hashes):
             raise ValueError("\n".join(problems))
         self._owners.share_out(trained, self.ranks.size)
 
@@ -260,6 +264,49 @@ class MergeSession:
         self._vectors[task] = cache.take_in(vector)
         self._merged = None
         self._device = next(module.parameters()).device
+
+    def collect_statistics(
+        self,
+        module: nn.Module,
+        task: str,
+        batches: Iterable[Any],
+        statistics: Sequence[Need] = ("gram",),
+        *,
+        num_samples: int = 256,
+        count_padding: bool = False,
+    ) -> None:
+        """Takes statistics of a collected task's training data, for the methods that need them.
+
+        They belong to the deltas that the task has now, and are stored with them. All ranks call it together.
+
+        Args:
+            module: The task's module, trained, with whole weights; it stays as it is.
+            task: The task's name.
+            batches: Its training data. Of a ``DataLoader``, samples are chosen, always the same ones, and each rank
+                takes its share; of anything else all batches are taken, which each rank has of its own, on the module's
+                device.
+            statistics: Which: ``gram`` (the inputs of linear layers, for RegMean and WUDI), ``fisher``.
+            num_samples: How many samples, over all ranks.
+            count_padding: Whether positions count in Gram matrices that the batches' ``attention_mask`` leaves out.
+
+        Raises:
+            ValueError: If there is no such task, it was not collected, or the module does not give what is asked.
+        """
+        self._require_task(task)
+        if task not in self._vectors:
+            raise ValueError(f"Task {task!r} was not collected yet, so there is nothing that statistics belong to.")
+        module, vector = _unwrapped(module), self._vectors[task]
+        refuse_flat(module)
+        how = Collected(num_samples, count_padding)
+        found = extended(vector, module, head_names_of(module, self.head), batches, statistics, how, self.ranks)
+        if self.run_folder is not None:
+            self.ranks.wait()  # until no rank reads the file any more that is replaced
+            if self.ranks.is_first:
+                self.run_folder.save_statistics(task, found)
+            self.ranks.wait()
+            found = self.run_folder.load_task_vector(task).statistics or found
+        self._vectors[task] = replace(vector, statistics=found)
+        self._merged = None
 
     def snapshot(
         self, module: nn.Module, task: str, num_steps: int, *, settings: Mapping[str, object] | None = None
@@ -326,6 +373,7 @@ class MergeSession:
         module: nn.Module | None = None,
         device: torch.device | str | None = None,
         batch_norm: Mapping[str, Iterable[Any]] | None = None,
+        vectors: Mapping[str, TaskVector] | None = None,
     ) -> MultiTaskModule:
         """Merges all task vectors, and writes the merged model if there is a run folder.
 
@@ -341,6 +389,8 @@ class MergeSession:
                 running statistics of batch norms are estimated again: ``batch_norm_batches`` of each. Each of these
                 tasks then has statistics of its own; others share those that are merged like all other buffers. They
                 are not asked for where no batch norm has learned statistics.
+            vectors: By task, what is merged in place of the task vectors that have arrived: the same deltas with other
+                statistics, as `propagated` gives them.
 
         Returns:
             The merged model, on the device of the given or the last collected module, or sharded as that module is.
@@ -368,7 +418,8 @@ class MergeSession:
         with watched(self.ranks, _advice(self.run_folder)):  # which all ranks leave together
             base = self._base.tensors(module, head_names_of(module, self.head) if module is not None else ())
             place = torch.device(device or home)
-            fusion = self._fusion(recipe, modules[self.tasks[0]], place, self.task_vectors)
+            chosen = self.task_vectors if vectors is None else vectors
+            fusion = self._fusion(recipe, modules[self.tasks[0]], place, chosen)
             with merging_bar(type(recipe.method).__name__, self.ranks) as progress:
                 for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
                     # Copied where it is the base's: training may go on, and must not change the merged model by it.
@@ -380,7 +431,8 @@ class MergeSession:
             if writes:
                 shapes = {name: tuple(weight.shape) for name, weight in written.items()}
                 facts = facts_on_kinds(fusion.treatments, fusion.kinds, shapes)
-                self._write(recipe, modules, written, heads, assembled, facts)
+                facts += [*notes_on_depth(recipe.method, written, fusion.kinds), *fusion.notes]
+                self._write(recipe, chosen, modules, written, heads, assembled, facts)
         self._merged = assembled.module
         return assembled.module
 
@@ -417,7 +469,7 @@ class MergeSession:
         module: nn.Module,
         *,
         device: torch.device | str | None = None,
-        vectors: Mapping[str, TaskVector] | None = None,
+        vectors: Sequence[Mapping[str, TaskVector]] | None = None,
         decompositions: Decompositions | None = None,
     ) -> Iterator[tuple[str, list[Tensor]]]:
         """Merges by several recipes, reading each parameter's deltas once for all of them. Writes nothing.
@@ -426,7 +478,8 @@ class MergeSession:
             recipes: How to merge.
             module: Any module of this base, trained or not.
             device: Where to compute; where the module is, if left out.
-            vectors: By task, what to merge; all task vectors that have arrived if left out.
+            vectors: For each recipe, and by task, what to merge: the same deltas, of which statistics may differ. All
+                task vectors that have arrived if left out.
             decompositions: Keeps what later merges of the same task vectors can use again.
 
         Yields:
@@ -436,8 +489,11 @@ class MergeSession:
             ValueError: If a recipe does not fit.
         """
         place = torch.device(device or next(module.parameters()).device)
-        chosen = self.task_vectors if vectors is None else vectors
-        fusions = [self._fusion(recipe, module, place, chosen, decompositions) for recipe in recipes]
+        chosen = [self.task_vectors] * len(recipes) if vectors is None else vectors
+        fusions = [
+            self._fusion(recipe, module, place, own, decompositions)
+            for recipe, own in zip(recipes, chosen, strict=True)
+        ]
         yield from merge_side_by_side(fusions)
 
     def with_deltas(
@@ -520,6 +576,7 @@ class MergeSession:
     def _write(
         self,
         recipe: Recipe,
+        vectors: Mapping[str, TaskVector],
         modules: Mapping[str, nn.Module],
         backbone: Mapping[str, Tensor],
         heads: Mapping[str, Mapping[str, Tensor]],
@@ -536,10 +593,11 @@ class MergeSession:
         module = alone.task_module(first)
         card = model_card(
             recipe,
-            {task: {"parameters with a delta": len(vector.deltas)} for task, vector in self.task_vectors.items()},
+            {task: {"parameters with a delta": len(vector.deltas)} for task, vector in vectors.items()},
             base=getattr(module, "backbone_name", None),
             base_fingerprint=fingerprint(self._base.hashes),
             facts=[*facts, *([_STATISTICS_FACT] if statistics else [])],
+            loading=loading_code(first, module),
         )
         record: dict[str, Any] = {
             "method": recipe.description(self.tasks),
@@ -549,12 +607,17 @@ class MergeSession:
         if assembled.learned:  # else no setting can change them, and the record is that of versions without one
             number = self.batch_norm_batches if statistics.keys() == set(assembled.learned) else 0
             record[BATCH_NORM] = {"batches": number, "tasks": sorted(statistics)}
+        if recipe.method.needs is not None:
+            how = {task: vector.statistics.collected for task, vector in vectors.items() if vector.statistics}
+            record[STATISTICS] = {task: asdict(found[recipe.method.needs]) for task, found in how.items()}
 
         def finish(partial: Path) -> None:
             write_json(partial / RECORD_FILE, record)
             run_folder.put_aside(record)
 
-        write_merged(run_folder.merged, module, head_names_of(module, self.head), heads, card, finish, statistics)
+        known = {task: own for task, own in modules.items() if task in self._modules}
+        names = head_names_of(module, self.head)
+        write_merged(run_folder.merged, module, names, heads, card, finish, statistics, known)
 
     def _trained(self, module: nn.Module, task: str) -> nn.Module:
         self._require_task(task)

@@ -26,8 +26,12 @@ _MEASURED_ONLY = {"metric", "score", "higher_is_better", "max_new_tokens", "num_
 _ADDED = {  # what was so before it was a setting
     "model.trust_remote_code": False,
     "model.kind": None,
+    "model.revision": None,
     "data.trust_remote_code": False,
     "data.kind": None,
+    "data.revision": None,
+    "data.pretrained_revision": None,
+    "data.pad_token": None,
     "weights": "last",
 }
 

@@ -13,7 +13,8 @@ def require_measurable(run: Run) -> None:
         run: The run.
 
     Raises:
-        ValueError: If several processes work on it, nothing logs, or tasks have no validation set.
+        ValueError: If several processes work on it, nothing logs, the method needs statistics, or tasks have no
+            validation set.
     """
     problems = []
     if run.trainer.world_size > 1:
@@ -23,6 +24,8 @@ def require_measurable(run: Run) -> None:
         )
     if not run.trainer.loggers:
         problems.append("it needs a logger, got none")
+    if run.session.recipe.method.needs is not None:
+        problems.append(f"snapshots have no statistics, which {type(run.session.recipe.method).__name__} needs")
     if problems:
         raise ValueError(f"merge_at_snapshots cannot be used here: {'; '.join(problems)}.")
     require_validation_sets(run.data)

@@ -20,6 +20,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_drm.deltas import Parameter
 
 
+def is_sharded_strategy(strategy: Strategy) -> bool:
+    """Whether each process has a part of the weights while a task is trained."""
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
 def refuse_strategy(strategy: Strategy) -> None:
     """Refuses strategies, precisions, and settings of theirs, under which deltas cannot be taken or would be lost.
 
@@ -36,7 +41,7 @@ def refuse_strategy(strategy: Strategy) -> None:
             f"{name} starts its processes by {method}, which loses the callback's deltas when they end; "
             "use strategy 'ddp', which starts scripts."
         )
-    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | ModelParallelStrategy)
+    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or is_sharded_strategy(strategy)
     if not supported or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
             f"{name} is not supported by DRMMergeCallback; use a single device, 'ddp', FSDPStrategy or "

@@ -45,7 +45,7 @@ class TaskFit:
 
     def __init__(self, task: str, folder: Path, arguments: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
         self._task = task
-        self._arguments = {name: value for name, value in arguments.items() if value is not None}
+        self._arguments = dict(arguments)
         given = self._arguments.get("default_root_dir")
         self.root = Path(given) / task if given is not None else folder
         self._callbacks = [copy.deepcopy(callback) for callback in callbacks]

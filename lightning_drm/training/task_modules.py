@@ -101,24 +101,42 @@ class TaskModules:
                 self._session.keep_module(self.fresh(task), task)
         return module
 
+    def prepared(self, trainer: Trainer) -> MultiTaskDataModule:
+        """The tasks' data, set up for a fit, which has training and validation sets.
+
+        Args:
+            trainer: The Trainer of data that have none.
+        """
+        for data in self._data.tasks.values():
+            if data.trainer is None:
+                data.trainer = trainer
+            self._prepare(data)
+        return self._data
+
     def training_batches(self, trainer: Trainer) -> dict[str, TrainingBatches]:
         """By task, its training batches on the Trainer's device; all ranks see the same ones.
 
         Args:
             trainer: The Trainer.
         """
+        return {
+            task: TrainingBatches(partial(self.training_loader, task, trainer), self._strategy, data, self._template)
+            for task, data in self._data.tasks.items()
+        }
 
-        def loader_of(task: str) -> Any:
-            self._seed_everything()
-            self._prepare(self._data.tasks[task])
-            return self._data.tasks[task].train_dataloader()
+    def training_loader(self, task: str, trainer: Trainer) -> Any:
+        """A task's training loader, the same one each time and on all ranks.
 
-        batches = {}
-        for task, data in self._data.tasks.items():
-            if data.trainer is None:
-                data.trainer = trainer
-            batches[task] = TrainingBatches(partial(loader_of, task), self._strategy, data, self._template)
-        return batches
+        Args:
+            task: The task's name.
+            trainer: The Trainer, which the data know if they know no other.
+        """
+        data = self._data.tasks[task]
+        if data.trainer is None:
+            data.trainer = trainer
+        self._seed_everything()
+        self._prepare(data)
+        return data.train_dataloader()
 
     def _seed_everything(self) -> None:
         seed_everything(self.seed, workers=bool(int(os.environ.get("PL_SEED_WORKERS", 0))), verbose=False)

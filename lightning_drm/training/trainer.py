@@ -12,7 +12,6 @@ import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any, Literal, TypeVar, cast
@@ -50,8 +49,8 @@ from lightning_drm.training.snapshots import TakeSnapshots
 from lightning_drm.training.strategies import refuse_strategy
 from lightning_drm.training.task_fit import TaskFit
 from lightning_drm.training.task_modules import TaskModules
-from lightning_drm.training.tuned import tune_and_test
-from lightning_drm.tuning import SearchSettings, search_space
+from lightning_drm.training.tuned import search_of, tune_and_test
+from lightning_drm.tuning import SearchOptions
 
 T = TypeVar("T")
 
@@ -139,11 +138,13 @@ class MergeTrainer(Trainer):
 
         def finetune_and_merge(done: list[str], collected: list[str], checkpoints: dict[str, Path]) -> None:
             failures = Failures(keep_going and session.ranks.size == 1)
-            session.restore([*done, *collected] if only is None else collected)
+            session.restore([*done, *collected])
             for task in tasks:
                 if task in done:
                     score = folder.read_metrics(task)["individual"]
                     run.say(f"{task}: finetuned before ({score}), not trained again")
+                    with failures.of(task):
+                        run.collect_statistics(task)
                     continue
                 run.interruptible.unfinished = f"task {task!r} was"
                 with failures.of(task):
@@ -151,6 +152,8 @@ class MergeTrainer(Trainer):
                     if task not in collected:
                         module = self._finetune(run, task, settings[task], checkpoints.get(task))
                     run.measure(task, module, base_batches, start)
+                    module = None
+                    run.collect_statistics(task)
                 module = None
             failures.report(tasks)
             if only is None:
@@ -173,6 +176,41 @@ class MergeTrainer(Trainer):
         else:
             run.say(f"All tasks in {folder.path} are finetuned; `merge` comes next.")
 
+    def collect(
+        self, model: LightningModule, datamodule: MultiTaskDataModule, *, only: str | list[str] | None = None
+    ) -> None:
+        """Collects statistics of the finetuned tasks' training data, for the methods that need them. Trains nothing.
+
+        Which ones the callback's ``statistics`` say, and the configured method. `fit` collects them by itself; this is
+        for tasks that were finetuned without. Those that are there already are not collected again.
+
+        Args:
+            model: Template of a task's module, as for ``fit``.
+            datamodule: The tasks.
+            only: This task, or these.
+
+        Raises:
+            ValueError: If tasks are not finetuned yet, nothing is to be collected, or a module does not give it.
+        """
+        run = self._run_of(model, datamodule)
+        tasks = _chosen(run.session.tasks, only)
+        if not run.statistics.of(run.session.recipe.method)[0]:
+            raise ValueError(
+                f"There is nothing to collect: {type(run.session.recipe.method).__name__} needs no statistics, and "
+                "drm.statistics names none (gram, fisher)."
+            )
+        require_done(run.folder, tasks)
+
+        def collect_each() -> None:
+            run.session.restore(tasks)
+            for task in tasks:
+                run.interruptible.unfinished = f"the statistics of task {task!r} were"
+                run.collect_statistics(task)
+
+        with run.interruptible, _locked(run.folder, tasks):
+            self._on_all_ranks(run.session, collect_each)
+        run.say(f"The statistics of {', '.join(tasks)} are in {run.folder.path}/tasks.")
+
     def merge(self, model: LightningModule, datamodule: MultiTaskDataModule) -> None:
         """Merges the finetuned tasks again, with any method, and tests. Trains nothing.
 
@@ -184,7 +222,7 @@ class MergeTrainer(Trainer):
             ValueError: If tasks are not finetuned yet.
         """
         run = self._run_of(model, datamodule)
-        require_done(run.folder, run.session)
+        require_done(run.folder, run.session.tasks)
 
         def restore_and_merge() -> None:
             run.session.restore(run.session.tasks)
@@ -219,7 +257,7 @@ class MergeTrainer(Trainer):
         if model is None or isinstance(model, MultiTaskModule) or not isinstance(datamodule, MultiTaskDataModule):
             return super().test(model, dataloaders, datamodule=datamodule, **kwargs)
         run = self._run_of(model, datamodule)
-        require_done(run.folder, run.session)
+        require_done(run.folder, run.session.tasks)
         require_merged_as_configured(run.folder, run.session)
 
         def measure_again() -> list[Mapping[str, float]]:
@@ -262,13 +300,18 @@ class MergeTrainer(Trainer):
         *,
         methods: list[str] | None = None,
         grid: dict[str, dict[str, list[bool | int | float | str]]] | None = None,
-        coefficients: Literal["one", "each"] = "one",
-        search: Literal["grid", "tpe"] = "grid",
+        coefficients: Literal["one", "each", "layers"] | None = None,
+        search: Literal["grid", "tpe", "gradient"] = "grid",
         num_trials: int | None = None,
         seed: int | None = None,
-        num_samples: int | None = 100,
-        num_finalists: int = 5,
-        prune: bool = True,
+        num_samples: int | Literal["auto"] | None = "auto",
+        num_finalists: int | None = None,
+        prune: bool | None = None,
+        objective: Literal["labels", "entropy"] | None = None,
+        initial_coefficient: float | None = None,
+        learning_rate: float | None = None,
+        max_steps: int | None = None,
+        patience: int | None = None,
     ) -> None:
         """Searches for the best merge of the finetuned tasks on their validation sets, and tests it once.
 
@@ -276,41 +319,65 @@ class MergeTrainer(Trainer):
         settings are measured on a sample of the validation sets, and the best few on all of their samples. The search
         is kept in ``<run>/tune/``: after a kill the same command continues.
 
+        The search ``gradient`` learns coefficients by a fit instead (AdaMerging, arXiv 2310.02575), on one half of each
+        task's validation samples, and stops when the loss on the other half no longer falls. It holds the base and one
+        dense delta per task in memory. A fit that was killed begins anew, with the same seed; what was learned is kept.
+
         Args:
             model: Template of a task's module, as for ``fit``.
             datamodule: The tasks.
             methods: Methods to search, by name, with the paper's grids (DRM in both directions); ``all`` of them. If
                 left out, those of the grid, and without a grid the configured method, in its direction if it is DRM.
+                ``gradient`` takes one, which must be linear in the coefficients, as DRM, TIES and task arithmetic are.
             grid: By method, and by hyper-parameter, a list of the values to try. It takes the place of the method's
-                default grid.
-            coefficients: Search ``one`` λ for all tasks, which is the method's ``scale``, or one for ``each`` task,
-                which needs the search ``tpe``.
-            search: Try the whole ``grid``, or what ``tpe`` (Optuna) proposes between its lowest and highest values.
-            num_trials: How many settings ``tpe`` proposes of each method, earlier calls included; 100 if left out. Not
-                for a grid.
-            seed: Decides what ``tpe`` proposes; 0 if left out. Not for a grid.
-            num_samples: How many validation samples of each task measure a setting, classes in proportion; null uses
-                all.
-            num_finalists: How many of the best settings are measured on all validation samples.
+                default grid. Not for ``gradient``.
+            coefficients: Search ``one`` λ for all tasks, which is the method's ``scale``; one for ``each`` task, which
+                needs the search ``tpe`` or ``gradient``; or one for each task and parameter tensor, ``layers``, which
+                needs ``gradient``. If left out, ``one``; of ``gradient``, ``layers``.
+            search: Try the whole ``grid``, or what ``tpe`` (Optuna) proposes between its lowest and highest values, or
+                learn coefficients by ``gradient``.
+            num_trials: How many settings ``tpe`` proposes of each method, earlier calls included; 100 if left out. For
+                ``tpe`` only.
+            seed: Decides what ``tpe`` proposes, or which samples ``gradient`` learns from, and their order; 0 if left
+                out. Not for a grid.
+            num_samples: How many validation samples of each task measure a setting, or take part in learning, classes
+                in proportion; null uses all, ``auto`` 100 of them, and all for ``gradient``.
+            num_finalists: How many of the best settings are measured on all validation samples; 5 if left out. Not for
+                ``gradient``.
             prune: Give a setting up after some tasks if it cannot be among the best any more, whatever its scores on
-                the other tasks. The outcome is the same without.
+                the other tasks; true if left out. The outcome is the same without. Not for ``gradient``.
+            objective: What ``gradient`` learns by: on ``labels``, the loss of the tasks' own training_step; without
+                labels, the ``entropy`` of predicted classes, which every task must have. ``labels`` if left out.
+            initial_coefficient: Where ``gradient`` starts each λ (the paper: 0.3); at the configured coefficients times
+                the method's scale if left out.
+            learning_rate: That of ``gradient``, whose optimizer is Adam; 0.001 if left out.
+            max_steps: How many steps ``gradient`` takes at most, each on 16 samples of every task; 500 if left out.
+            patience: After how many checks in a row without a lower loss ``gradient`` stops, one every 10 steps; 5 if
+                left out.
 
         Raises:
             ValueError: If tasks are not finetuned yet or have no validation set, or something cannot be searched.
         """
-        if coefficients == "each" and search == "grid":
-            raise ValueError(
-                "One λ for each task makes too many settings for a grid: give --search tpe with --coefficients each."
-            )
-        of_tpe = {name: v for name, v in (("num_trials", num_trials), ("seed", seed)) if v is not None}
-        if of_tpe and search == "grid":
-            raise ValueError(f"A grid is tried as a whole, without {' and '.join(of_tpe)}: give --search tpe with it.")
-        settings = SearchSettings(search, **of_tpe, num_samples=num_samples, num_finalists=num_finalists, prune=prune)
-        space = partial(search_space, methods=methods, grid=grid, coefficients=coefficients)
-        show = bool(self._progress_bar("tuning"))
-        self._study(
-            model, datamodule, lambda run, found: tune_and_test(run, found, space, settings, show_progress=show)
+        given: dict[str, Any] = {
+            "methods": methods,
+            "grid": grid,
+            "coefficients": coefficients,
+            "num_trials": num_trials,
+            "seed": seed,
+            "num_finalists": num_finalists,
+            "prune": prune,
+            "objective": objective,
+            "initial_coefficient": initial_coefficient,
+            "learning_rate": learning_rate,
+            "max_steps": max_steps,
+            "patience": patience,
+        }
+        find = search_of(
+            SearchOptions(search, num_samples, {name: v for name, v in given.items() if v is not None}),
+            arguments=self._arguments,
+            progress_bar=self._progress_bar,
         )
+        self._study(model, datamodule, lambda run, found: tune_and_test(run, found, find))
 
     def analyze(
         self,
@@ -369,7 +436,7 @@ class MergeTrainer(Trainer):
         if num_samples is not None and split == "test":
             raise ValueError("num_samples chooses samples of the validation sets: leave it out with the split 'test'.")
         run = self._run_of(model, datamodule)
-        require_done(run.folder, run.session)
+        require_done(run.folder, run.session.tasks)
         if measured and split == "validation":
             require_validation_sets(datamodule)
 
@@ -412,7 +479,7 @@ class MergeTrainer(Trainer):
         run.interruptible.check()
         if checkpoint is not None:
             run.say(f"{task}: going on from {checkpoint}")
-        collect = CollectTask(run.session, task, settings, run.weights)
+        collect = CollectTask(run.session, task, settings, run.weights, run.statistics)
         snapshots = TakeSnapshots(run.session, task, run.snapshots, settings)
         trainer = fit.trainer([collect, snapshots, *self._progress_bar(f"{task} · finetune")])
         requeued = fit.requeued()
@@ -461,6 +528,8 @@ class MergeTrainer(Trainer):
             Interruptible("the run was"),
             found[0].weights,
             found[0].snapshots,
+            found[0].statistics,
+            found[0].published,
             self._console,
         )
 

@@ -38,8 +38,9 @@ def chosen_recipes(candidates: Candidates, methods: Sequence[Method] | None) -> 
         ValueError: If the recipe does not fit the configured method or one that was given, or methods are the same; or
             if there is none to compare with the configured one.
     """
-    configured, vectors = candidates.recipe, list(candidates.vectors.values())
-    Fusion(configured, vectors)  # refuses what does not fit, before anything is measured
+    configured = candidates.recipe
+    vectors = candidates.vectors_for(configured)
+    Fusion(configured, list(vectors.values()))  # refuses what does not fit, before anything is measured
     given = all_methods() if methods is None else list(methods)
     twice = [method_title(method) for place, method in enumerate(given) if method in given[:place]]
     problems = [f"{title} is given twice" for title in dict.fromkeys(twice)]
@@ -49,7 +50,7 @@ def chosen_recipes(candidates: Candidates, methods: Sequence[Method] | None) -> 
         if method == configured.method:
             continue
         try:
-            Fusion(recipe, vectors)
+            Fusion(recipe, list(candidates.vectors_for(recipe).values()))
         except ValueError as error:
             left_out.append(f"{method_title(method)} is left out: {error}")
             problems.append(f"{method_title(method)} cannot be compared: {str(error).rstrip('.')}")

@@ -1,10 +1,11 @@
 """What a comparison of methods has found: the best one, and those that the samples do not tell from it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_drm.evaluation import Comparison, Score, Split, paired_interval, shown
+from lightning_drm.evaluation import Comparison, Published, Score, Split, paired_interval, shown
+from lightning_drm.fusion import Recipe
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,30 @@ class ComparedMethods:
     Attributes:
         by_title: By title of the method, base, individual and merged scores; the configured method comes first.
         split: On which samples.
+        published: By title, and for ``individual``, the scores that were published of the same: by task, and their
+            ``average``. What has none is left out.
+        source: Where they were published.
     """
 
     by_title: Mapping[str, Comparison]
     split: Split
+    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    source: str = ""
+
+    def beside(self, published: Published, recipes: Mapping[str, Recipe]) -> "ComparedMethods":
+        """The same with what was published of the finetunes and of these methods.
+
+        Args:
+            published: What was published.
+            recipes: By title, how the methods merge.
+        """
+        tasks = [task for task, info in self.first.metrics.items() if info.name == "accuracy"]
+        found = {"individual": published.individual(tasks)}
+        found |= {title: published.merged(recipe, tasks) for title, recipe in recipes.items()}
+        if tasks != list(self.first.tasks):  # the measured average is of other tasks
+            found = {row: {task: value for task, value in of.items() if task != "average"} for row, of in found.items()}
+        found = {row: of for row, of in found.items() if of}
+        return replace(self, published=found, source=published.note if found else "")
 
     @property
     def first(self) -> Comparison:
@@ -76,6 +97,7 @@ class ComparedMethods:
                 "scores": comparison.scores["merged"],
                 "intervals": comparison.intervals["merged"],
                 "normalized": comparison.normalized,
+                **({"published": self.published[title]} if title in self.published else {}),
             }
             for title, comparison in self.by_title.items()
         }

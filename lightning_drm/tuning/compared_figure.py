@@ -79,6 +79,10 @@ def _numbers(compared: ComparedMethods) -> pd.DataFrame:
             ratio = comparison.normalized[task]
             percentage = None if ratio is None else 100 * ratio
             rows.append({**_row(name, comparison, "merged", task), "normalized (%)": percentage})
+    if compared.published:
+        for row in rows:
+            value = compared.published.get(str(row["method"]), {}).get(str(row["task"]))
+            row["published (%)"] = None if value is None else round(100 * value, 2)
     return pd.DataFrame(rows)
 
 

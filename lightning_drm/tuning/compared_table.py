@@ -39,10 +39,11 @@ def compared_table(compared: ComparedMethods) -> Table:
     """
     first = compared.first
     tasks = first.tasks if len(first.tasks) <= _NUM_COLUMNS else []
+    sources = [compared.source] if compared.source else []
     elsewhere = [] if tasks else [f"The scores of each of the {len(first.tasks)} tasks are in the report."]
     table = Table(
         title=f"{first.measured(compared.split)}, {len(compared.by_title)} methods",
-        caption="\n".join([compared.sentence, *notes(first, compared.split), *elsewhere]),
+        caption="\n".join([compared.sentence, *notes(first, compared.split), *sources, *elsewhere]),
         caption_justify="left",
         box=SIMPLE_HEAD,  # without lines between columns, four tasks fit into 80 characters
     )
@@ -51,10 +52,16 @@ def compared_table(compared: ComparedMethods) -> Table:
         metric = first.metrics[task].name
         name = task if metric == "accuracy" else f"{task}\n{metric}"
         table.add_column(escape(name.replace("_", "_\n")), justify="right")  # or long names would cut the numbers
-    for column in ("average", "normalized"):
+    has_published = any("average" in scores for scores in compared.published.values())
+    for column in ("average", "normalized", *(["published"] if has_published else [])):
         table.add_column(column, justify="right", min_width=len(column))
+
+    def published(row: str) -> list[str]:
+        average = compared.published.get(row, {}).get("average")
+        return [shown(average, None, True) if average is not None else ""] if has_published else []
+
     for row in ("base", "individual"):
-        table.add_row(row, *_cells(first, row, tasks), "", end_section=row == "individual")
+        table.add_row(row, *_cells(first, row, tasks), "", *published(row), end_section=row == "individual")
     best = _best(compared.by_title)
     for name, comparison in compared.by_title.items():
         cells = [*_cells(comparison, "merged", tasks), shown(comparison.normalized["average"], None, True)]
@@ -64,7 +71,7 @@ def compared_table(compared: ComparedMethods) -> Table:
             f"[bold]{cell}[/bold]" if value == best[column] else cell
             for cell, (column, value) in zip(cells, values, strict=True)
         ]
-        table.add_row(escape(name), *marked)
+        table.add_row(escape(name), *marked, *published(name))
     return table
 
 

@@ -1,13 +1,19 @@
 """Which values of which methods' hyper-parameters are tried.
 
-The default grids are the paper's (arXiv 2505.23117, appendix H.5); the last row is this package's own, around the
-default:
+The first two rows are the paper's grids (arXiv 2505.23117, appendix H.5). DC-Merge's is its authors', up to their 3.0
+in wider steps, LiNeS' theirs. The others are this package's own, around the defaults:
 
-| method | ``scale``, the λ of all tasks | ``density``, the rate that is kept |
+| method | ``scale``, the λ of all tasks | other |
 |---|---|---|
 | ``TaskArithmetic`` | 0.1, 0.2, … 1.0 | |
-| ``TIES``, ``DARETIES``, ``DRM`` | 0.8, 0.9, … 1.5 | 0.1, 0.2, … 1.0 |
+| ``TIES``, ``DARETIES``, ``DRM`` | 0.8, 0.9, … 1.5 | ``density``: 0.1, 0.2, … 1.0 |
 | ``IsoC``, ``IsoCTS``, ``TSVM`` | 0.5, 0.6, … 2.0 | |
+| ``WUDI`` | 0.5, 0.6, … 2.0 | ``ridge``: 0.01, 0.03, 0.1, 0.3, 1.0 |
+| ``DCMerge`` | 0.2, 0.4, … 3.0 | |
+| ``STAR`` | 0.5, 0.6, … 2.0 | ``eta``: 20, 40, 60, 80 |
+| ``KnOTS`` | 0.5, 0.6, … 1.5 | ``density``: 0.1, 0.2, … 1.0 |
+| ``RegMean`` | | ``alpha``: 0.1, 0.5, 0.7, 0.9, 0.95, 1.0 |
+| ``LiNeS`` | | ``beta``: 0.1, 0.2, … 1.0 |
 """
 
 import inspect
@@ -16,7 +22,23 @@ from importlib import import_module
 from typing import TypeAlias
 
 from lightning_drm import merging
-from lightning_drm.merging import DRM, METHODS, TSVM, IsoC, IsoCTS, Method, TaskArithmetic
+from lightning_drm.deltas import TaskVector
+from lightning_drm.fusion import problem_of_statistics
+from lightning_drm.merging import (
+    DRM,
+    METHODS,
+    STAR,
+    TSVM,
+    WUDI,
+    DCMerge,
+    IsoC,
+    IsoCTS,
+    KnOTS,
+    LiNeS,
+    Method,
+    RegMean,
+    TaskArithmetic,
+)
 
 Value: TypeAlias = bool | int | float | str
 Grid: TypeAlias = Mapping[str, Mapping[str, Sequence[Value]]]
@@ -30,7 +52,16 @@ def _steps(first: int, last: int) -> list[Value]:
 _DENSITIES = _steps(1, 10)
 _SCALES: Mapping[type[Method], list[Value]] = {
     TaskArithmetic: _steps(1, 10),
-    **dict.fromkeys((IsoC, IsoCTS, TSVM), _steps(5, 20)),
+    **dict.fromkeys((IsoC, IsoCTS, TSVM, WUDI, STAR), _steps(5, 20)),
+    DCMerge: [fifths / 5 for fifths in range(1, 16)],
+    KnOTS: _steps(5, 15),
+}
+_OTHERS: Mapping[type[Method], dict[str, list[Value]]] = {
+    WUDI: {"ridge": [0.01, 0.03, 0.1, 0.3, 1.0]},
+    STAR: {"eta": [20.0, 40.0, 60.0, 80.0]},
+    RegMean: {"alpha": [0.1, 0.5, 0.7, 0.9, 0.95, 1.0]},
+    LiNeS: {"beta": _steps(1, 10)},
+    DCMerge: {},  # its density is a constant of the authors' code
 }
 _PAPERS_SCALES = _steps(8, 15)
 
@@ -48,8 +79,7 @@ def default_grid(kind: type[Method], *, directions: bool = False) -> dict[str, l
     """
     names = inspect.signature(kind).parameters
     grid: dict[str, list[Value]] = {"direction": ["horizontal", "vertical"]} if kind is DRM and directions else {}
-    if "density" in names:
-        grid["density"] = _DENSITIES
+    grid |= _OTHERS.get(kind, {"density": _DENSITIES} if "density" in names else {})
     if "scale" in names:
         grid["scale"] = default_scales(kind)
     return grid
@@ -65,7 +95,11 @@ def default_scales(kind: type[Method]) -> list[Value]:
 
 
 def chosen_grids(
-    configured: type[Method], methods: Sequence[str] | None, grid: Grid | None, problems: list[str]
+    configured: type[Method],
+    methods: Sequence[str] | None,
+    grid: Grid | None,
+    problems: list[str],
+    vectors: Sequence[TaskVector] = (),
 ) -> dict[type[Method], Mapping[str, Sequence[Value]]]:
     """By method, the values to try.
 
@@ -74,6 +108,7 @@ def chosen_grids(
         methods: Names of methods, or import paths, or ``["all"]``; those of the grid if left out.
         grid: Takes the place of the default grids of the methods that it names.
         problems: Where a sentence is added for whatever cannot be.
+        vectors: What is merged. A method that needs statistics which these do not have is not among ``["all"]``.
     """
     own = {kind: values for name, values in (grid or {}).items() if (kind := _kind(name, problems)) is not None}
     if methods is None:
@@ -84,7 +119,11 @@ def chosen_grids(
         return own
     if not methods:
         problems.append("There are no methods to search.")
-    kinds = METHODS if list(methods) == ["all"] else [_kind(name, problems) for name in methods]
+    kinds: list[type[Method] | None]
+    if list(methods) == ["all"]:
+        kinds = [kind for kind in METHODS if problem_of_statistics(kind(), vectors) is None]
+    else:
+        kinds = [_kind(name, problems) for name in methods]
     chosen = dict.fromkeys(kind for kind in kinds if kind is not None)
     problems += [
         f"The grid has {kind.__name__}, which is not among the methods to search." for kind in own if kind not in chosen

@@ -1,4 +1,4 @@
-"""What a search found, as pictures: density against λ in the form of the paper's Figure 7, or one number at a time."""
+"""What a search found, as pictures: density (or the like) against λ as in the paper's Figure 7, or single numbers."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,6 @@ from lightning_drm.tuning.space import Family, setting_title
 from lightning_drm.tuning.trial import Trial, table_of
 
 _SCORE = "normalized validation score"
-_GRID = ("density", "scale")
 
 
 def family_finding(family: Family, trials: Sequence[Trial], tasks: Sequence[str]) -> Finding:
@@ -41,9 +40,10 @@ def _picture(family: Family, trials: Sequence[Trial]) -> Figure:
     finished = [trial for trial in trials if trial.average is not None]
     values = [tuple(trial.params[name] for name in family.numbers) for trial in finished]
     is_grid = all(value in family.numbers[n] for row in values for n, value in zip(family.numbers, row, strict=True))
-    if is_grid and all(len(family.numbers.get(name, ())) > 1 for name in _GRID):
-        return _heat_map(family, trials)
-    searched = [name for name, choices in family.numbers.items() if len(choices) > 1] or list(family.numbers)[:1]
+    several = [name for name, choices in family.numbers.items() if len(choices) > 1]
+    if is_grid and len(several) > 1 and several[-1] == "scale":
+        return _heat_map(family, trials, several[0])
+    searched = several or list(family.numbers)[:1]
     figure, panels = new_figure(width=max(6.4, 3.2 * len(searched)), columns=max(1, len(searched)))
     for panel, name in zip(panels, searched, strict=False):
         panel.scatter([t.params[name] for t in finished], [t.reached for t in finished], color=COLORS[0], s=18)
@@ -57,20 +57,20 @@ def _picture(family: Family, trials: Sequence[Trial]) -> Figure:
     return figure
 
 
-def _heat_map(family: Family, trials: Sequence[Trial]) -> Figure:
-    """Density down, λ across; of settings that differ in something else, the best one, or else the highest bound."""
-    densities, scales = (sorted(family.numbers[name]) for name in _GRID)
-    cells = np.full((len(densities), len(scales)), np.nan)
+def _heat_map(family: Family, trials: Sequence[Trial], name: str) -> Figure:
+    """One number down, λ across; of settings that differ in something else, the best one, or else the highest bound."""
+    numbers, scales = sorted(family.numbers[name]), sorted(family.numbers["scale"])
+    cells = np.full((len(numbers), len(scales)), np.nan)
     bounds = cells.copy()
     for trial in trials:
-        row, column = densities.index(trial.params["density"]), scales.index(trial.params["scale"])
+        row, column = numbers.index(trial.params[name]), scales.index(trial.params["scale"])
         table, value = (bounds, trial.bound) if trial.average is None else (cells, trial.reached)
         if np.isfinite(value):
             table[row, column] = np.nanmax([table[row, column], 100 * value])
-    figure, (axes,) = new_figure(width=1.2 + 0.65 * max(8, len(scales)), height=1.4 + 0.32 * max(6, len(densities)))
-    heat_map(axes, cells.tolist(), [f"{value:g}" for value in densities], [f"{value:g}" for value in scales])
+    figure, (axes,) = new_figure(width=1.2 + 0.65 * max(8, len(scales)), height=1.4 + 0.32 * max(6, len(numbers)))
+    heat_map(axes, cells.tolist(), [f"{value:g}" for value in numbers], [f"{value:g}" for value in scales])
     axes.set_xlabel(_label("scale"))
-    axes.set_ylabel("density")
+    axes.set_ylabel(_label(name))
     given_up = np.argwhere(np.isnan(cells) & ~np.isnan(bounds))
     for row, column in given_up:
         axes.text(column, row, f"≤ {bounds[row, column]:.1f}", ha="center", va="center", fontsize=6, color="0.45")

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, TypeAlias
 
-from lightning_drm.fusion import Recipe, method_title
-from lightning_drm.merging import Method
+from lightning_drm.deltas import TaskVector
+from lightning_drm.fusion import Recipe, method_title, problem_of_statistics
+from lightning_drm.merging import METHODS, Method
 from lightning_drm.tuning.grids import Grid, Value, chosen_grids, default_scales
 
 Params: TypeAlias = Mapping[str, float]
@@ -66,7 +67,7 @@ class Family:
 
 
 def setting_title(recipe: Recipe) -> str:
-    """A setting in words: the method's, and the coefficients that are not 1.
+    """A setting in words: the method's, the coefficients that are not 1, and how many overrides have others.
 
     Args:
         recipe: The setting.
@@ -77,12 +78,15 @@ def setting_title(recipe: Recipe) -> str:
         'DRM, horizontal, density 0.2, scale 1.2, coefficient of topic 0.5'
     """
     coefficients = [f"coefficient of {task} {value:.3g}" for task, value in recipe.coefficients.items() if value != 1.0]
-    return ", ".join([method_title(recipe.method), *coefficients])
+    own = sum(bool(override.coefficients) for override in recipe.overrides)
+    overrides = [f"{own} override{'s' if own > 1 else ''} with others"] if own else []
+    return ", ".join([method_title(recipe.method), *coefficients, *overrides])
 
 
 def search_space(
     recipe: Recipe,
     tasks: Sequence[str],
+    vectors: Sequence[TaskVector] = (),
     *,
     methods: Sequence[str] | None = None,
     grid: Grid | None = None,
@@ -94,6 +98,7 @@ def search_space(
         recipe: The configured recipe. Whatever is not searched stays as it is there; a method of another class starts
             from its own defaults.
         tasks: The tasks.
+        vectors: Their vectors, which may lack statistics that a method needs.
         methods: Names of methods, or import paths, or ``["all"]``. If left out, those of the grid, and without a grid
             the configured one, in its direction if it is DRM.
         grid: Takes the place of the default grids of the methods that it names.
@@ -111,16 +116,53 @@ def search_space(
     """
     problems: list[str] = []
     families = []
-    for kind, choices in chosen_grids(type(recipe.method), methods, grid, problems).items():
+    for kind, choices in chosen_grids(type(recipe.method), methods, grid, problems, vectors).items():
         start = recipe.method.hyperparameters() if type(recipe.method) is kind else {}
         if found := _problems(kind, start, choices):
             problems += found
             continue
         families += _families(replace(recipe, method=_made(kind, start, choices)), choices, tasks, coefficients)
     problems += [problem for family in families for problem in _misfits(family)]
+    of_statistics = (problem_of_statistics(family.recipe.method, vectors) for family in families)
+    problems += [problem for problem in of_statistics if problem is not None]
     if problems:
         raise ValueError(" ".join(dict.fromkeys(problems)))
     return families
+
+
+def learned_setting(recipe: Recipe, methods: Sequence[str] | None, *, by_parameter: bool) -> Recipe:
+    """The recipe whose coefficients are learned.
+
+    Args:
+        recipe: The configured recipe.
+        methods: The name of a method that takes the place of the configured one, with its own defaults.
+        by_parameter: Whether each parameter has coefficients of its own.
+
+    Raises:
+        ValueError: If it is not one method that is linear in the coefficients, or has overrides that would be ignored.
+    """
+    problems: list[str] = []
+    kinds = list(chosen_grids(type(recipe.method), methods, None, problems))
+    if not problems and len(kinds) != 1:
+        problems.append(
+            f"Coefficients are learned for one method at a time, got {', '.join(kind.__name__ for kind in kinds)}."
+        )
+    if not problems and not kinds[0].linear:
+        linear = ", ".join(kind.__name__ for kind in METHODS if kind.linear)
+        problems.append(
+            f"Coefficients are learned of methods that are linear in them, which {kinds[0].__name__} is not: give "
+            f"--methods one of {linear}."
+        )
+    fixed = [repr(override.match) for override in recipe.overrides if override.coefficients]
+    if fixed and not by_parameter:
+        problems.append(
+            f"The overrides {', '.join(fixed)} have coefficients of their own, and one for each task would replace "
+            "them: give --coefficients layers, or leave them out."
+        )
+    if problems:
+        raise ValueError(" ".join(problems))
+    (kind,) = kinds
+    return recipe if type(recipe.method) is kind else replace(recipe, method=_made(kind, {}, {}))
 
 
 def _problems(kind: type[Method], start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]) -> list[str]:
@@ -156,7 +198,7 @@ def _fits(value: Value, default: object) -> bool:
         return isinstance(value, bool) and (isinstance(default, bool) or default is inspect.Parameter.empty)
     if isinstance(default, float):
         return isinstance(value, int | float)
-    return isinstance(value, type(default)) or not isinstance(default, int | str)
+    return isinstance(value, type(default)) or not isinstance(default, int)
 
 
 def _values_of(
@@ -182,12 +224,12 @@ def _families(
     numbers: dict[str, tuple[float, ...]] = {}
     others: dict[str, list[Value]] = {}
     for name, values in sorted(choices.items(), key=lambda item: item[0] == "scale"):
-        if isinstance(current[name], float):
-            numbers[name] = tuple(dict.fromkeys(float(value) for value in values))
-        elif isinstance(current[name], int) and not isinstance(current[name], bool):
-            numbers[name] = tuple(dict.fromkeys(int(value) for value in values))
-        else:
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             others[name] = list(dict.fromkeys(values))
+        elif isinstance(current[name], float) or any(isinstance(value, float) for value in values):
+            numbers[name] = tuple(dict.fromkeys(float(value) for value in values))
+        else:
+            numbers[name] = tuple(dict.fromkeys(int(value) for value in values))
     if coefficients == "each":
         lambdas = numbers.pop("scale", tuple(float(value) for value in default_scales(type(method))))
         current |= {"scale": 1.0} if "scale" in current else {}

@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from lightning_drm.fusion.recipe import plain_arguments
 from lightning_drm.storage import writing
 from lightning_drm.tuning.judge import Judge
 from lightning_drm.tuning.space import Family, Params
@@ -68,9 +69,8 @@ class Study:
     ) -> None:
         self.family = family
         self._num_samples = num_samples
-        unsearched = {
-            name: v for name, v in family.recipe.method.hyperparameters().items() if name not in family.numbers
-        }
+        arguments = plain_arguments(family.recipe.method)
+        unsearched = {name: value for name, value in arguments.items() if name not in family.numbers}
         description = family.recipe.description([])
         about = {**measured, **description, "init_args": unsearched, "searched": sorted(family.numbers)}
         about |= {"coefficients": dict(family.recipe.coefficients), "num_samples": num_samples}

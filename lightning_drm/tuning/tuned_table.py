@@ -1,6 +1,7 @@
 """What a search chose, beside what was configured: a table for the terminal, and a section of ``report.json``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -9,12 +10,37 @@ from rich.table import Table
 from lightning_drm.evaluation import Comparison
 from lightning_drm.evaluation.report import notes
 from lightning_drm.evaluation.shown import shown
+from lightning_drm.tuning.outcome import Outcome
+from lightning_drm.tuning.pictures import family_finding
 from lightning_drm.tuning.space import setting_title
 from lightning_drm.tuning.trial import Trial
-from lightning_drm.tuning.tune import Tuned
+from lightning_drm.tuning.tune import STUDY_FILE, Tuned
 
 
-def tuned_section(found: Tuned, comparison: Comparison) -> dict[str, Any]:
+def searched(found: Tuned, tasks: Sequence[str], folder: Path) -> Outcome:
+    """What a search over settings hands on.
+
+    Args:
+        found: What it found.
+        tasks: The tasks.
+        folder: Where its study is.
+    """
+    trials = [trial for _, measured in found.trials for trial in measured]
+    finished = [
+        (family, measured) for family, measured in found.trials if any(trial.average is not None for trial in measured)
+    ]
+    return Outcome(
+        found.chosen,
+        found.untuned,
+        [*trials, *found.finals, found.untuned],
+        tuned_sentence(found),
+        [family_finding(*pair, tasks) for pair in finished],
+        {"num_settings": len(trials)},
+        [f"The study, which Optuna's dashboard opens: {folder / STUDY_FILE}"],
+    )
+
+
+def tuned_section(found: Outcome, comparison: Comparison) -> dict[str, Any]:
     """What ``report.json`` says under ``tuned``: the chosen recipe, its scores on both splits, and how it was chosen.
 
     Args:
@@ -29,7 +55,7 @@ def tuned_section(found: Tuned, comparison: Comparison) -> dict[str, Any]:
         "scores": comparison.scores["merged"],
         "intervals": {task: list(interval) if interval else None for task, interval in intervals.items()},
         "normalized": comparison.normalized,
-        "num_settings": sum(len(trials) for _, trials in found.trials),
+        **found.about,
     }
 
 

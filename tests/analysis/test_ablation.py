@@ -1,10 +1,15 @@
 """The ablation's merges are those of DRM with one argument changed, whatever the configuration."""
 
+import sys
+from pathlib import Path
+
 import pandas as pd
 import pytest
+from helpers.studied import Sets
 from helpers.three_tasks import CLASSES, ThreeTasks
+from helpers.tiny import QUIET, VectorTask
 
-from lightning_drm import DRM, Average
+from lightning_drm import DRM, Average, DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.analysis.ablation import Ablation
 from lightning_drm.evaluation import StoredFinding
 from lightning_drm.fusion import Override
@@ -107,3 +112,27 @@ def test_options_out_of_range_are_refused():
         Ablation(rank_drops=[0.5, 1.0])
     with pytest.raises(ValueError, match="directions must be some of horizontal, vertical"):
         Ablation(directions=[])
+
+
+def test_published_changes_stand_beside_measured_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a run with all tasks of the paper's table, and a model whose ablation it has."""
+    monkeypatch.setattr(sys.modules["lightning_drm.evaluation.measure"], "NUM_RESAMPLES", 50)  # most of the time
+    tasks = ["paws", "qasc", "quartz", "story_cloze", "wiki_qa", "winogrande"]
+    data = MultiTaskDataModule({task: Sets(seed) for seed, task in enumerate(tasks)})
+    ablation = Ablation(directions=["horizontal"], rank_drops=[])
+
+    def trainer() -> MergeTrainer:
+        callback = DRMMergeCallback(tasks, dirpath=tmp_path / "run", published="T5-Base")
+        return MergeTrainer(max_epochs=1, limit_val_batches=0, callbacks=[callback], **QUIET)
+
+    trainer().fit(VectorTask(lr=0.3), datamodule=data)
+    (finding,) = trainer().analyze(VectorTask(lr=0.3), data, analyses=[ablation], only="ablation", num_samples=40)
+    said = "Published of DRM, horizontal (arXiv 2505.23117): no renormalization -5.0 points, no pruning -1.2 points"
+    assert said in finding.sentence
+    table = pd.read_csv(finding.table)
+    published = table.dropna(subset="change of the average, published")
+    assert published["variation"].tolist() == [
+        "no renormalization", "no sign election", "no disjoint average", "no pruning"
+    ]  # fmt: skip
+    assert published["change of the average, published"].tolist() == [-0.05, 0.031, -0.161, -0.012]
+    assert set(published["task"]) == {"average"}

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+collect_ignore = ["litgpt/make.py"]  # a script that needs litgpt
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from lightning_drm.cli.main import main
-from lightning_drm.deltas import TaskVector, backbone_parameters, hash_tensor, save_task_vector, store
+from lightning_drm.deltas import TaskVector, backbone_parameters, hash_tensor, hashed_file, save_task_vector
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 11}
 SECONDS = 10.0
@@ -325,7 +325,7 @@ def test_stored_deltas(case, inputs, tmp_path):
 @pytest.mark.parametrize("piece", [16 << 20, 64])
 def test_a_flipped_bit_of_a_stored_delta_is_named(piece, inputs, tmp_path, monkeypatch):
     """Any bit of any value, read whole or in pieces; two equal flips, too, which an exclusive or would not show."""
-    monkeypatch.setattr(store, "_PIECE", piece)
+    monkeypatch.setattr(hashed_file, "_PIECE", piece)
     file = tmp_path / "run" / DELTAS
     shutil.copytree(inputs / "stored", tmp_path / "run")
     whole = file.read_bytes()

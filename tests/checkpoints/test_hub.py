@@ -24,11 +24,14 @@ def server(tmp_path_factory):
     models.finetune("bert", base, 1).save_pretrained(folder / "tuned", max_shard_size="10KB")
     models.adapter("bert", base, 2).save_pretrained(folder / "lora")
     models.finetune("bert", base, 3).save_pretrained(folder / "here")
+    models.finetune("bert", base, 4).save_pretrained(folder / "earlier")
     (folder / "base" / "README.md").write_text("---\nlicense: mit\n---\n")
     running = hub.serve()
     for name in ("base", "tuned", "lora"):
         files = {file.name: file.read_bytes() for file in (folder / name).iterdir()}
         running.RequestHandlerClass.repositories[f"org/{name}"] = files
+    earlier = {file.name: file.read_bytes() for file in (folder / "earlier").iterdir()}
+    running.RequestHandlerClass.repositories["org/tuned@v1"] = earlier
     running.folder = folder
     yield running
     running.shutdown()
@@ -53,7 +56,7 @@ def command(server, output, base, inputs, *options):
 
 @pytest.fixture(scope="module")
 def online(server):
-    """Three merges of one process: what is mixed and uploaded, what was uploaded, and a name that is not there."""
+    """Merges of one process: what is mixed and uploaded, what was uploaded, names and revisions that are not there."""
     inputs = {"a": "org/tuned", "b": str(server.folder / "here"), "c": "org/lora"}
     method = ["--drm.method", "TaskArithmetic", "--drm.method.scale", "0.5"]
     commands = {
@@ -61,6 +64,8 @@ def online(server):
         "again": command(server, "again", "org/base", {"again": "me/merged"}, "--drm.method", "Average"),
         "other": command(server, "none", "org/tuned", {"x": "me/merged"}, "--dry_run"),
         "gone": command(server, "none", "org/base", {"a": "org/gone", "b": "org/tuned"}),
+        "revision": command(server, "earlier_out", "org/base@main", {"a": "org/tuned@v1"}, "--drm.method", "Average"),
+        "no revision": command(server, "none", "org/base@v9", {"a": "org/tuned@v1"}),
     }
     return dict(zip(commands, run(server, list(commands.values())), strict=True))
 
@@ -115,6 +120,23 @@ def test_what_is_in_the_cache_needs_no_hub(server, online):
         assert found.keys() == merged.keys()
         for name, value in found.items():
             torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_revision_of_a_model(server, online):
+    assert online["revision"]["code"] == 0, online["revision"]["said"]
+    expected = models.finetune("bert", models.base_model("bert"), 4).bert.state_dict()
+    for name, value in load_file(server.folder / "earlier_out" / "model.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    card = (server.folder / "earlier_out" / "README.md").read_text()
+    assert "base_model: org/base\n" in card
+    assert "- base: org/base@main, fingerprint" in card
+
+
+def test_a_missing_revision_is_one_clear_sentence(server, online):
+    assert online["no revision"]["code"] == 2
+    (line,) = [line for line in online["no revision"]["said"].splitlines() if "v9" in line]
+    assert line.endswith("The hub has org/base, but no revision 'v9' of it.")
+    assert "Traceback" not in online["no revision"]["said"]
 
 
 def test_a_missing_hub_name_is_one_clear_sentence(server, online):

@@ -1,6 +1,7 @@
 """The public form, as in a notebook: every kind of input, held against a plain loop in float64."""
 
 import copy
+import dataclasses
 import inspect
 
 import numpy as np
@@ -11,11 +12,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lightning_drm
-from lightning_drm import TIES, TaskArithmetic, merge_checkpoints
+from lightning_drm import TIES, LiNeS, RegMean, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.checkpoints.reading import TensorHeader, Tensors, readers
 from lightning_drm.checkpoints.reading.weights import WeightsInput
-from lightning_drm.deltas import TaskVector, hash_tensor, save_task_vector
+from lightning_drm.deltas import Collected, TaskStatistics, TaskVector, hash_tensor, save_task_vector
 from lightning_drm.fusion import Override, Recipe
 
 COEFFICIENTS = {"a": 0.7, "b": 1.5}
@@ -94,6 +95,47 @@ def test_adapters_give_an_adapter(bench, tmp_path):
     adapted = PeftModel.from_pretrained(models.base_model("bert").double(), tmp_path / "out", torch_dtype=torch.float64)
     merged = adapted.merge_and_unload().state_dict()
     for name, value in plain_loop({"a": "lora", "b": "lora"}).items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-6)
+
+
+def scaled_loop(kinds, beta):
+    """LiNeS around the sum: alpha from all parameters, and BERT's two layers are the first and the last block."""
+    sums = plain_loop(kinds, scale=1.0)
+    start = {name: value.double() for name, value in models.base_model("bert").state_dict().items()}
+    merged = summed = sum(float((sums[name] - value).abs().sum()) for name, value in start.items())
+    alpha = summed / merged / len(kinds)
+    last = {name for name in start if name.startswith("encoder.layer.1.")}
+    return {name: value + (alpha + beta * (name in last)) * (sums[name] - value) for name, value in start.items()}
+
+
+@pytest.mark.parametrize("kinds", [("full", "full"), ("run", "run"), ("full", "lora")], ids="-".join)
+def test_lines_scales_files_by_depth(kinds, bench, tmp_path):
+    kinds = dict(zip("ab", kinds, strict=True))
+    paths = {task: path_of(bench, kind, task) for task, kind in kinds.items()}
+    method = LiNeS(TaskArithmetic(scale=1.0), beta=0.3)
+    result = merge_checkpoints(bench / "base", paths, tmp_path / "out", method, COEFFICIENTS)
+    merged = load_file(result.folder / "model.safetensors")
+    for name, value in scaled_loop(kinds, 0.3).items():
+        torch.testing.assert_close(merged[name].double(), value, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n} {m}")
+    notes = [note for note in result.notes if note.startswith("LiNeS")]
+    rest = "" if kinds["a"] == "run" else "; 7 parameters are in no block"  # embeddings, their norm, and the pooler
+    assert notes == [
+        f"LiNeS: the depth goes from encoder.layer.0 to encoder.layer.1 (2 blocks){rest}.",
+        "LiNeS: alpha is 0.5, beta is 0.3.",
+    ]
+    card = (result.folder / "README.md").read_text()
+    assert all(f"- {note}" in card for note in notes)
+    assert repr(method) in card
+
+
+def test_lines_scales_an_adapter(bench, tmp_path):
+    paths = {task: bench / f"lora_{task}" for task in "ab"}
+    method = LiNeS(TaskArithmetic(scale=1.0), beta=0.3)
+    result = merge_checkpoints(bench / "base", paths, tmp_path / "out", method, COEFFICIENTS)
+    assert result.output_format == "adapter"
+    adapted = PeftModel.from_pretrained(models.base_model("bert").double(), tmp_path / "out", torch_dtype=torch.float64)
+    merged = adapted.merge_and_unload().state_dict()
+    for name, value in scaled_loop({"a": "lora", "b": "lora"}, 0.3).items():
         torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-6)
 
 
@@ -204,3 +246,32 @@ def test_keywords_and_defaults_are_those_of_the_recipe_and_the_policy():
         for name, default in fields.items():
             assert written[name] == default or (name, written[name]) == ("coefficients", None)
     assert lightning_drm.merge_checkpoints is merge_checkpoints
+
+
+def test_statistics_of_run_folders_are_taken_and_missing_ones_refused(bench, tmp_path):
+    """RegMean by its formula on the layers whose inputs were collected; models of others have none."""
+    base = models.base_model("bert")
+    grams: dict[str, list[torch.Tensor]] = {}
+    vectors = [stored(base, seed, task) for seed, task in enumerate("ab", 1)]
+    for vector in vectors:
+        tensors = {}
+        for name in (name for name, kind in vector.kinds.items() if kind == "matrix"):
+            inputs = torch.randn(30, vector.deltas[name].shape[1])
+            tensors[f"gram::{name}"] = inputs.T @ inputs
+            grams.setdefault(name.removeprefix("model."), []).append(tensors[f"gram::{name}"].double())
+        keys = {"gram": {key.removeprefix("gram::"): key for key in tensors}}
+        statistics = TaskStatistics(tensors, keys, {"gram": Collected()})
+        save_task_vector(dataclasses.replace(vector, statistics=statistics), tmp_path / "run" / "tasks" / vector.task)
+    merge_checkpoints(bench / "base", dict.fromkeys("ab", tmp_path / "run"), tmp_path / "merged", method=RegMean())
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, of_tasks in grams.items():
+        deltas = [vector.deltas[f"model.{name}"].double() for vector in vectors]
+        shrunk = [0.95 * gram + 0.05 * torch.diag(gram.diagonal()) for gram in of_tasks]
+        met = sum(delta @ gram for delta, gram in zip(deltas, shrunk, strict=True))
+        expected = base.state_dict()[name].double() + met @ torch.linalg.inv(sum(shrunk))
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-4, atol=1e-5)
+    models_of_others = {"a": tmp_path / "run", "b": bench / "full_b"}
+    with pytest.raises(
+        ValueError, match=r"RegMean needs statistics .* there are none of b: .* models that others made"
+    ):
+        merge_checkpoints(bench / "base", models_of_others, tmp_path / "refused", method=RegMean())

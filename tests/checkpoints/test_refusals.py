@@ -332,7 +332,8 @@ def test_adapter_output_names_the_method_that_has_no_factors(bench):
         str(bench / "base"), {"x": str(bench / "lora")}, Recipe(DARETIES()), MismatchPolicy(output_format="adapter")
     )
     assert plan.problems == [
-        "The output cannot be an adapter: with DARETIES, dropping single entries leaves a matrix of full rank."
+        "The output cannot be an adapter: with DARETIES, dropping single entries leaves a matrix of full rank, which "
+        "space='core' avoids."
     ]
 
 

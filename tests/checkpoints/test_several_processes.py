@@ -14,7 +14,7 @@ from helpers import models
 from helpers.ranks import SRUN, end_codes, slurm_job, start_ranks
 from safetensors.torch import load_file, save_file
 
-from lightning_drm import DARETIES, DRM, TIES, TaskArithmetic, merge_checkpoints
+from lightning_drm import DARETIES, DRM, TIES, KnOTS, LiNeS, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.cli import checkpoints
 from lightning_drm.cli.main import main
@@ -72,6 +72,13 @@ RECIPES = {
     "ties": (Recipe(TIES(0.3)), MismatchPolicy(), ""),
     "dare": (Recipe(DARETIES(0.4)), MismatchPolicy(), ""),
     "adapter": (Recipe(DRM(density=0.5)), MismatchPolicy(rank=4), "adapter_"),
+    "knots": (Recipe(KnOTS(0.3), overrides=[Override("*up_proj*", split=2)]), MismatchPolicy(), ""),
+    "knots_adapter": (Recipe(KnOTS(0.3), {"a": 0.7}), MismatchPolicy(), "adapter_"),
+    "core_ties": (Recipe(TIES(0.3, space="core")), MismatchPolicy(), "adapter_"),
+    "core_dare": (Recipe(DARETIES(0.6, space="core")), MismatchPolicy(), "adapter_"),
+    "lines": (Recipe(LiNeS(TIES(0.3)), {"a": 0.7}), MismatchPolicy(), ""),
+    "lines_of_matrices": (Recipe(LiNeS(DRM(density=0.3), beta=0.8)), MismatchPolicy(dtype="bfloat16"), ""),
+    "lines_of_adapters": (Recipe(LiNeS(DRM(density=0.5))), MismatchPolicy(rank=4), "adapter_"),
     "from_adapters": (Recipe(TaskArithmetic()), MismatchPolicy(output_format="full"), "adapter_"),
 }
 

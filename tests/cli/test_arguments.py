@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser, capture_parser
+from helpers.parsers import run_parser
 
 from lightning_drm.cli.arguments import file_merge_parser, own_defaults, refuse_lost_options
 from lightning_drm.cli.main import main
 from lightning_drm.cli.overview import SUBCOMMANDS
-from lightning_drm.cli.trainer import MergeCLI
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
@@ -21,16 +20,12 @@ Parse = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def run_parser() -> ArgumentParser:
-    """The parser of ``fit``, ``merge`` and ``test``: it takes longer to build than to use."""
-    return capture_parser(lambda: MergeCLI(["merge"]))
+def parse_run() -> Parse:
+    parser = run_parser()
 
-
-@pytest.fixture(scope="module")
-def parse_run(run_parser: ArgumentParser) -> Parse:
     def parse(*words: str, subcommand: str = "merge") -> dict[str, Any]:
         with own_defaults():
-            return run_parser.parse_args([subcommand, *words])[subcommand].as_dict()
+            return parser.parse_args([subcommand, *words])[subcommand].as_dict()
 
     return parse
 
@@ -83,7 +78,7 @@ def test_arguments_in_the_same_block_count(parse, overlay):
     chosen = parse(*overlay(DRM_3), *overlay(method("lightning_drm.TIES", density=0.3)))["drm"]["method"]
     assert chosen == {
         "class_path": "lightning_drm.TIES",
-        "init_args": {"density": 0.3, "scope": "global", "scale": 1.0},
+        "init_args": {"density": 0.3, "scope": "global", "scale": 1.0, "space": "entries"},
     }
 
 
@@ -105,13 +100,13 @@ def test_an_option_replaces_the_method_of_a_file(words, parse, overlay):
 @pytest.mark.parametrize("parameter", ["--drm.method.density", "--drm.method.init_args.density"])
 def test_options_after_the_method_are_its_own(parameter, parse, overlay):
     chosen = parse(*overlay(DRM_3), "--drm.method", "TIES", parameter, "0.3")["drm"]["method"]
-    assert chosen["init_args"] == {"density": 0.3, "scope": "global", "scale": 1.0}
+    assert chosen["init_args"] == {"density": 0.3, "scope": "global", "scale": 1.0, "space": "entries"}
 
 
 def test_a_file_of_a_method_replaces_the_method(parse, overlay, tmp_path):
     (tmp_path / "method.yaml").write_text(yaml.safe_dump({"class_path": "TIES", "init_args": {"density": 0.7}}))
     chosen = parse(*overlay(DRM_3), "--drm.method", str(tmp_path / "method.yaml"))["drm"]["method"]
-    assert chosen["init_args"] == {"density": 0.7, "scope": "global", "scale": 1.0}
+    assert chosen["init_args"] == {"density": 0.7, "scope": "global", "scale": 1.0, "space": "entries"}
 
 
 def test_a_users_own_method_has_its_own_defaults(parse, overlay):
@@ -205,9 +200,9 @@ def test_options_in_order_are_not_refused():
     refuse_lost_options(["--models.a", "x", "--models.ab", "y", "--config", "z"])
 
 
-def test_subcommands_take_the_same_configuration(run_parser: ArgumentParser):
+def test_subcommands_take_the_same_configuration():
     """So a configuration that one of them accepts is accepted by all."""
-    parsers = run_parser._subcommands_action.choices
+    parsers = run_parser()._subcommands_action.choices
     assert tuple(parsers) == SUBCOMMANDS
     groups = ("seed_everything", "model", "data", "drm", "trainer")
     taken = [
@@ -260,6 +255,30 @@ def test_strategies_lie_over_any_configuration(overlay: str, parse_run: Parse):
         assert strategy["init_args"]["data_parallel_size"] == parsed["trainer"]["devices"]
         assert strategy["init_args"]["tensor_parallel_size"] == 1
     assert parsed["drm"]["store"] == ("disk" if overlay == "slurm" else "auto")
+
+
+def test_a_method_around_another_one(parse_run: Parse):
+    words = ["--config", QUICKSTART, "--config", str(CONFIGS / "method" / "svc.yaml")]
+    words += ["--drm.method.method", "DRM", "--drm.method.method.density", "0.4"]
+    method = parse_run(*words, subcommand="merge")["drm"]["method"]
+    assert method["class_path"] == "lightning_drm.SVC"
+    inner = method["init_args"]["method"]
+    assert (inner["class_path"], inner["init_args"]["density"], inner["init_args"]["scale"]) == (
+        "lightning_drm.DRM",
+        0.4,
+        1.0,
+    )
+
+
+def test_numbers_and_words_of_lines(parse_run: Parse):
+    overlay = ["--config", QUICKSTART, "--config", str(CONFIGS / "method" / "lines.yaml")]
+    method = parse_run(*overlay, subcommand="merge")["drm"]["method"]
+    assert (method["class_path"], method["init_args"]["alpha"]) == ("lightning_drm.LiNeS", "auto")
+    assert method["init_args"]["beta"] is None
+    assert method["init_args"]["method"]["init_args"]["scale"] == 1.0
+    given = ["--drm.method.alpha", "0.3", "--drm.method.beta", "1"]
+    method = parse_run(*overlay, *given, subcommand="merge")["drm"]["method"]
+    assert (method["init_args"]["alpha"], method["init_args"]["beta"]) == (0.3, 1.0)
 
 
 def test_snapshots_and_the_options_of_analyses_are_taken(parse_run: Parse):

@@ -6,9 +6,9 @@ import pytest
 import torch
 import yaml
 from helpers.own_method import Largest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from lightning_drm import DRM, IsoC, TaskArithmetic, merge_checkpoints
+from lightning_drm import DRM, IsoC, LiNeS, TaskArithmetic, merge_checkpoints
 from lightning_drm.cli.main import main
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.fusion.recipe import class_path
@@ -122,6 +122,35 @@ def test_dry_run_writes_nothing(files, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_dry_run_says_what_lines_takes_for_depth(files, tmp_path, capsys):
+    words = ["--config", str(tmp_path / "lines.yaml"), "--drm.method.beta", "0.4"]
+    (tmp_path / "lines.yaml").write_text((CONFIGS / "method" / "lines.yaml").read_text())
+    main([*options(files, tmp_path / "out"), *words, "--dry_run"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "Note: LiNeS: the depth goes from encoder.layer.0 to encoder.layer.1 (2 blocks); 7 parameters are in no"
+        in shown
+    )
+    main([*options(files, tmp_path / "out"), *words])
+    method = LiNeS(TaskArithmetic(1.0), "auto", 0.4)
+    assert f"method: `{method!r}`" in (tmp_path / "out" / "README.md").read_text()
+    same(load_file(tmp_path / "out" / "model.safetensors"), expected(files, tmp_path / "again", Recipe(method)))
+
+
+def test_lines_needs_blocks(tmp_path, capsys):
+    names = ["embed.weight", "fc.weight"]
+    for number, name in enumerate(["base", "a"]):
+        save_file({n: torch.full((2, 3), float(number)) for n in names}, tmp_path / f"{name}.safetensors")
+    words = ["merge", "--base", str(tmp_path / "base.safetensors"), "--models.a", str(tmp_path / "a.safetensors")]
+    words += ["--output", str(tmp_path / "out"), "--drm.method", "LiNeS", "--drm.method.method", "DRM"]
+    for dry in ([], ["--dry_run"]):
+        with pytest.raises(SystemExit) as end:
+            main([*words, *dry])
+        assert end.value.code == 2
+        assert "this model has none: its parameters are embed.weight, fc.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -133,6 +162,18 @@ def test_dry_run_writes_nothing(files, tmp_path, capsys):
         (["--drm.overrides", '[{"macth": "*"}]'], "macth"),
         (["--models.gone", "/nowhere/at/all"], "gone: There is no file or folder /nowhere/at/all"),
         (["--drm.method.density", "3"], "density must be in"),
+        (
+            ["--drm.method", "LiNeS", "--drm.method.method", "DRM", "--drm.method.alpha", "best"],
+            "drm.method.alpha: expected a number or auto, got 'best'.",
+        ),
+        (
+            ["--drm.method", "LiNeS", "--drm.method.method", "DRM", "--drm.method.beta", "x"],
+            "beta: expected a number, g",
+        ),
+        (
+            ["--drm.method", "LiNeS", "--drm.method.method", "DRM", "--drm.method.beta", "-1"],
+            "beta must be a number of",
+        ),
         (["--device", "gpu"], "--device gpu is not a device that PyTorch knows, such as cpu, cuda or cuda:1."),
         (["--models.glue.v2", "x"], "--models.glue.v2: on the command line a task's name cannot have a dot; write it"),
         (["--coefficients.glue.v2=2"], "as in --coefficients '{glue.v2: 1.0}', or in a --config file"),

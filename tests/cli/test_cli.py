@@ -117,7 +117,7 @@ def test_merge_tries_another_method_without_training(copied: Run):
     main(["merge", *copied.words, "--drm.method", "TIES", "--drm.method.density", "0.3"])
     assert report(run)["method"] == {
         "class_path": "lightning_drm.TIES",
-        "init_args": {"density": 0.3, "scope": "global", "scale": 1.0},
+        "init_args": {"density": 0.3, "scope": "global", "scale": 1.0, "space": "entries"},
         "coefficients": {"color": 1.0, "pet": 1.0},
         "convolutions": "average",
         "non_matrix": "average",

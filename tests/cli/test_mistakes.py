@@ -5,6 +5,7 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
 from helpers.mistakes import METHODS, said
@@ -73,15 +74,24 @@ def test_a_module_of_another_lightning(
     other_library: type[nn.Module], with_model: Callable[[object], list[str]], capsys: pytest.CaptureFixture
 ):
     line = said(with_model({"class_path": "written_long_ago.Mine"}), capsys)
-    assert line.startswith("model: written_long_ago.Mine is a module of pytorch_lightning, whose classes do not fit")
-    assert "write `import lightning.pytorch as pl`" in line
+    assert line.startswith("model: written_long_ago.Mine comes from pytorch_lightning, whose classes do not fit")
+    assert line.endswith("take those of lightning.pytorch (`import lightning.pytorch as pl`).")
 
 
 def test_a_module_of_another_lightning_in_python(other_library: type[nn.Module], tmp_path: Path):
     trainer = MergeTrainer(callbacks=[DRMMergeCallback(["a"], dirpath=tmp_path)], logger=False, accelerator="cpu")
     for data in (Vectors(1), MultiTaskDataModule({"a": Vectors(1)})):
-        with pytest.raises(ValueError, match=r"written_long_ago\.Mine is a module of pytorch_lightning"):
+        with pytest.raises(ValueError, match=r"written_long_ago\.Mine comes from pytorch_lightning"):
             trainer.fit(other_library(), datamodule=data)
+
+
+def test_a_trainer_of_another_lightning():
+    """Which calls hooks of this callback, too."""
+    trainer = type("Trainer", (L.Trainer,), {"__module__": "pytorch_lightning.trainer.trainer"})
+    merge = DRMMergeCallback(["a"])
+    with pytest.raises(ValueError, match=r"pytorch_lightning\.trainer\.trainer\.Trainer comes from pytorch_lightning"):
+        trainer(callbacks=[merge], logger=False, accelerator="cpu").fit(VectorTask(), Vectors(0))
+    assert merge.missing == ["a"]
 
 
 def test_tasks_keep_their_logs_and_checkpoints_apart(tmp_path: Path):

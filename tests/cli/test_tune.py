@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -12,11 +13,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from helpers.run import Run
 from helpers.signals import own_environment
+from safetensors.torch import load_file
+from transformers import BertModel
 
 from lightning_drm.cli.main import main
+from lightning_drm.evaluation.page_commands import commands
 
 GRID = {"DRM": {"density": [0.1, 0.5, 1.0], "scale": [0.8, 1.1, 1.4]}, "TIES": {"density": [0.5], "scale": [0.9]}}
 
@@ -95,6 +100,10 @@ def test_methods_are_named_on_the_command_line(copied: Run, capsys: pytest.Captu
         (["--grid", "{DRM: {rank: [1]}}"], "DRM has no hyper-parameter 'rank'; it has direction, density,"),
         (["--search", "gird"], "search"),
         (["--num_samples", "0"], "num_samples must be at least 1, got 0."),
+        (["--search", "gradient", "--methods", "IsoC"], "linear in them, which IsoC is not"),
+        (["--search", "gradient", "--num_finalists", "3"], "The search 'gradient' does not take num_finalists"),
+        (["--patience", "3"], "The search 'grid' does not take patience (give --search gradient with it)."),
+        (["--search", "gradient", "--objective", "accuracy"], "objective"),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["tune", *copied.words, *words])
@@ -108,3 +117,36 @@ def test_an_unfinished_run_is_refused(unfinished: Run, capsys: pytest.CaptureFix
         main(["tune", *unfinished.words])
     assert ended.value.code == 2
     assert "color, pet" in capsys.readouterr().err
+
+
+def test_merge_takes_learned_coefficients_and_makes_the_same_model(copied: Run, capsys: pytest.CaptureFixture):
+    options = ["--methods", "TaskArithmetic", "--initial_coefficient", "0.3", "--max_steps", "20"]
+    main(["tune", *copied.words, "--search", "gradient", *options, "--learning_rate", "0.02"])
+    said = " ".join(capsys.readouterr().out.split())
+    folder = copied.folder / "tune"
+    tuned = json.loads((copied.folder / "report.json").read_text())["tuned"]
+    losses = pd.read_csv(folder / "learning.csv")["mean loss"]
+    assert losses.min() < losses[0]
+    assert "in 20 steps, by the tasks' own loss" in said
+    (again,) = [line for line in commands(copied.folder / "config.yaml", {"tuned": tuned}) if "drm tune" in line]
+    words = shlex.split(again)[4:]
+    assert words[:4] == ["--search", "gradient", "--methods", '["lightning_drm.TaskArithmetic"]']
+    main(["tune", *copied.words, *words])
+    assert "These coefficients were learned before." in " ".join(capsys.readouterr().out.split())
+
+    main(["merge", *copied.words, "--config", str(folder / "best.yaml")])
+    report = json.loads((copied.folder / "report.json").read_text())
+    same = ("class_path", "init_args", "coefficients", "overrides")
+    assert {name: report["method"][name] for name in same} == {name: tuned[name] for name in same}
+    assert report["scores"]["merged"] == tuned["scores"]
+    assert report["normalized"] == tuned["normalized"]
+
+    learned = json.loads((folder / "learned.json").read_text())["coefficients"]
+    deltas = [load_file(copied.folder / "tasks" / task / "deltas.safetensors") for task in ("color", "pet")]
+    base = BertModel.from_pretrained(copied.config.parent / "base").state_dict()
+    merged = BertModel.from_pretrained(copied.folder / "merged").state_dict()
+    for name, row in learned.items():
+        short = name.removeprefix("model.encoder.")
+        added = sum(round(value, 6) * of_task[name].double() for value, of_task in zip(row, deltas, strict=True))
+        torch.testing.assert_close(merged[short].double(), base[short].double() + added, rtol=0, atol=1e-6)
+    assert len({tuple(row) for row in learned.values()}) > 30, "parameters have coefficients of their own"

@@ -10,7 +10,7 @@ from helpers.tiny import KINDS, Vectors, save_texts, save_tiny_bert
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_drm import MultiTaskDataModule
-from lightning_drm.data import SampledData, TextTask, require_validation_sets
+from lightning_drm.data import SampledData, TextTask, halves, require_validation_sets
 
 
 class WithValidation(Vectors):
@@ -90,3 +90,37 @@ def test_tasks_without_a_validation_set_are_named():
     with pytest.raises(ValueError, match="a, c: the data have no val_dataloader"):
         require_validation_sets(data)
     require_validation_sets(data.of_tasks(["b"]))
+
+
+def test_halves_share_no_sample_and_keep_the_shares_of_classes(text_task):
+    data = MultiTaskDataModule({"color": text_task})
+    whole = Counter(int(label) for batch in text_task.val_dataloader() for label in batch["labels"])
+    first, second = halves(data, None, batch_size=16, seed=3)["color"]
+    assert not set(first.dataset.indices) & set(second.dataset.indices)
+    assert sorted([*first.dataset.indices, *second.dataset.indices]) == list(range(whole.total()))
+    for loader in (first, second):
+        part = Counter(int(label) for batch in loader for label in batch["labels"])
+        assert all(abs(part[label] - count / 2) <= 1 for label, count in whole.items())
+        assert len(next(iter(loader))["labels"]) == 16
+
+
+def test_halves_of_a_sample_are_those_of_the_sampled_data_and_depend_on_the_seed():
+    data = MultiTaskDataModule({"a": WithValidation(numbers())})
+    (sampled,) = SampledData(data.tasks, 13).val_dataloader()
+    first, second = halves(data, 13, batch_size=4, seed=0)["a"]
+    assert sorted([*seen(first), *seen(second)]) == seen(sampled)
+    assert (len(seen(first)), len(seen(second))) == (6, 7)
+    assert seen(second) == sorted(seen(second)), "what judges is in order"
+    again = halves(data, 13, batch_size=4, seed=0)["a"][0]
+    orders = [seen(again) for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    assert set(map(tuple, map(sorted, orders))) == {tuple(sorted(seen(first)))}
+    assert orders == [seen(loader) for loader in [halves(data, 13, batch_size=4, seed=0)["a"][0]] for _ in range(3)]
+    assert set(seen(halves(data, 13, batch_size=4, seed=1)["a"][0])) != set(seen(first))
+
+
+def test_what_cannot_be_halved_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"Task 'a' has a validation loader .*: give it a DataLoader whose data set"):
+        halves(MultiTaskDataModule({"a": WithValidation(DataLoader(Stream()))}), None, batch_size=2, seed=0)
+    with pytest.raises(ValueError, match="Task 'a': expected two validation samples or more, got 1"):
+        halves(MultiTaskDataModule({"a": WithValidation(numbers(1))}), None, batch_size=2, seed=0)

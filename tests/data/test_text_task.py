@@ -5,7 +5,9 @@ import datasets
 import pytest
 import torch
 from helpers.sample_rows import BASE, make_rows
+from helpers.tiny_language import save_tiny_llama
 
+from lightning_drm import TransformerTask
 from lightning_drm.data import TextTask
 
 WRITERS = {"csv": "to_csv", "json": "to_json", "jsonl": "to_json", "parquet": "to_parquet"}
@@ -182,3 +184,57 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         TextTask(str(tmp_path / "rows.xlsx"), BASE).setup("fit")
     with pytest.raises(FileNotFoundError, match=r"Expected a file at .*nowhere\.csv"):
         TextTask(str(tmp_path / "nowhere.csv"), BASE).setup("fit")
+
+
+def test_a_text_can_be_made_of_several_columns(tmp_path):
+    rows = make_rows(40)
+    choices = [{"text": [author, "nobody"], "label": ["A", "B"]} for author in rows["author"]]
+    file = write(tmp_path / "rows.parquet", review=rows["text"], choices=choices, label=rows["label"])
+    made = TextTask(file, BASE, text_columns="{review} By {choices[text][0]} or {choices[text][1]}?")
+    assert made.input_columns == ["review", "choices"]
+    sample, row = made.splits["train"][0], made.rows["train"][0]
+    expected = f"{row['review']} By {row['choices']['text'][0]} or nobody?"
+    assert list(sample["input_ids"]) == made.tokenizer(expected)["input_ids"]
+    pair = TextTask(file, BASE, text_columns=["review", "{choices[text][0]}"])
+    sample = pair.splits["train"][0]
+    assert list(sample["input_ids"]) == pair.tokenizer(row["review"], row["choices"]["text"][0])["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{review} {rating}", "Expected a column 'rating' in"),
+        ("{review} {choices[text][2]}", r"Expected a value for {choices\[text\]\[2\]} of"),
+        ("{review} {missing}", "Expected a value for {missing} of"),
+        ("{review.upper}", r"Expected {column} or {column\[key\]} in the text '{review.upper}', got {review.upper}"),
+        ("{review} {}", r"Expected {column} or {column\[key\]} in the text '{review} {}', got {}"),
+        ("{review!r}", r"Expected {column} or {column\[key\]}"),
+        ("{review", "Expected columns in braces in the text '{review'"),
+    ],
+)
+def test_a_text_of_columns_that_cannot_be_made_is_refused(tmp_path, text, message):
+    rows = make_rows(40)
+    columns = {"review": rows["text"], "choices": [{"text": ["a", "b"]}] * 40, "missing": ["a"] * 39 + [None]}
+    file = write(tmp_path / "rows.parquet", label=rows["label"], **columns)
+    with pytest.raises(ValueError, match=message):
+        TextTask(file, BASE, text_columns=text, test_split="train", validation_split="train").prepare_data()
+
+
+def test_a_tokenizer_without_a_token_for_padding_is_given_one(tmp_path, reviews):
+    base = save_tiny_llama(tmp_path / "llama", pads=False)
+    with pytest.raises(ValueError, match="has no token that fills up batches: name one of its tokens as pad_token"):
+        TextTask(str(reviews), base).test_dataloader()
+    with pytest.raises(ValueError, match=r"has no token '<pad >' \(pad_token\)"):
+        TextTask(str(reviews), base, pad_token="<pad >").load_tokenizer()
+    with pytest.raises(ValueError, match=r"fills up batches with '\[PAD\]': leave out the pad_token '<pad>'"):
+        TextTask(str(reviews), BASE, pad_token="<pad>").load_tokenizer()
+    task = TextTask(str(reviews), base, pad_token="<pad>", label_column="label")
+    module = TransformerTask(base)
+    module.configure_for(task)
+    batch = next(iter(task.test_dataloader()))
+    lengths = batch["attention_mask"].sum(1)
+    assert (lengths < batch["input_ids"].shape[1]).any(), "some texts are filled up"
+    together = module.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    for row, length in enumerate(lengths):
+        alone = module(input_ids=batch["input_ids"][row : row + 1, :length])
+        torch.testing.assert_close(together[row : row + 1], alone, msg="what fills up a batch counts for nothing")

@@ -94,7 +94,7 @@ def test_ranks_merge_what_they_stored_to_the_bit(inputs: Path, shared: Shared, s
         assert torch.equal(tensor, base[name] + expected[name] if name in expected else base[name]), name
 
 
-@pytest.mark.parametrize("method", ["drm", "ties", "dare"])
+@pytest.mark.parametrize("method", ["drm", "ties", "dare", "lines"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_number_of_ranks_changes_no_bit_of_a_merge(alone: Path, shared: Shared, size: int, method: str):
     ours, theirs = (load_file(folder / f"again_{method}/merged/model.safetensors") for folder in (shared(size), alone))
@@ -103,6 +103,42 @@ def test_the_number_of_ranks_changes_no_bit_of_a_merge(alone: Path, shared: Shar
         json.loads((folder / f"again_{method}/report.json").read_text()) for folder in (shared(size), alone)
     )
     assert ours["accuracy"] == theirs["accuracy"]
+
+
+def largest_relative_difference(ours: Path, theirs: Path) -> float:
+    """Of each matrix, beside its largest entry."""
+    one, other = load_file(ours), load_file(theirs)
+    assert one.keys() == other.keys()
+    assert any(key.startswith("gram") for key in one)
+    return max(float((one[n] - t).abs().max() / t.abs().max().clamp(min=1e-12)) for n, t in other.items())
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+@on_every_case
+def test_statistics_are_those_of_one_process(alone: Path, shared: Shared, size: int, strategy: str, finetune: str):
+    """Of finetunes that differ by rounding: inputs, and gradients, too, of near 1e-6."""
+    for task in TASKS:
+        file = f"tasks/{task}/statistics.safetensors"
+        ours, theirs = shared(size) / f"{strategy}_{finetune}" / file, alone / f"alone_{finetune}" / file
+        assert largest_relative_difference(ours, theirs) < 1e-3
+        assert {key.partition("::")[0] for key in load_file(theirs)} == {"gram", "fisher"}
+
+
+@on_every_case
+def test_statistics_of_the_same_deltas_are_the_same(alone: Path, shared: Shared, size: int, strategy: str):
+    for task in TASKS:
+        file = f"tasks/{task}/statistics.safetensors"
+        later, ended = alone / "collected_alone" / file, load_file(alone / "alone_full" / file)
+        assert largest_relative_difference(shared(size) / f"collected_{strategy}" / file, later) < 2e-6
+        for name, tensor in load_file(later).items():
+            torch.testing.assert_close(tensor, ended[name], rtol=1e-5, atol=1e-6)  # as the fit ended, with its module
+    ours, theirs = (
+        load_file(folder / "merged/model.safetensors")
+        for folder in (shared(size) / f"collected_{strategy}", alone / "collected_alone")
+    )
+    assert largest_difference(ours, theirs) < 2e-6
+    averaged = load_file(alone / "alone_full/merged/model.safetensors")
+    assert largest_difference(ours, averaged) > 1e-3, "the case shows nothing"
 
 
 @on_every_case

@@ -82,3 +82,9 @@ def test_buffers_are_those_of_the_first_rank_on_all(found: list[dict[str, Any]])
     assert first["live"] != pytest.approx(second["live"], abs=1e-4), "the case shows nothing"
     assert first["merged"] == second["merged"]
     assert first["merged"] == pytest.approx(first["live"], abs=1e-6)
+
+
+def test_no_rank_reads_a_file_while_another_replaces_it(found: list[dict[str, Any]]):
+    for of_rank in found:
+        assert of_rank["statistics"]["read"] > 0, "the case shows nothing"
+        assert of_rank["statistics"]["replaced"] == 0

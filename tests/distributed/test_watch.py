@@ -7,6 +7,8 @@ import pytest
 from distributed.watch_cases import assemble, work_again, work_together
 from helpers.ranks import end_codes, start_ranks
 
+from lightning_drm.distributed import watch
+
 pytestmark = pytest.mark.processes
 
 PATIENCE = 60  # seconds: all ranks have ended within a minute
@@ -43,6 +45,16 @@ def test_a_rank_that_dies_ends_the_others_and_one_of_them_names_it(deeds: list[s
     words = said(tmp_path, len(deeds))
     assert re.fullmatch(sentence, words.pop(speaker))
     assert not any(words)
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_of_ends_that_are_found_at_once_a_death_counts(order: tuple[int, int]):
+    """Rank 2 died, and the meeting of rank 1 broke by it; a rank that is done ends nothing."""
+    words = {1: watch._End(1, died=False), 2: None}
+    heard = {0: watch._DONE, **{rank: words[rank] for rank in order}}
+    assert watch._end_of(heard) == watch._End(2, died=True)
+    assert watch._end_of({0: watch._DONE, 1: words[1]}) == words[1]
+    assert watch._end_of({0: watch._DONE}) is None
 
 
 @pytest.mark.parametrize("deeds", [["fails", "computes", "meets"], ["meets", "sleeps", "fails"], ["fails"] * 3])

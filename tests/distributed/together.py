@@ -28,8 +28,10 @@ from lightning_drm import (
     DARETIES,
     DRM,
     TIES,
+    WUDI,
     Average,
     DRMMergeCallback,
+    LiNeS,
     MergeTrainer,
     MultiTaskDataModule,
     TransformerTask,
@@ -40,7 +42,13 @@ GLOBAL_BATCH = 8
 # By the number of processes; FSDP1 on two of them is enough to show its way of sharding.
 STRATEGIES = {1: ("alone",), 2: ("ddp", "fsdp", "fsdp_layers", "fsdp2"), 4: ("ddp", "fsdp2")}
 SNAPSHOT = 5
-METHODS = {"drm": DRM(density=0.5), "ties": TIES(density=0.4), "dare": DARETIES(density=0.6)}
+NUM_SAMPLES = 30  # no number of processes divides them
+METHODS = {
+    "drm": DRM(density=0.5),
+    "ties": TIES(density=0.4),
+    "dare": DARETIES(density=0.6),
+    "lines": LiNeS(DRM(density=0.5)),
+}
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["query", "value", "dense"], lora_dropout=0.0)
 
 
@@ -89,7 +97,14 @@ def run(folder: Path, out: Path, strategy: str, size: int, lora: bool) -> None:
     L.seed_everything(0, verbose=False)
     data = make_data(folder, size)
     snapshots = [] if strategy in ("fsdp", "fsdp_layers") else [SNAPSHOT]  # FSDP1 cannot take any
-    merge = DRMMergeCallback(data.task_names, method=Average(), dirpath=out, snapshots=snapshots)
+    merge = DRMMergeCallback(
+        data.task_names,
+        method=Average(),
+        dirpath=out,
+        snapshots=snapshots,
+        statistics=["gram", "fisher"],
+        statistics_samples=NUM_SAMPLES,
+    )
     trainer = MergeTrainer(callbacks=[merge], **arguments(strategy, size))
     # As many batches as there are, of any size, for the heads on the base to see the same samples.
     trainer.fit(make_module(folder, lora), datamodule=data, base_batches=100)
@@ -122,6 +137,30 @@ def run_in_memory(folder: Path, out: Path, strategy: str, size: int) -> None:
         save_file({**metrics, **tensors}, out)
 
 
+def collect_again(folder: Path, out: Path, strategy: str, size: int) -> None:
+    """Takes statistics of what one process finetuned."""
+    data = make_data(folder, size)
+    merge = DRMMergeCallback(data.task_names, WUDI(input_weight=1.0), out, statistics_samples=NUM_SAMPLES)
+    trainer = MergeTrainer(callbacks=[merge], **arguments(strategy, size))
+    trainer.collect(make_module(folder, False), datamodule=data)
+    trainer = MergeTrainer(callbacks=[merge], **arguments(strategy, size))
+    trainer.merge(make_module(folder, False), datamodule=data)
+
+
+def copy_of_alone(folder: Path, again: Path, *left_out: str) -> None:
+    """Gives all ranks a copy of what one process left."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        shutil.copytree(
+            folder / f"{os.environ['BACKEND']}1/alone_full",
+            again,
+            ignore=shutil.ignore_patterns("merged", "report*", *left_out),
+        )
+        (again / "copied").touch()
+    else:
+        while not (again / "copied").exists():
+            time.sleep(0.05)
+
+
 def merge_again(folder: Path, out: Path, method: str, strategy: str, size: int) -> None:
     """Merges what one process finetuned."""
     data = make_data(folder, size)
@@ -131,7 +170,7 @@ def merge_again(folder: Path, out: Path, method: str, strategy: str, size: int) 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     out = folder / f"{os.environ['BACKEND']}{size}"
     for strategy in STRATEGIES[size]:
         run(folder, out / f"{strategy}_full", strategy, size, lora=False)
@@ -139,17 +178,12 @@ def main(folder: Path) -> None:
         run_in_memory(folder, out / f"{strategy}_memory.safetensors", strategy, size)
     for strategy, method in zip(itertools.cycle(STRATEGIES[size]), METHODS, strict=False):
         again = out / f"again_{method}"
-        if rank == 0:
-            shutil.copytree(
-                folder / f"{os.environ['BACKEND']}1/alone_full",
-                again,
-                ignore=shutil.ignore_patterns("merged", "report*"),
-            )
-            (again / "copied").touch()
-        else:
-            while not (again / "copied").exists():
-                time.sleep(0.05)
+        copy_of_alone(folder, again)
         merge_again(folder, again, method, strategy, size)
+    for strategy in STRATEGIES[size]:
+        again = out / f"collected_{strategy}"
+        copy_of_alone(folder, again, "statistics.safetensors")
+        collect_again(folder, again, strategy, size)
 
 
 if __name__ == "__main__":

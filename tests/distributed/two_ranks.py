@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import lightning as L
 import torch
@@ -24,6 +25,8 @@ from torch.utils.data import DataLoader
 
 from lightning_drm import Average, DRMMergeCallback, MultiTaskModule
 from lightning_drm.deltas import TaskVector
+from lightning_drm.deltas.hashed_file import HashedFile
+from lightning_drm.deltas.statistics import STATISTICS_FILE
 from lightning_drm.training.run_folder import RunFolder
 
 TIMEOUT, LATE = 3, 4  # seconds
@@ -109,6 +112,29 @@ def fit(module: L.LightningModule, strategy: object = "ddp") -> DRMMergeCallback
     return merge
 
 
+def replace_what_is_read(folder: Path) -> dict[str, int]:
+    """Collects statistics twice, while rank 1 takes its time to read the first ones.
+
+    Returns:
+        How many tensors this rank read, and how many of them from a file that was replaced meanwhile.
+    """
+    read, found = HashedFile.read, {"read": 0, "replaced": 0}
+
+    def read_slowly(file: HashedFile, name: str) -> Tensor:
+        before = file.path.stat().st_ino
+        tensor = read(file, name)
+        time.sleep(0.2 * dist.get_rank())
+        if file.path.name == STATISTICS_FILE:
+            found["read"] += 1
+            found["replaced"] += file.path.stat().st_ino != before
+        return tensor
+
+    merge = DRMMergeCallback(["a"], Average(), folder, statistics=["gram", "fisher"], batch_norm_batches=0)
+    with mock.patch.object(HashedFile, "read", read_slowly):
+        quiet_trainer(strategy="ddp", devices=2, max_epochs=1, callbacks=[merge]).fit(VectorTask(), Vectors(0))
+    return found
+
+
 CASES: dict[str, Callable[[], object]] = {
     "tensor parallel": lambda: fit(Sharded(), ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)),
     "late layers": lambda: fit(Late(), ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)),
@@ -132,5 +158,6 @@ if __name__ == "__main__":
     found["buffers"] = {name: tensor.tolist() for name, tensor in means.items()}
     folder = Path(sys.argv[1])
     found["folder"] = str(folder)
+    found["statistics"] = replace_what_is_read(folder / "statistics")
     found["too late"] = come_late(folder / "late")  # the last case, as it breaks the process group
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))

@@ -12,7 +12,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """By repository and path, the files' contents; every request in `log`, and what repositories were `created`."""
+    """By repository and path, the files' contents; every request in `log`, and what repositories were `created`.
+
+    Another revision of a repository is one of its own, under ``name@revision``.
+    """
 
     repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
     log: ClassVar[list[str]] = []
@@ -26,13 +29,15 @@ class Hub(BaseHTTPRequestHandler):
             self._describe(path.removeprefix("api/models/"))
             return
         repository, _, inside = path.partition("/resolve/")
-        content = self.repositories.get(repository, {}).get(inside.partition("/")[2])
+        revision, _, inside = inside.partition("/")
+        key = self._key(repository, revision)
+        content = self.repositories.get(key, {}).get(inside)
         if content is None:
             code = "EntryNotFound" if repository in self.repositories else "RepoNotFound"
             self._answer(404, b"", {"X-Error-Code": code})
             return
         etag = hashlib.sha256(content).hexdigest()
-        self._answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"})
+        self._answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": _commit(key), "Accept-Ranges": "bytes"})
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -63,15 +68,24 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(404, b"")
 
     def _describe(self, rest: str) -> None:
-        repository, _, _ = rest.partition("/tree/" if "/tree/" in rest else "/revision/")
-        files = self.repositories.get(repository)
-        if files is None:
+        repository, _, revision = rest.partition("/tree/" if "/tree/" in rest else "/revision/")
+        key = self._key(repository, revision.partition("/")[0])  # of a tree, a folder may follow
+        files = self.repositories.get(key)
+        if repository not in self.repositories:
             self._answer(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+        elif files is None:
+            self._answer(404, b'{"error": "Invalid rev id"}', {"X-Error-Code": "RevisionNotFound"})
         elif "/tree/" in rest:
             self._json([{"type": "file", "path": name, "size": len(c), "oid": "0"} for name, c in files.items()])
         else:
             siblings = [{"rfilename": name} for name in files]
-            self._json({"id": repository, "modelId": repository, "sha": COMMIT, "siblings": siblings, "tags": []})
+            self._json({"id": repository, "modelId": repository, "sha": _commit(key), "siblings": siblings, "tags": []})
+
+    def _key(self, repository: str, revision: str) -> str:
+        """Under which name a revision's files are, whether it is asked for by its name or its commit."""
+        keys = [key for key in self.repositories if key.partition("@")[0] == repository]
+        by_commit = [key for key in keys if _commit(key) == revision]
+        return by_commit[0] if by_commit else repository if revision in ("", "main") else f"{repository}@{revision}"
 
     def _json(self, content: object) -> None:
         self._answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
@@ -86,6 +100,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Keeps quiet."""
+
+
+def _commit(key: str) -> str:
+    return hashlib.sha1(key.encode()).hexdigest() if "@" in key else COMMIT
 
 
 def serve() -> ThreadingHTTPServer:

@@ -4,7 +4,9 @@ import pytest
 
 from lightning_drm.cli.main import main
 
-METHODS = "DRM, TIES, DARETIES, TaskArithmetic, Average, IsoC, IsoCTS, TSVM"
+METHODS = (
+    "DRM, TIES, DARETIES, TaskArithmetic, Average, IsoC, IsoCTS, TSVM, WUDI, DCMerge, STAR, KnOTS, RegMean, Fisher"
+)
 
 
 def said(words: list[str], capsys: pytest.CaptureFixture) -> str:

@@ -12,7 +12,7 @@ class Largest(Method):
     """Of each entry, the delta that is largest in magnitude; the parameters share names, not defaults, with DRM's."""
 
     elementwise: ClassVar[bool] = True
-    not_low_rank: ClassVar[str] = "the largest entry is not linear in the factors"
+    not_low_rank = "the largest entry is not linear in the factors"
 
     def __init__(self, density: float = 0.75, scale: float = 0.25) -> None:
         self.density, self.scale = density, scale

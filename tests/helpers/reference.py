@@ -176,3 +176,152 @@ def tsv_m(deltas: Sequence[Tensor], coefficients: Sequence[float] | None = None,
     right = torch.cat([vh for _, _, vh in parts], dim=0)
     values = torch.cat([c * s for c, (_, s, _) in zip(weights, parts, strict=True)])
     return scale * _polar(left) @ (values[:, None] * _polar(right))
+
+
+def wudi(
+    deltas: Sequence[Tensor], coefficients: Sequence[float] | None = None, ridge: float = 0.1, scale: float = 1.0
+) -> Tensor:
+    """WUDI in closed form (arXiv 2503.08099, the loss of its equation 4), with this package's ridge."""
+    pairs = zip(_coefficients(deltas, coefficients), _float64(deltas), strict=True)
+    tasks = [(c, delta) for c, delta in pairs if delta.any()]
+    if not tasks:
+        return torch.zeros_like(deltas[0], dtype=torch.float64)
+    units = [delta / delta.norm() for _, delta in tasks]
+    grams = [unit.T @ unit for unit in units]
+    if ridge:
+        anchor = sum(c * delta for c, delta in tasks)
+        change = sum((c * delta - anchor) @ gram for (c, delta), gram in zip(tasks, grams, strict=True))
+        size = ridge * torch.diagonal(sum(grams)).mean()
+        return scale * (anchor + change @ torch.linalg.inv(sum(grams) + size * torch.eye(len(grams[0])).double()))
+    X = torch.cat([unit.T for unit in units], dim=1)
+    Y = torch.cat([c * delta @ unit.T for (c, delta), unit in zip(tasks, units, strict=True)], dim=1)
+    return scale * Y @ torch.linalg.pinv(X, rtol=1e-10)
+
+
+def svc(
+    deltas: Sequence[Tensor], merged: Tensor, coefficients: Sequence[float] | None = None, alpha: float | None = None
+) -> Tensor:
+    """SVC (arXiv 2602.05536) of a merged delta, direction by direction."""
+    tasks = [c * delta for c, delta in zip(_coefficients(deltas, coefficients), _float64(deltas), strict=True)]
+    total = torch.zeros_like(merged)
+    U, S, Vh = _svd(merged)
+    for u, sigma, v in zip(U.T, S, Vh, strict=True):
+        overshoots = []
+        for task in tasks:
+            part = task.T @ u
+            has_part = float(part.norm()) > 1e-11 * float(task.norm())
+            overshoots.append(float(sigma * v @ part / (part @ part)) if has_part else 0.0)
+        lowest = 1 / len(tasks) if alpha is None else alpha
+        total += sigma / (sum(max(lowest, overshoot) for overshoot in overshoots) / len(tasks)) * torch.outer(u, v)
+    return total
+
+
+def star(
+    deltas: Sequence[Tensor], coefficients: Sequence[float] | None = None, eta: float = 40.0, scale: float = 1.0
+) -> Tensor:
+    """STAR (arXiv 2502.10339): truncated and rescaled spectra, averaged."""
+    total = torch.zeros_like(deltas[0], dtype=torch.float64)
+    for coefficient, delta in zip(_coefficients(deltas, coefficients), _float64(deltas), strict=True):
+        U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+        rank = 0
+        while S[:rank].sum() < eta / 100 * S.sum():
+            rank += 1
+        if rank:
+            total += coefficient * (S.sum() / S[:rank].sum()) * (U[:, :rank] * S[:rank]) @ Vh[:rank]
+    return scale * total / len(deltas)
+
+
+def dc_merge(
+    deltas: Sequence[Tensor],
+    coefficients: Sequence[float] | None = None,
+    density: float = 1e-3,
+    rank: int | None = None,
+    smoothing: str = "none",
+    rho: float = 5.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """DC-Merge (arXiv 2603.06242), as its published code computes it."""
+    deltas, short = _float64(deltas), min(deltas[0].shape)
+    room = short // len(deltas)
+    parts = [_svd(delta, room if rank is None else min(rank, room)) for delta in deltas]
+    ranks = [len(s) for _, s, _ in parts]
+    side = short if rank is None and max(ranks) == room else len(deltas) * max(ranks)
+    P = _polar(torch.cat([u for u, _, _ in parts], dim=1))
+    Q = _polar(torch.cat([vh for _, _, vh in parts], dim=0))
+    cores, block = [], torch.zeros(sum(ranks), sum(ranks), dtype=torch.float64)
+    for task, (u, s, vh) in enumerate(parts):
+        if smoothing == "average":
+            s = torch.full_like(s, s.mean())
+        elif smoothing == "linear" and len(s):
+            line = torch.linspace(min(rho, float(s[0] / s[-1])), 1.0, len(s), dtype=torch.float64)
+            s = s.sum() * line / line.sum()
+        core = P.T @ (u * s @ vh) @ Q.T
+        smallest = core.abs().flatten().sort(descending=True).values[: max(1, int(density * side**2))][-1:]
+        cores.append(torch.where(core.abs() < smallest, torch.zeros_like(core), core) if core.numel() else core)
+        first = sum(ranks[:task])
+        block[first : first + ranks[task], first : first + ranks[task]] = 1.0
+    merged = elect_and_average(torch.stack(cores), _coefficients(deltas, coefficients))
+    return scale * P @ (block * merged) @ Q
+
+
+def knots_entries(deltas: Sequence[Tensor], scaled: bool = True) -> tuple[Tensor, Tensor]:
+    """What KnOTS trims of each task, (N, r, n), and the basis (m, r) that it goes back with."""
+    U, S, Vh = torch.linalg.svd(torch.cat(_float64(deltas), dim=1), full_matrices=False)
+    keep = num_kept(S, 1e-5, 0.0)
+    U, S = U[:, :keep], S[:keep]
+    blocks = torch.stack(Vh[:keep].split(deltas[0].shape[1], dim=1))
+    # A block below the SVD's own rounding is a task without any part in this direction.
+    blocks = torch.where(blocks.norm(dim=2, keepdim=True) > 1e-13, blocks, torch.zeros_like(blocks))
+    return (S[:, None] * blocks, U) if scaled else (blocks, U * S)
+
+
+def knots(
+    deltas: Sequence[Tensor],
+    coefficients: Sequence[float] | None = None,
+    density: float = 0.2,
+    scaled: bool = True,
+    scale: float = 1.0,
+) -> Tensor:
+    """KnOTS-TIES with the SVD of the whole stack (arXiv 2410.19735), one threshold per task."""
+    entries, back = knots_entries(deltas, scaled)
+    trimmed = torch.stack([trim(task, density, 1e-10) for task in entries])
+    return scale * back @ elect_and_average(trimmed, _coefficients(deltas, coefficients))
+
+
+def cores(deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, R), the cores (N, R, R') and V^T (R', n) of core space (arXiv 2509.17786), of deltas' balanced factors."""
+    deltas = _float64(deltas)
+    parts = [_svd(delta) for delta in deltas]
+    U, _, _ = _svd(torch.cat([u * s.sqrt() for u, s, _ in parts], dim=1))
+    _, _, Vh = _svd(torch.cat([s.sqrt()[:, None] * vh for _, s, vh in parts], dim=0))
+    return U, torch.stack([U.T @ delta @ Vh.T for delta in deltas]), Vh
+
+
+def core_ties(
+    deltas: Sequence[Tensor], coefficients: Sequence[float] | None = None, density: float = 0.2, scale: float = 1.0
+) -> Tensor:
+    """TIES in core space, one threshold per task."""
+    U, entries, Vh = cores(deltas)
+    trimmed = torch.stack([trim(core, density, 1e-10) for core in entries])
+    return scale * U @ elect_and_average(trimmed, _coefficients(deltas, coefficients)) @ Vh
+
+
+def ties_between_bases(
+    spaces: Sequence[tuple[Tensor, Tensor, Tensor]], coefficients: Sequence[float], density: float
+) -> list[Tensor]:
+    """TIES on the entries (N, …) of several matrices, each between a left and a right basis: one threshold per task."""
+    sizes = [entries[0].numel() for _, entries, _ in spaces]
+    tasks = range(len(coefficients))
+    whole = [torch.cat([entries[task].flatten() for _, entries, _ in spaces]) for task in tasks]
+    trimmed = [trim(values, density, 1e-10).split(sizes) for values in whole]
+    merged = []
+    for place, (left, entries, right) in enumerate(spaces):
+        stack = torch.stack([task[place].view(entries[0].shape) for task in trimmed])
+        merged.append(left @ elect_and_average(stack, list(coefficients)) @ right)
+    return merged
+
+
+def knots_space(deltas: Sequence[Tensor], scaled: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """What KnOTS trims, between the basis that it goes back with and none."""
+    entries, back = knots_entries(deltas, scaled)
+    return back, entries, torch.eye(deltas[0].shape[1], dtype=torch.float64)

@@ -13,7 +13,7 @@ import torch
 from helpers import reference
 from torch import Tensor
 
-from lightning_drm.merging import DARETIES, DRM, TIES, Method
+from lightning_drm.merging import DARETIES, DRM, TIES, KnOTS, Method
 
 DOUBLE = torch.finfo(torch.float64).eps
 FEW = 0.1  # fraction of a matrix that a comparison may leave out
@@ -30,7 +30,7 @@ def settled(
         expected: The float64 reference for the same deltas.
         method: How both were merged. Of the parameters, only those that decide about ties are looked at.
         deltas: N dense deltas, as the reference got them.
-        noise: Error of the deltas that were merged, as a fraction of the largest singular value (DRM) or of a
+        noise: Error of the deltas that were merged, as a fraction of the largest singular value (DRM, KnOTS) or of a
             task's largest entry (TIES), where they were not quite these.
     """
     assert merged.isfinite().all()
@@ -46,6 +46,9 @@ def undecided(method: Method, deltas: Sequence[Tensor], dtype: torch.dtype, nois
     """Which entries of a merge in this precision rounding decides, of the deltas' shape."""
     deltas = [delta.detach().double() for delta in deltas]
     eps = float(torch.finfo(dtype).eps)
+    if isinstance(method, KnOTS):
+        alike = DRM(density=method.density, rank_tol=1e-5, renormalize=False, prune="individual")
+        return _drm(alike, deltas, eps, noise, scaled=method.scaled).expand(deltas[0].shape)
     if isinstance(method, DRM):
         sides = [delta.T for delta in deltas] if method.direction == "vertical" else deltas
         lines = _drm(method, sides, eps, noise)  # each is a whole column of U P
@@ -63,8 +66,8 @@ def undecided(method: Method, deltas: Sequence[Tensor], dtype: torch.dtype, nois
     return torch.zeros(deltas[0].shape, dtype=torch.bool)
 
 
-def _drm(method: DRM, deltas: list[Tensor], eps: float, noise: float) -> Tensor:
-    """Which columns (n,) of a horizontal merge hang on an entry that rounding decides."""
+def _drm(method: DRM, deltas: list[Tensor], eps: float, noise: float, *, scaled: bool = False) -> Tensor:
+    """Which columns (n,) of a horizontal merge hang on an entry that rounding decides; `scaled`: as KnOTS prunes."""
     (_, width), num_tasks = deltas[0].shape, len(deltas)
     _, S, Vh = torch.linalg.svd(torch.cat(deltas, dim=1), full_matrices=False)
     kept = reference.num_kept(S, method.rank_tol, method.rank_drop)
@@ -80,6 +83,8 @@ def _drm(method: DRM, deltas: list[Tensor], eps: float, noise: float) -> Tensor:
     error = _errors(S, rows, torch.stack([delta.norm(dim=0) for delta in deltas]), kept, eps, noise)
     rows = rows[:, :kept]
     lengths = rows.norm(dim=2, keepdim=True) if method.renormalize else S[:kept, None].expand(num_tasks, kept, 1)
+    if scaled:
+        lengths = torch.ones_like(lengths)
     present = (rows.norm(dim=2, keepdim=True) > 1e-13 * S[:kept, None]).expand_as(rows)
     seen, uncertain = (torch.where(present, part / lengths, 0) for part in (rows, error))
 

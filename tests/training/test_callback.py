@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ties
+from helpers import reference, ties
 from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -123,6 +123,34 @@ def test_lora_deltas_are_the_adapters_products():
     for layer, delta in expected.items():
         base = VectorTask().backbone.get_submodule(layer).weight.double()
         assert delta.abs().max() > 1e-3
+        torch.testing.assert_close(merged[f"{layer}.weight"].double(), base + delta, rtol=0, atol=1e-6)
+
+
+def test_lora_fits_are_merged_in_core_space():
+    """With one threshold per task for the cores of all layers."""
+    merge = DRMMergeCallback(["a", "b"], method=TIES(0.4, space="core"))
+    layers = ("0", "3")
+    deltas = {layer: [] for layer in layers}
+    for index, task in enumerate(merge.tasks):
+        seed_everything(index, verbose=False)
+        module = VectorTask()
+        inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6, target_modules=[*layers]), module.backbone)
+        quiet_trainer(callbacks=[merge.for_task(task)]).fit(module, Vectors(index))
+        for layer in layers:
+            adapter = module.backbone.get_submodule(layer)
+            up, down = adapter.lora_B["default"].weight, adapter.lora_A["default"].weight
+            deltas[layer].append(3.0 * up.detach().double() @ down.detach().double())
+    merged = merge.merged_module.task_module("a").backbone.state_dict()
+
+    spaces = {layer: reference.cores(deltas[layer]) for layer in layers}
+    sizes = [cores[0].numel() for _, cores, _ in spaces.values()]
+    whole = [torch.cat([cores[task].flatten() for _, cores, _ in spaces.values()]) for task in range(2)]
+    trimmed = [reference.trim(values, 0.4, 1e-10).split(sizes) for values in whole]
+    for place, (layer, (U, cores, Vh)) in enumerate(spaces.items()):
+        stack = torch.stack([task[place].view(cores[0].shape) for task in trimmed])
+        delta = U @ reference.elect_and_average(stack, [1.0, 1.0]) @ Vh
+        assert delta.abs().max() > 1e-3
+        base = VectorTask().backbone.get_submodule(layer).weight.double()
         torch.testing.assert_close(merged[f"{layer}.weight"].double(), base + delta, rtol=0, atol=1e-6)
 
 

@@ -166,7 +166,7 @@ def test_what_cannot_be_studied_is_said(run_of, tmp_path):
     with pytest.raises(ValueError, match="num_samples chooses samples of the validation sets"):
         trainer_of(folder).analyze(module(), data(), split="test", num_samples=5)
     for setting in ({"seed": 0}, {"num_trials": 5}):
-        with pytest.raises(ValueError, match=f"A grid is tried as a whole, without {next(iter(setting))}"):
+        with pytest.raises(ValueError, match=f"The search 'grid' does not take {next(iter(setting))}"):
             trainer_of(folder).tune(module(), data(), **setting)
     two = MergeTrainer(**ARGUMENTS, devices=2, callbacks=[DRMMergeCallback(list(DATA), dirpath=folder)])
     with pytest.raises(ValueError, match=r"Merges are studied on one device, got 2: give --trainer\.devices 1"):

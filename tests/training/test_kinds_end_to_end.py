@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.kinds import questions, save_rows, tagged_sentences
+from helpers.loaded import assert_loads
 from helpers.tiny import save_tiny_bert
+from huggingface_hub import ModelCard
 from lightning import seed_everything
 from peft import LoraConfig
 from PIL import Image
@@ -35,6 +37,9 @@ def scores(folder: Path, data: MultiTaskDataModule, base: str, lora: bool, steps
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     report = json.loads((folder / "report.json").read_text())
+    assert_loads(folder / "merged", data, trainer.callbacks[0].merged_module)
+    in_card = {r.dataset_name: r.metric_value for r in ModelCard.load(folder / "merged/README.md").data.eval_results}
+    assert in_card == pytest.approx({task: report["scores"]["merged"][task] for task in data.tasks})
     trainer.merge(module, datamodule=data)  # from what is stored: the same again
     assert json.loads((folder / "report.json").read_text())["scores"] == report["scores"]
     return report

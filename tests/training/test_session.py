@@ -11,7 +11,7 @@ from lightning import Fabric
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from lightning_drm import DRM, TIES, Average, MergeSession, TaskArithmetic
+from lightning_drm import DRM, TIES, Average, LiNeS, MergeSession, TaskArithmetic
 from lightning_drm.fusion import Override, Recipe
 
 TASKS = {"first": 2, "second": 3}
@@ -206,3 +206,32 @@ def test_a_lightning_module_is_one_of_many() -> None:
     session.fuse()
     assert all(torch.equal(tensor, after[name]) for name, tensor in module.state_dict().items())
     assert not torch.equal(after["backbone.0.weight"], before["backbone.0.weight"])
+
+
+def test_lines_scales_by_depth(tmp_path: Path):
+    """The network's blocks with parameters are 0, 1 and 3. Their depths are known of its parameters' names."""
+    session = MergeSession(TASKS, LiNeS(TaskArithmetic(1.0), beta=0.4), tmp_path)
+    modules = collect_all(session)
+    base, merged = Plain().state_dict(), session.fuse().task_module("first").state_dict()
+    changed = 0
+    for name, start in base.items():
+        if name.startswith("backbone") and start.is_floating_point():
+            block = int(name.split(".")[1])
+            total = sum(module.state_dict()[name].double() - start.double() for module in modules.values())
+            expected = start.double() + (0.5 + 0.4 * {0: 0.0, 1: 0.5, 3: 1.0}[block]) * total
+            torch.testing.assert_close(merged[name].double(), expected, rtol=0, atol=1e-6)
+            changed += bool(total.abs().max() > 1e-3)
+    assert changed >= 6
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "- LiNeS: alpha is 0.5, beta is 0.4." in card
+    assert "- LiNeS: the depth goes from backbone.0 to backbone.3 (3 blocks).\n" in card
+
+
+def test_lines_refuses_a_model_without_blocks_before_it_is_trained():
+    class Flat(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Linear(6, 5)
+
+    with pytest.raises(ValueError, match=r"LiNeS scales a model's blocks by their depth, .* this model has none"):
+        MergeSession(TASKS, LiNeS(DRM())).note_base(Flat())

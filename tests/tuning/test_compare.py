@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
-from lightning_drm import DARETIES, DRM, TIES, Average, IsoC, TaskArithmetic
+from lightning_drm import DARETIES, DRM, TIES, Average, IsoC, LiNeS, TaskArithmetic
 from lightning_drm.evaluation import read_findings
 from lightning_drm.fusion import Override
 from lightning_drm.training.run_folder import RunFolder
@@ -31,6 +31,10 @@ METHODS = [
     "IsoC",
     "IsoCTS",
     "TSVM",
+    "WUDI",
+    "DCMerge, density 0.001",
+    "STAR",
+    "KnOTS, density 0.2",
 ]
 
 
@@ -56,9 +60,10 @@ def _few_resampled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scores_are_those_of_merge_and_test(copied: VectorsRun):
-    found = copied.compare(TIES(density=0.5), IsoC(), configured=DRM("vertical"), split="test")
-    assert list(found) == ["DRM, vertical, density 0.2", "TIES, density 0.5", "IsoC"]
-    for method, entry in zip([DRM("vertical"), TIES(density=0.5), IsoC()], found.values(), strict=True):
+    others = [TIES(density=0.5), IsoC(), LiNeS(IsoC(), beta=0.3)]
+    found = copied.compare(*others, configured=DRM("vertical"), split="test")
+    assert list(found) == ["DRM, vertical, density 0.2", "TIES, density 0.5", "IsoC", "LiNeS of IsoC, beta 0.3"]
+    for method, entry in zip([DRM("vertical"), *others], found.values(), strict=True):
         copied.merge(method)
         copied.test(method)
         report = copied.report()
@@ -99,11 +104,11 @@ def test_on_the_validation_sets_it_is_a_plain_loop(copied: VectorsRun):
 def test_all_methods_by_default_the_configured_one_first(copied: VectorsRun, capsys: pytest.CaptureFixture):
     assert list(copied.compare(configured=DRM(density=0.4))) == ["DRM, horizontal, density 0.4", *METHODS]
     printed = capsys.readouterr().out
-    assert "Validation accuracy, 10 methods" in printed
-    assert "10 of 10 · TSVM: average" in printed
+    assert "Validation accuracy, 14 methods" in printed
+    assert "14 of 14 · KnOTS, density 0.2: average" in printed
     folder = RunFolder(copied.folder)
     (finding,) = read_findings(copied.folder / "compare", {task: folder.fingerprint(task) for task in TASKS})
-    assert finding.title == "Validation accuracy of 3 tasks, 10 methods"
+    assert finding.title == "Validation accuracy of 3 tasks, 14 methods"
 
 
 def test_methods_that_an_override_does_not_fit_are_left_out(copied: VectorsRun, capsys: pytest.CaptureFixture):

@@ -5,7 +5,7 @@ import re
 import pytest
 from helpers.own_method import Largest
 
-from lightning_drm import DRM, TIES, Average, IsoC, TaskArithmetic
+from lightning_drm import DRM, TIES, Average, IsoC, LiNeS, TaskArithmetic
 from lightning_drm.fusion import Recipe
 from lightning_drm.tuning import SearchSettings, search_space, setting_title
 
@@ -46,6 +46,7 @@ def test_drm_in_both_directions_if_it_is_named():
     everything = search_space(Recipe(), TASKS, methods=["all"])
     assert [family.title.split(",")[0] for family in everything] == [
         "DRM", "DRM", "TIES", "DARETIES", "TaskArithmetic", "Average", "IsoC", "IsoCTS", "TSVM",
+        "WUDI", "DCMerge", "STAR", "KnOTS", "RegMean", "Fisher",
     ]  # fmt: skip
 
 
@@ -68,6 +69,23 @@ def test_a_grid_of_any_hyper_parameters():
     assert own.setting(own.points[0]).method == Largest(0.75, 0.5)
     (ties,) = search_space(Recipe(TIES(density=0.7)), TASKS, grid={"TIES": {"scale": [1.0]}})
     assert ties.setting(ties.points[0]).method == TIES(density=0.7)
+
+
+def test_around_another_method():
+    (family,) = search_space(Recipe(LiNeS(DRM("vertical"))), TASKS)
+    assert family.title == "LiNeS of DRM, vertical, density 0.2"
+    assert family.numbers == {"beta": tuple(TENTHS)}
+    assert family.setting(family.points[2]).method == LiNeS(DRM("vertical"), "auto", 0.3)
+    grid = {"LiNeS": {"alpha": [0.25, 0.5], "beta": [0.0, 1]}}
+    (family,) = search_space(Recipe(LiNeS(TIES())), TASKS, grid=grid)
+    assert family.title == "LiNeS of TIES, density 0.2"
+    assert [tuple(point.values()) for point in family.points] == [(0.25, 0.0), (0.25, 1.0), (0.5, 0.0), (0.5, 1.0)]
+    found, given = search_space(Recipe(LiNeS(TIES())), TASKS, grid={"LiNeS": {"alpha": ["auto", 0.5]}})
+    assert (found.recipe.method, given.recipe.method) == (LiNeS(TIES()), LiNeS(TIES(), 0.5))
+    with pytest.raises(ValueError, match=r"LiNeS: alpha must be a number of at least 0, got -0\.5\."):
+        search_space(Recipe(LiNeS(TIES())), TASKS, grid={"LiNeS": {"alpha": [-0.5, 0.5]}})
+    with pytest.raises(ValueError, match=r"LiNeS needs values for method in the grid\."):
+        search_space(Recipe(TIES()), TASKS, methods=["LiNeS"])
 
 
 def test_one_coefficient_for_each_task():

@@ -13,7 +13,7 @@ from helpers.studied import TASKS, StudiedRun, make_data
 from helpers.tiny import VectorTask
 from torch import Tensor
 
-from lightning_drm import DRM, MultiTaskDataModule
+from lightning_drm import DRM, LiNeS, MultiTaskDataModule
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.training.candidates import RunCandidates
 from lightning_drm.tuning import Family, SearchSettings, Tuned, search_space, tune
@@ -115,6 +115,34 @@ def test_scores_are_those_of_independent_merges(papers_grid, run: StudiedRun):
 
     run.study(by_hand)
     assert len({trial.average for trial in trials}) > 5, "settings that all score alike would prove nothing"
+
+
+def test_lines_scales_what_was_merged_by_depth(run: StudiedRun, tmp_path: Path):
+    """The network's three blocks with parameters are 0, 1 and 3; alpha is that of plain loops."""
+
+    def found(candidates: RunCandidates) -> None:
+        families = search_space(replace(candidates.recipe, method=LiNeS(DRM(density=0.2))), candidates.tasks)
+        settings = SearchSettings(num_samples=None, prune=False)
+        tuned = tune(candidates, families, tmp_path, settings, measured={}, on_trial=lambda *_: None)
+        unscaled = merged_by_hand(candidates, DRM(density=0.2))
+        vectors = candidates.vectors.values()
+        summed = {n: sum(torch.as_tensor(vector.deltas[n]).double() for vector in vectors) for n in unscaled}
+        alpha = sum(float(t.abs().sum()) for t in summed.values()) / len(vectors)
+        alpha /= sum(float(t.abs().sum()) for t in unscaled.values())
+        depths = {"backbone.0": 0.0, "backbone.1": 0.5, "backbone.3": 1.0}
+        trials = all_trials(tuned)
+        assert [trial.params for trial in trials] == [{"beta": tenth / 10} for tenth in range(1, 11)]
+        for trial in trials:
+            factors = {n: alpha + trial.params["beta"] * depths[n.rpartition(".")[0]] for n in unscaled}
+            for name, delta in candidates.merged(trial.recipe).items():
+                torch.testing.assert_close(delta.double(), factors[name] * unscaled[name], rtol=1e-4, atol=1e-7)
+            by_hand = {n: factors[n] * delta for n, delta in unscaled.items()}
+            scores = {task: accuracy_by_hand(candidates, by_hand, run.data, task) for task in TASKS}
+            assert trial.values == pytest.approx(scores, abs=1e-6)
+        assert len({trial.average for trial in trials}) > 3, "settings that all score alike would prove nothing"
+        assert candidates._decompositions.num_decomposed == 2, "the network has two matrices"
+
+    run.study(found)
 
 
 def test_a_grid_of_80_points_decomposes_each_matrix_once(papers_grid):

@@ -98,7 +98,7 @@ def test_the_configured_method_may_be_any_and_nothing_merged_yet(run: StudiedRun
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"coefficients": "each"}, "give --search tpe with --coefficients each"),
+        ({"coefficients": "each"}, "give --search tpe or gradient with --coefficients each"),
         ({"num_finalists": 0}, "num_finalists must be at least 1, got 0"),
         ({"grid": {"DRM": {"scale": []}}}, "The grid of DRM gives no values for scale"),
     ],

@@ -3,6 +3,8 @@
 import fnmatch
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from lightning_drm.checkpoints.architecture import Architecture, ExpertPart
 from lightning_drm.checkpoints.architecture.alignment import Alignment
 from lightning_drm.checkpoints.planning.fitting import Fitting
@@ -12,6 +14,7 @@ from lightning_drm.checkpoints.planning.same_base import check_same_base
 from lightning_drm.checkpoints.reading import BaseModel, Entry, TaskInput, note_on_ignored
 from lightning_drm.checkpoints.reading.adapter import LoraInput
 from lightning_drm.deltas import Kind, guess_kind
+from lightning_drm.merging.low_rank import densify
 
 
 class Matcher:
@@ -166,8 +169,15 @@ class Matcher:
                 f"{planned.name}: changes {name}, but not {source}, to which the base ties it; "
                 "merge into a base whose weights are not tied."
             )
-        elif not any(self._base_name(align(other)) == source for other in planned.input.entries):
+            return
+        stored = next((other for other in planned.input.entries if self._base_name(align(other)) == source), None)
+        if stored is None:
             planned.names[source] = raw
+        elif not torch.equal(densify(planned.input.read(stored)), densify(planned.input.read(raw))):
+            planned.problems.append(
+                f"{planned.name}: {raw} and {stored} differ, but the base ties them into one; merge into a base whose "
+                "weights are not tied."
+            )
 
     def _note_missing(self, planned: PlannedTask, own: Architecture, align: Alignment, region: str) -> None:
         """Parameters of the base that the task lacks. A submodule that the task's class never had is not missing."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_drm.checkpoints.architecture import ExpertPart
 from lightning_drm.checkpoints.reading import TaskInput
+from lightning_drm.deltas import TaskStatistics
 
 
 @dataclass
@@ -47,6 +48,14 @@ class PlannedTask:
         for name in self.parts:
             found.setdefault(self.names[name], []).append(name)
         return found
+
+    @property
+    def statistics(self) -> TaskStatistics | None:
+        """What was collected of its training data, of the parameters that the base holds in the same way."""
+        if self.input.statistics is None:
+            return None
+        other = {*self.transposed, *self.parts, *self.stacked, *self.rows}
+        return self.input.statistics.renamed({name: raw for name, raw in self.names.items() if name not in other})
 
     def raw_names(self) -> set[str]:
         """The task's own names of every tensor that is read."""

@@ -14,6 +14,9 @@ from lightning_drm.checkpoints.planning.plan import Plan
 from lightning_drm.checkpoints.planning.policy import MismatchPolicy
 from lightning_drm.checkpoints.reading import TaskInput, TensorHeader, note_on_ignored, open_base, open_input
 from lightning_drm.checkpoints.reading.adapter import AdapterInput
+from lightning_drm.deltas import TaskVector
+from lightning_drm.fusion import problem_of_statistics, treatments
+from lightning_drm.fusion.depth import notes_on_depth, problems_of_depth
 from lightning_drm.fusion.recipe import Recipe
 from lightning_drm.names import check_task_name
 
@@ -51,16 +54,25 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, mismatch: Mi
         plan.notes.append(f"The base: {note_on_ignored(opened.tensors.ignored)}")
     if opened.is_dequantized:
         plan.notes.append("The base was dequantized; the precision that quantization took does not come back.")
+    if opened.is_of_litgpt:
+        plan.notes.append(
+            "The base is litgpt's. What is written has the names that transformers gives its weights; "
+            "`litgpt convert_to_litgpt` takes it back."
+        )
     if not architecture.known:
         plan.notes.append(
             "The base has no config.json that transformers knows: kinds of parameters follow from names and shapes."
         )
     _choose_parameters(plan, architecture, matcher)
     if plan.tasks:
-        plan.problems += recipe.problems(plan.kinds, plan.shapes)
+        plan.problems += recipe.problems(plan.kinds, plan.shapes) + problems_of_depth(recipe.method, headers)
+        plan.notes += notes_on_depth(recipe.method, headers, plan.kinds)
         if is_recipe_sound:
-            tasks = [task.name for task in plan.tasks]
-            plan.treatments = {name: recipe.treatment(name, kind, tasks) for name, kind in plan.kinds.items()}
+            vectors = [TaskVector(task.name, {}, {}, {}, {}, statistics=task.statistics) for task in plan.tasks]
+            plan.treatments = treatments(recipe, plan.kinds, [task.name for task in plan.tasks], vectors)
+            if problem := problem_of_statistics(recipe.method, vectors):
+                plan.problems.append(problem)
+            plan.problems += _dense_where_factors_are_needed(plan)
         if not plan.kinds and not plan.problems:
             plan.problems.append("No parameter is left to merge.")
     if not plan.problems:
@@ -125,6 +137,23 @@ def _intersect_rows(plan: Plan) -> None:
             if name in task.names:
                 own = task.rows.get(name, torch.arange(len(common)))
                 task.rows[name] = torch.where(common, own, -1)
+
+
+def _dense_where_factors_are_needed(plan: Plan) -> list[str]:
+    """One sentence for each task that has whole deltas where the method merges factors only."""
+    needs = {
+        name: f"{type(treatment.method).__name__}: {treatment.method.only_low_rank}"
+        for name, treatment in plan.treatments.items()
+        if treatment.method is not None and treatment.method.only_low_rank
+    }
+    problems = []
+    for task in plan.tasks:
+        entries = task.input.entries
+        dense = [name for name, raw in task.names.items() if name in needs and not entries[raw].rank]
+        if dense:
+            others = f" and {len(dense) - 1} other parameters" if len(dense) > 1 else ""
+            problems.append(f"{needs[dense[0]]}, but {task.name} changes {dense[0]}{others} in full.")
+    return problems
 
 
 def _choose_output(plan: Plan) -> None:

@@ -8,7 +8,7 @@ from lightning_drm.checkpoints.planning.planned_task import PlannedTask
 from lightning_drm.checkpoints.reading import BaseModel, TaskInput, quick_fingerprint
 from lightning_drm.checkpoints.reading.card import metadata_of
 from lightning_drm.deltas import hash_tensor
-from lightning_drm.pretrained import PACKAGE_NOTATION, public_name
+from lightning_drm.pretrained import hub_name, public_name
 
 _HASHED_AT_ONCE = 64 << 20  # bytes of the base that are compared with stored hashes before anything is merged
 
@@ -29,7 +29,7 @@ def check_same_base(planned: PlannedTask, base: BaseModel) -> None:
     named = planned.input.base_name
     if named is None:
         _look_at_card(planned, base)
-    if named is None or named == base.name:
+    if named is None or named == base.name or (hub_name(named) or named) == hub_name(base.name):
         return
     other = Path(named).expanduser()
     if other.is_dir() and base.folder is not None:
@@ -50,9 +50,10 @@ def _look_at_card(planned: PlannedTask, base: BaseModel) -> None:
     A card is written by hand, and a model may have several names, so it is no proof.
     """
     named = metadata_of(planned.input.folder).get("base_model")
-    if not isinstance(named, str) or public_name(base.name) != base.name or base.name.startswith(PACKAGE_NOTATION):
+    on_hub = hub_name(base.name)
+    if not isinstance(named, str) or on_hub is None:
         return
-    if named.rpartition("/")[2] != base.name.rpartition("/")[2]:
+    if named.rpartition("/")[2] != on_hub.rpartition("/")[2]:
         planned.notes.append(f"{planned.name}: its model card names {named} as its base, not {base.name}.")
 
 

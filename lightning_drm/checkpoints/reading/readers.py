@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_drm.checkpoints.reading.adapter import AdapterInput
+from lightning_drm.checkpoints.reading.litgpt import LitgptFolder, LitgptTensors
 from lightning_drm.checkpoints.reading.locate import locate
 from lightning_drm.checkpoints.reading.lora_checkpoint import LoraCheckpoint
 from lightning_drm.checkpoints.reading.quantized import Dequantized
@@ -13,7 +14,7 @@ from lightning_drm.checkpoints.reading.task_input import TaskInput
 from lightning_drm.checkpoints.reading.tensors import Tensors
 from lightning_drm.checkpoints.reading.weights import CheckpointFile, ModelFolder, WeightsInput
 
-READERS: list[type[TaskInput]] = [AdapterInput, StoredInput, ModelFolder, LoraCheckpoint, CheckpointFile]
+READERS: list[type[TaskInput]] = [AdapterInput, StoredInput, ModelFolder, LitgptFolder, LoraCheckpoint, CheckpointFile]
 """The first one that opens a path reads it. A new format is one more line here."""
 
 
@@ -35,6 +36,11 @@ class BaseModel:
     def is_dequantized(self) -> bool:
         """Whether its files are quantized, but its tensors are not."""
         return isinstance(self.tensors, Dequantized)
+
+    @property
+    def is_of_litgpt(self) -> bool:
+        """Whether its files are litgpt's, and its tensors are named as transformers names them."""
+        return isinstance(self.tensors, LitgptTensors)
 
 
 def open_input(name: str, task: str, dequantize: bool = False) -> TaskInput:

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.task_input import Entry, Form, TaskInput
-from lightning_drm.deltas import DELTAS_FILE, HEAD_FILE, StoredDeltas, load_tensors
+from lightning_drm.deltas import DELTAS_FILE, HEAD_FILE, STATISTICS_FILE, StoredDeltas, load_statistics, load_tensors
 from lightning_drm.merging import Delta, LowRank
 
 
@@ -25,8 +25,9 @@ class StoredInput(TaskInput):
     expected = "a run folder (tasks/<task>/deltas.safetensors) or one of its task folders"
 
     def __init__(self, path: Path, deltas: StoredDeltas, head: Mapping[str, Tensor]) -> None:
-        super().__init__(path, [deltas.path])
-        self.head, self._deltas = head, deltas
+        statistics = load_statistics(path, deltas.fingerprint)
+        super().__init__(path, [deltas.path, *([path / STATISTICS_FILE] if statistics is not None else [])])
+        self.head, self._deltas, self.statistics = head, deltas, statistics
         self.base_hashes = deltas.base_hashes()
         for name, delta in deltas.headers.items():
             rank = delta.rank if isinstance(delta, LowRank) else 0

@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from lightning_drm.deltas import TaskStatistics
 from lightning_drm.merging import Delta
 
 Form = Literal["value", "delta", "low_rank", "low_rank_linear"]
@@ -48,6 +49,7 @@ class TaskInput(ABC):
         base_hashes: By its own name, the hash of each base parameter, where they are stored.
         entries: What it holds, under its own names.
         head: Its head's tensors by name, where it keeps them apart.
+        statistics: What was collected of its training data, under its own names, where it keeps that.
         ignored: What its files hold beside tensors and nobody reads: names of classes and functions.
     """
 
@@ -66,6 +68,7 @@ class TaskInput(ABC):
         self.base_hashes: Mapping[str, str] = {}
         self.entries: dict[str, Entry] = {}
         self.head: Mapping[str, Tensor] = {}
+        self.statistics: TaskStatistics | None = None
         self.ignored: set[str] = set()
 
     @classmethod

@@ -24,6 +24,7 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+_PLACES = ("state_dict", "model")  # where a Trainer's checkpoint has the weights, and where those of Fabric have them
 _SAMPLE = 1 << 20
 _LONGEST_REASON = 200  # characters of what torch says of a damaged file
 
@@ -179,15 +180,16 @@ def container_of(file: Path) -> type[Tensors] | None:
 
 def _tensors_in(content: object, path: Path) -> dict[str, Tensor]:
     """The tensors by name of what ``torch.save`` wrote."""
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _PLACES if isinstance(content.get(key), Mapping)), content)
     tensors = (
         {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         if isinstance(content, Mapping)
         else {}
     )
     if not tensors:
-        raise ValueError(f"{path} holds no tensors by name, neither at its top nor under 'state_dict'.")
+        places = " or ".join(map(repr, _PLACES))
+        raise ValueError(f"{path} holds no tensors by name, neither at its top nor under {places}.")
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise ValueError(f"{path}: {name} is not a plain tensor with its values beside it.")

@@ -222,7 +222,7 @@ def _require_present(plan: Plan, survived: Mapping[str, float]) -> None:
             "were merged, or a method or coefficient blows them up."
         )
     gone = [task for task, fraction in survived.items() if abs(fraction) < TRACE and task in active]
-    if gone and plan.recipe.method.scale:
+    if gone and plan.recipe.inner_method.scale:
         raise ValueError(
             f"Nothing of task {', '.join(gone)} is left in the merged weights: its deltas were pruned away or are "
             "smaller than the output's rounding; use a higher density or rank, or dtype float32."

@@ -9,7 +9,6 @@ from lightning_drm.checkpoints.planning import Plan
 from lightning_drm.checkpoints.writing.sidecars import license_of
 from lightning_drm.fusion.described import facts_on_kinds
 from lightning_drm.fusion.model_card import model_card
-from lightning_drm.pretrained import resolve_pretrained
 
 SURVIVED = "how far the merged change goes along the task's own; 100 % for the task alone"
 """What the fraction that survived means, for those who read it."""
@@ -71,7 +70,7 @@ def card_of(plan: Plan, result: MergeResult, fingerprints: Mapping[str, str]) ->
     return model_card(
         plan.recipe,
         rows,
-        base=base if not Path(resolve_pretrained(base)).exists() else Path(base).name,
+        base=base,
         base_fingerprint=fingerprints[""],
         library="peft" if result.output_format == "adapter" else "transformers",
         license=license_of(plan.base.folder),
