@@ -38,7 +38,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_drm.merging.linalg.spectral import eigen_cost, thin_svd
+from lightning_drm.merging.linalg.eigen import eigen_cost
+from lightning_drm.merging.linalg.spectral import thin_svd
 from lightning_drm.merging.low_rank import Delta, LowRank, densify
 from lightning_drm.merging.method import COST_PER_VALUE, Method
 from lightning_drm.merging.precision import ieee_arithmetic

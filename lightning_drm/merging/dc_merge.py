@@ -27,7 +27,8 @@ from torch import Tensor
 
 from lightning_drm.merging.election import elect_and_average
 from lightning_drm.merging.inputs import choice, finite, fraction, refuse
-from lightning_drm.merging.linalg.spectral import join, orthogonalize, thin_svd
+from lightning_drm.merging.linalg.polar import orthogonalize
+from lightning_drm.merging.linalg.spectral import join, thin_svd
 from lightning_drm.merging.rotational import RotationalMethod
 
 Smoothing = Literal["none", "average", "linear"]

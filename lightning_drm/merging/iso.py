@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_drm.merging.inputs import finite, fraction, refuse
-from lightning_drm.merging.linalg.spectral import Triplets, join, orthogonalize, rounding_error, row_lengths, thin_svd
+from lightning_drm.merging.linalg.polar import orthogonalize, polar
+from lightning_drm.merging.linalg.spectral import Triplets, join, rounding_error, row_lengths, thin_svd
 from lightning_drm.merging.linear import weighted_sum
 from lightning_drm.merging.rotational import RotationalMethod
 
@@ -50,8 +51,8 @@ class IsoC(RotationalMethod):
         return 1
 
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], shape: tuple[int, ...]) -> Tensor:
-        U, S, Vh = thin_svd(weighted_sum(deltas, coefficients))
-        return _mean(S) * self.scale * U @ Vh
+        factor, mean = polar(weighted_sum(deltas, coefficients))
+        return factor.mul_(self.scale * mean)
 
 
 class IsoCTS(RotationalMethod):
@@ -94,7 +95,8 @@ class IsoCTS(RotationalMethod):
 
     def _merge_rotated(self, deltas: Sequence[Tensor], coefficients: Sequence[float], shape: tuple[int, ...]) -> Tensor:
         left, values, right = join(self._triplets(deltas, coefficients, min(shape)))
-        return _mean(values) * self.scale * orthogonalize(left) @ orthogonalize(right)
+        mean = values.mean() if len(values) else 0.0
+        return mean * self.scale * orthogonalize(left) @ orthogonalize(right)
 
     def _triplets(self, deltas: Sequence[Tensor], coefficients: Sequence[float], size: int) -> list[Triplets]:
         """Each task's own directions, and last the common ones."""
@@ -107,8 +109,3 @@ class IsoCTS(RotationalMethod):
             floor = abs(coefficient) * rounding_error(row_lengths(delta), delta.dtype)
             own.append(thin_svd(rest.mul_(coefficient), num_own, floor=floor))
         return [*own, (U, S, Vh)]
-
-
-def _mean(S: Tensor) -> float:
-    """Mean of singular values; 0.0 where there are none."""
-    return float(S.mean()) if len(S) else 0.0

@@ -30,10 +30,9 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from lightning_drm.merging.linalg.eigen import eigen, eigen_cost
 from lightning_drm.merging.linalg.spectral import (
     LENGTH,
-    eigen,
-    eigen_cost,
     gram,
     needs_svd,
     rank_tolerance,

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_drm.merging.inputs import finite, refuse
-from lightning_drm.merging.linalg.spectral import join, orthogonalize, thin_svd
+from lightning_drm.merging.linalg.polar import orthogonalize
+from lightning_drm.merging.linalg.spectral import join, thin_svd
 from lightning_drm.merging.rotational import RotationalMethod
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_drm.merging.linalg.spectral import eigen, eigen_cost
+from lightning_drm.merging.linalg.eigen import eigen, eigen_cost
 
 CUT = 1e-10
 """Fraction of the largest eigenvalue up to which a direction counts as one that no row has."""

@@ -25,6 +25,7 @@ DIGITS = (17, 17, 15, 14)  # widths of the digits of a float64 without its sign,
 CHUNK = 1 << 16  # entries counted at once on the CPU: their keys stay in the cache
 DEVICE_CHUNK = 1 << 24  # and elsewhere: enough to occupy an accelerator, and 128 MB of keys
 
+BINS = 3  # the column of the first bin in a row of counters; those before it count more than one digit
 SAMPLE_STEP = 16  # every how many entries one is looked at, to guess where the threshold is
 
 TIE = 1e-10
@@ -39,7 +40,7 @@ Stream = Callable[[], Iterable[Iterable[Tensor]]]
 
 
 def identity(histogram: Tensor) -> Tensor:
-    """What a single process does to sum a histogram over its ranks: nothing."""
+    """What a single process does to sum a histogram over its ranks: nothing, and it stays on its device."""
     return histogram
 
 
@@ -64,6 +65,7 @@ def thresholds(
         density: Fraction of entries to keep, in (0, 1].
         num_tasks: Number of tasks N.
         reduce: Sums the counts, an int64 tensor on the CPU, over ranks, where each rank reads its share of the pieces.
+            `identity` where one process reads them all.
 
     Returns:
         One threshold θ for each task; 0.0 where nothing is to be pruned.
@@ -95,36 +97,23 @@ class _Search:
 
 def _next_digit(stream: Stream, density: float, state: _Search, reduce: Reduce) -> _Search:
     level, width = state.level, DIGITS[state.level]
-    # The last column counts entries that have non-zero digits after this one.
-    histogram = torch.zeros(len(state.prefixes), (1 << width) + 1, dtype=torch.int64)
-    for piece in stream():
-        for row, prefix, values in zip(histogram, state.prefixes, piece, strict=True):
-            _count(values, level, prefix, row)
-    histogram = reduce(histogram)
-    prefixes, ranks = [], []
-    for row, prefix, rank in zip(histogram, state.prefixes, state.ranks, strict=True):
-        counts = row[:-1].cumsum(0)
-        rank = rank if level else _rank(int(counts[-1]), density)
-        digit = int(torch.searchsorted(counts, rank))
-        prefixes.append((prefix << width) + digit)
-        ranks.append(rank - (int(counts[digit - 1]) if digit else 0))
-    return _Search(prefixes, ranks, level + 1, level + 1 == len(DIGITS) or not histogram[:, -1].any())
+
+    def count(task: int, values: Tensor, row: Tensor) -> None:
+        _count(values, level, state.prefixes[task], row)
+
+    histogram = _histogram(stream, len(state.ranks), 1 << width, count, reduce)
+    lengths, rests, _ = histogram[:, :BINS].T.tolist()
+    digits, ranks = _find(histogram, state.ranks if level else [_rank(length, density) for length in lengths])
+    prefixes = [(prefix << width) + digit for prefix, digit in zip(state.prefixes, digits, strict=True)]
+    return _Search(prefixes, ranks, level + 1, level + 1 == len(DIGITS) or not any(rests))
 
 
 def _sampled_digits(stream: Stream, density: float, num_tasks: int, reduce: Reduce) -> list[int]:
     """The first of the three leading digits in whose middle a sample of each task puts the threshold."""
-    histogram = torch.zeros(num_tasks, 1 << DIGITS[0], dtype=torch.int64)
-    for piece in stream():
-        for row, values in zip(histogram, piece, strict=True):
-            step = SAMPLE_STEP if values.numel() >= CHUNK else 1
-            for keys in _keys(values.flatten()[::step]):
-                _add_counts(keys >> sum(DIGITS[1:]), row, step)
-    firsts = []
-    for row in reduce(histogram):
-        counts = row.cumsum(0)
-        digit = int(torch.searchsorted(counts, _rank(int(counts[-1]), density)))
-        firsts.append(min(max(digit - 1, 0), len(row) - 3))
-    return firsts
+    num_digits = 1 << DIGITS[0]
+    histogram = _histogram(stream, num_tasks, num_digits, lambda _, values, row: _count_sample(values, row), reduce)
+    digits, _ = _find(histogram, [_rank(length, density) for length in histogram[:, 0].tolist()])
+    return [min(max(digit - 1, 0), num_digits - 3) for digit in digits]
 
 
 def _near_a_sample(stream: Stream, density: float, num_tasks: int, reduce: Reduce) -> _Search | None:
@@ -135,22 +124,49 @@ def _near_a_sample(stream: Stream, density: float, num_tasks: int, reduce: Reduc
     """
     firsts = _sampled_digits(stream, density, num_tasks, reduce)
     width = 3 << DIGITS[1]
-    # Before the second digits: how many entries there are, how many are below, and how many have digits after it.
-    histogram = torch.zeros(num_tasks, 3 + width, dtype=torch.int64)
-    for piece in stream():
-        for row, first, values in zip(histogram, firsts, piece, strict=True):
-            _count_near(values, first, row)
-    histogram = reduce(histogram)
-    prefixes, ranks = [], []
-    for row, first in zip(histogram, firsts, strict=True):
-        counts = row[3:].cumsum_(0).add_(row[1])  # in place: there are megabytes of them
-        rank = _rank(int(row[0]), density)
-        if rank > counts[-1] or (rank <= row[1] and (first or row[1])):
+    histogram = _histogram(stream, num_tasks, width, lambda t, values, row: _count_near(values, firsts[t], row), reduce)
+    lengths, rests, below = histogram[:, :BINS].T.tolist()
+    digits, ranks = _find(histogram, [_rank(length, density) for length in lengths])
+    for first, under, digit, rank in zip(firsts, below, digits, ranks, strict=True):
+        if digit == width or (rank <= 0 and (first or under)):
             return None
-        digit = int(torch.searchsorted(counts, rank))
-        prefixes.append((first << DIGITS[1]) + digit)
-        ranks.append(rank - int(counts[digit - 1] if digit else row[1]))
-    return _Search(prefixes, ranks, 2, not histogram[:, 2].any())
+    prefixes = [(first << DIGITS[1]) + digit for first, digit in zip(firsts, digits, strict=True)]
+    return _Search(prefixes, ranks, 2, not any(rests))
+
+
+def _histogram(
+    stream: Stream, num_tasks: int, num_bins: int, count: Callable[[int, Tensor, Tensor], None], reduce: Reduce
+) -> Tensor:
+    """What is counted of all pieces on all ranks, on the pieces' device, which nothing leaves unless there are ranks.
+
+    Args:
+        stream: As in `thresholds`.
+        num_tasks: Number of tasks N.
+        num_bins: How many digits are told apart.
+        count: Takes a task's index, its values and its row of counters, and adds to them.
+        reduce: As in `thresholds`.
+
+    Returns:
+        Counters (N, BINS + num_bins). Those before the bins: how many values there are, how many have digits that are
+        not zero after those that are counted, and how many are below the first bin.
+    """
+    total = torch.zeros(num_tasks, BINS + num_bins, dtype=torch.int64)
+    for piece in stream():
+        for task, values in zip(range(num_tasks), piece, strict=True):
+            total = total.to(values.device)
+            count(task, values, total[task])
+    return total if reduce is identity else reduce(total.cpu()).to(total.device)
+
+
+def _find(histogram: Tensor, ranks: Sequence[int]) -> tuple[list[int], list[int]]:
+    """For each task, the bin into which the value of its rank falls, and its rank among those; sums up the counters."""
+    found = []
+    for row, rank in zip(histogram, ranks, strict=True):
+        counts = row[BINS - 1 :].cumsum_(0)  # in place: there are megabytes of them
+        digit = torch.searchsorted(counts[1:], rank)
+        found.append(torch.stack([digit, rank - counts.take(digit)]))
+    digits, left = torch.stack(found).T.tolist()
+    return digits, left
 
 
 def _rank(count: int, density: float) -> int:
@@ -191,15 +207,24 @@ def prune_each(values: Sequence[Tensor], limits: Sequence[float]) -> Tensor:
 def _count(values: Tensor, level: int, prefix: int, row: Tensor) -> None:
     """Add to `row` how often each digit of a level follows `prefix` among the magnitudes of `values`."""
     width, rest = DIGITS[level], sum(DIGITS[level + 1 :])
+    row[0] += values.numel()
     for keys in _keys(values.flatten()):
         if level == 0:
-            _add_counts(keys >> rest, row)
+            _add_counts(keys >> rest, row[BINS:])
             continue
         near = keys[keys >> (width + rest) == prefix]
-        _add_counts((near >> rest) & ((1 << width) - 1), row)
-        row[-1] += _num_nonzero(near & ((1 << rest) - 1))
+        _add_counts((near >> rest) & ((1 << width) - 1), row[BINS:])
+        row[1] += _num_nonzero(near & ((1 << rest) - 1))
     if level == 0:
-        row[-1] += values.numel()  # nearly every entry has digits to come: not worth a look
+        row[1] += values.numel()  # nearly every entry has digits to come: not worth a look
+
+
+def _count_sample(values: Tensor, row: Tensor) -> None:
+    """Add to `row` how often each leading digit occurs, from a sample."""
+    step = SAMPLE_STEP if values.numel() >= CHUNK else 1
+    for keys in _keys(values.flatten()[::step]):
+        row[0] += len(keys) * step
+        _add_counts(keys >> sum(DIGITS[1:]), row[BINS:], step)
 
 
 def _count_near(values: Tensor, first: int, row: Tensor) -> None:
@@ -207,19 +232,19 @@ def _count_near(values: Tensor, first: int, row: Tensor) -> None:
     low, high = first << sum(DIGITS[1:]), (first + 3) << sum(DIGITS[1:])
     rest = sum(DIGITS[2:])
     row[0] += values.numel()
-    for num_under, keys in _between(values.flatten(), low, high):
+    for num_below, keys in _between(values.flatten(), low, high):
         near = keys - low
-        row[1] += num_under
-        row[2] += _num_nonzero(near & ((1 << rest) - 1))
-        _add_counts(near >> rest, row[3:])
+        row[1] += _num_nonzero(near & ((1 << rest) - 1))
+        row[2] += num_below
+        _add_counts(near >> rest, row[BINS:])
 
 
-def _between(values: Tensor, low: int, high: int) -> Iterator[tuple[int, Tensor | NDArray[np.int64]]]:
+def _between(values: Tensor, low: int, high: int) -> Iterator[tuple[int | Tensor, Tensor | NDArray[np.int64]]]:
     """For each chunk, how many keys are below `low`, and the keys from `low` to below `high`."""
     edges = np.array([low, high], dtype=np.uint64).view(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         singles = edges.astype(np.float32)
-    if values.device.type == "cpu" and values.dtype == torch.float32 and (singles == edges).all():
+    if _on_host(values) and values.dtype == torch.float32 and (singles == edges).all():
         magnitudes = np.empty(CHUNK, dtype=np.float32)  # compared as they are, which halves the work
         for start in range(0, len(values), CHUNK):
             chunk = values[start : start + CHUNK].numpy()
@@ -237,7 +262,7 @@ def _keys(values: Tensor) -> Iterator[Tensor | NDArray[np.int64]]:
 
     numpy counts several times faster than torch on the CPU, and waits for no other thread.
     """
-    if values.device.type == "cpu":
+    if _on_host(values):
         magnitudes = np.empty(CHUNK)
         for start in range(0, len(values), CHUNK):
             chunk = values[start : start + CHUNK].numpy()
@@ -247,14 +272,17 @@ def _keys(values: Tensor) -> Iterator[Tensor | NDArray[np.int64]]:
             yield part.abs().double().view(torch.int64)
 
 
+def _on_host(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
 def _add_counts(digits: Tensor | NDArray[np.int64], row: Tensor, step: int = 1) -> None:
     """Add to `row` how often each digit occurs where one entry in `step` was looked at."""
     if isinstance(digits, Tensor):
-        counts = torch.bincount(digits).cpu()
-        row[: len(counts)] += counts * step
+        row.add_(torch.bincount(digits, minlength=len(row)), alpha=step)
     else:
         np.add.at(row.numpy(), digits, step)  # no counters but those of `row`, unlike `bincount`, and as fast
 
 
-def _num_nonzero(values: Tensor | NDArray[Any]) -> int:
-    return int(values.count_nonzero() if isinstance(values, Tensor) else np.count_nonzero(values))
+def _num_nonzero(values: Tensor | NDArray[Any]) -> int | Tensor:
+    return values.count_nonzero() if isinstance(values, Tensor) else int(np.count_nonzero(values))

@@ -15,18 +15,19 @@ against about 20 k² L for the SVD.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # documented, not in its __all__
+from lightning_drm.merging.linalg.eigen import eigen, eigen_cost
 
 Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
 """Left singular vectors U (m, r), singular values S (r,), right singular vectors Vᵀ (r, n)."""
 
 TILE = (768, 384)  # of a Gram matrix, computed at once: enough for full BLAS speed, and its buffers stay small
+DEVICE_TILE = (4096, 2048)  # and elsewhere: enough to occupy an accelerator
 CACHED = 1 << 16  # entries of float64 that stay in a CPU's cache
 LENGTH = 4096  # columns converted to float64 at once, which bounds the extra memory
 GRAM_RESOLUTION = 1e-4  # fraction of the largest singular value from which a Gram matrix rivals an SVD in float64
@@ -50,86 +51,17 @@ def gram(matrices: Iterable[Tensor]) -> Tensor:
     for matrix in matrices:
         if total is None:
             total = matrix.new_zeros(len(matrix), len(matrix), dtype=torch.float64)
+        height, width = TILE if matrix.device.type == "cpu" else DEVICE_TILE
         for part in torch.split(matrix, LENGTH, dim=1):
             block = part.double()
-            for left in range(0, len(total), TILE[1]):
-                columns = slice(left, left + TILE[1])
-                for top in range(0, left + TILE[1], TILE[0]):
-                    rows = slice(top, min(top + TILE[0], left + TILE[1]))
+            for left in range(0, len(total), width):
+                columns = slice(left, left + width)
+                for top in range(0, left + width, height):
+                    rows = slice(top, min(top + height, left + width))
                     total[rows, columns].addmm_(block[rows], block[columns].T)
             del block  # before the next one is made
     assert total is not None
     return total
-
-
-def eigen(build: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    r"""Eigenvalues and eigenvectors of a positive semidefinite matrix, the largest first: :math:`A = V \Lambda V^T`.
-
-    Divide-and-conquer fails on rare inputs, differently on every device and not always with a word, so there is a
-    ladder: the solver of the matrix's device, the CPU's, and last an SVD, which for such a matrix is the same thing.
-    Each solver works in the matrix's own memory, and each starts from a fresh one.
-
-    Args:
-        build: Computes the float64 matrix A, of shape (k, k), of which only the upper triangle is read.
-
-    Returns:
-        Eigenvalues (k,), none below zero, and eigenvectors in the columns of a (k, k) matrix, both in float64.
-
-    Raises:
-        ArithmeticError: If no solver converges, or the input is not finite.
-
-    Example:
-        >>> values, vectors = eigen(lambda: torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64))
-        >>> values.tolist(), vectors.abs().tolist()
-        ([4.0, 1.0], [[0.0, 1.0], [1.0, 0.0]])
-    """
-    for solve in _SOLVERS:
-        matrix = build()
-        size, device = len(matrix), matrix.device
-        try:
-            values, vectors = solve(matrix)
-        except LinAlgError:
-            continue
-        if bool(values.isfinite().all()) and _is_orthonormal(vectors):
-            return values.clamp(min=0).to(device), vectors.to(device)
-    raise ArithmeticError(f"no eigensolver converged on a {(size, size)} Gram matrix")
-
-
-def _is_orthonormal(vectors: Tensor) -> bool:
-    """Whether VᵀV takes a vector to itself, which costs as little as a look at V; false if V is not finite.
-
-    Batched solvers on GPUs have returned vectors that are not (PyTorch, issue 192483).
-    """
-    probe = torch.randn(vectors.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    probe = probe.to(vectors.device)
-    change = torch.linalg.vector_norm(vectors.T @ (vectors @ probe) - probe)
-    return bool(change <= torch.finfo(vectors.dtype).eps ** 0.5 * torch.linalg.vector_norm(probe))
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    # Transposed, the matrix is laid out as the solver wants it. Then the input is the output too, and nothing is
-    # copied: with the solver's workspace, twice the matrix's size, a copy would be the peak of a whole merge.
-    columns, values = matrix.T, matrix.new_empty(len(matrix))
-    torch.linalg.eigh(columns, UPLO="L", out=(values, columns))
-    return values.flip(0), columns.flip(1)
-
-
-def _eigh_cpu(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    return _eigh(matrix.cpu())
-
-
-def _svd_symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    upper = matrix.cpu().triu()
-    vectors, values, _ = torch.linalg.svd(upper + upper.triu(1).T)
-    return values, vectors
-
-
-_SOLVERS = (_eigh, _eigh_cpu, _svd_symmetric)
-
-
-def eigen_cost(size: int) -> float:
-    """Operations that `eigen` of a (size, size) matrix is worth on one core; measured, since few of them are BLAS-3."""
-    return 10.0 * size**3
 
 
 def thin_svd_cost(shape: tuple[int, int]) -> float:
@@ -219,23 +151,3 @@ def join(parts: Iterable[Triplets]) -> Triplets:
     """The triplets of several matrices of one shape side by side: U (m, Σ r), S (Σ r,) and Vᵀ (Σ r, n)."""
     left, values, right = zip(*parts, strict=True)
     return torch.cat(left, dim=1), torch.cat(values), torch.cat(right)
-
-
-def orthogonalize(basis: Tensor) -> Tensor:
-    r"""The closest matrix with orthonormal rows or columns, whichever are fewer: the polar factor.
-
-    .. math:: B = U S V^T \;\mapsto\; U V^T
-
-    Args:
-        basis: Matrix B of shape (m, n). If it is rank deficient, its null directions stay zero.
-
-    Returns:
-        A matrix of shape (m, n), in the same precision.
-
-    Example:
-        >>> orthogonalize(torch.tensor([[0.0, 3.0], [0.5, 0.0]])).abs()
-        tensor([[0., 1.],
-                [1., 0.]])
-    """
-    U, _, Vh = thin_svd(basis)
-    return U @ Vh

@@ -53,6 +53,19 @@ def test_single_precision_needs_two_passes_double_needs_four(dtype, passes):
     assert len(calls) == passes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [1e-6, 0.1, 0.5, 0.999])
+def test_what_accelerators_do(monkeypatch, dtype, density):
+    """They count with tensors, in chunks of their own, here on the CPU."""
+    monkeypatch.setattr(selection, "_on_host", lambda values: False)
+    monkeypatch.setattr(selection, "DEVICE_CHUNK", 1 << 12)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(size, dtype=dtype, generator=generator).exp() for size in (9, 100_000)]
+    limits = thresholds(lambda: [[one, one * 3] for one in values], density, num_tasks=2)
+    assert limits[0] == sorted_threshold(torch.cat(values), density)
+    assert limits[1] == sorted_threshold(torch.cat(values) * 3, density)
+
+
 def test_ties_with_the_threshold_are_kept():
     values = torch.tensor([1.0, -2.0, 2.0, 3.0, 0.0])
     assert found(values, 0.4) == 2.0
