@@ -14,7 +14,6 @@ are drawn in the order of its rows, from the strongest direction on, by the same
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Self, get_args
 
@@ -24,9 +23,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.merging.core_space import CoreSpaceMethod, Space
+from lightning_drm.merging.draws import Draws
 from lightning_drm.merging.election import elect_and_average, slice_size
 from lightning_drm.merging.inputs import choice, finite, fraction, refuse
-from lightning_drm.merging.method import PIECE_STEP
 
 
 class DARETIES(CoreSpaceMethod):
@@ -102,30 +101,7 @@ class DARETIES(CoreSpaceMethod):
 
 def drop(values: Tensor, draws: Draws, out: Tensor) -> None:
     """Copy `values`, with zeros where the next draws drop an entry; their number is even but for the last call."""
-    kept = draws.kept(len(values))
     if values.device.type == "cpu":
-        np.multiply(values.numpy(), kept, out=out.numpy())  # torch would turn the mask into floats first
+        np.multiply(values.numpy(), draws.kept(len(values)), out=out.numpy())  # torch would make the mask floats first
     else:
-        torch.mul(values, torch.from_numpy(kept).to(values.device), out=out)
-
-
-class Draws:
-    """Independent draws for the entries of one task's parameter, in order.
-
-    Args:
-        seed: Start of the draws.
-        key: Name that tells this task and parameter from others.
-        density: Probability of keeping an entry, resolved to 2⁻³².
-        start: How many draws to skip, a multiple of `PIECE_STEP`: two come out of one number of 64 bits.
-    """
-
-    def __init__(self, seed: int, key: str, density: float, start: int = 0) -> None:
-        digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest()
-        self._generator = np.random.PCG64DXSM(int.from_bytes(digest, "little"))
-        self._generator.advance(start // PIECE_STEP)
-        self._limit = round(density * 2**32)
-
-    def kept(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Which of the next `count` entries stay; `count` must be even but for the last call."""
-        raw = self._generator.random_raw((count + 1) // 2)
-        return raw.view(np.uint32)[:count] < self._limit
+        torch.mul(values, draws.kept_on(values.device, len(values)), out=out)
