@@ -20,6 +20,7 @@ from helpers.tiny_language import COLORS, PETS, save_answers, save_counting, sav
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
+from lightning_drm import load_merged
 from lightning_drm.cli.main import main
 from lightning_drm.data import LanguageTask, SequenceTask
 
@@ -131,6 +132,19 @@ def test_merged_model_loads_with_all_of_its_weights(name: str, folder: Path):
     if name == "t5":
         assert model.lm_head.weight is model.shared.weight
         assert model.decoder.embed_tokens.weight is model.shared.weight
+
+
+@torch.no_grad()
+def test_load_merged_gives_the_same_logits(name: str, folder: Path):
+    merged = folder / "run1/merged"
+    theirs = {"t5": AutoModelForSeq2SeqLM, "llama": AutoModelForCausalLM}[name].from_pretrained(merged).eval()
+    tokenized = AutoTokenizer.from_pretrained(merged)(["red cat", "green"], return_tensors="pt", padding=True)
+    batch = {key: tokenized[key] for key in ("input_ids", "attention_mask")}
+    if name == "t5":
+        batch["decoder_input_ids"] = torch.tensor([[0, 5], [0, 7]])
+    for task in WORDS:
+        ours = load_merged(merged, task)
+        assert torch.equal(ours(**batch), theirs(**batch).logits)
 
 
 @torch.no_grad()
