@@ -106,6 +106,7 @@ class _Watch(threading.Thread):
         self._names = ranks.gather(f"process {os.getpid()} on {socket.gethostname()}")
         self._to_first, self._peers = _connect(ranks)
         self._can_interrupt = threading.current_thread() is threading.main_thread()
+        self._interrupts = False
         self._end: _End | None = None
         self._ending = threading.Event()  # this process, with an error of its own
         self._settled = threading.Event()  # whether all ranks end, and why
@@ -135,7 +136,7 @@ class _Watch(threading.Thread):
         end = self._end or own
         if self._speaker == "each":
             self._close()
-            interrupted = is_interruption(error) and not end.stopped  # else by the same signal, perhaps
+            interrupted = self._interrupts and is_interruption(error) and not end.stopped
             if end.rank != self._rank and (interrupted or isinstance(error, RuntimeError)):
                 raise ValueError(self._sentence(end)) from error
             raise error
@@ -161,7 +162,9 @@ class _Watch(threading.Thread):
                 _tell(peer, self._end or _DONE)
         if self._end is not None and not self._end.died:
             self._ending.wait(GRACE if self._end.stopped else _NEWS)
-        if self._end is not None and self._can_interrupt:
+        # Lightning ignores the signal while it ends a loop, because of an earlier one that came from elsewhere.
+        if self._end is not None and self._can_interrupt and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._interrupts = True
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it from waiting too
         self._settled.set()
         if self._end is not None and not self._noticed.wait(GRACE):
