@@ -13,17 +13,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from lightning_drm.distributed.ranks import ALONE, Ranks
+from lightning_drm.distributed.ranks import ALONE, ASSEMBLY, Ranks, assembling
 from lightning_drm.distributed.watch import Speaker, watched
 
 ADVICE = "What they wrote is kept: give the same command again, with any number of processes."
 
-_ASSEMBLY = timedelta(minutes=10)  # for all processes to start
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _RUN_ID = "lightning-drm"  # tells processes that this launcher started them
 
@@ -91,11 +89,8 @@ def started_together() -> Iterator[Ranks]:
         yield ALONE
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    try:
-        dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=size, timeout=_ASSEMBLY)
-    except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(f"Rank {rank} of {size} did not find all others at {where}: {_first_line(error)}") from error
+    with assembling(rank, size):
+        dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=size, timeout=ASSEMBLY)
     speaker: Speaker = "launcher" if os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID else "one"
     with watched(Ranks.of_process_group(), ADVICE, speaker=speaker) as ranks:
         yield ranks
@@ -130,7 +125,3 @@ def _read_slurm() -> None:
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(slurm.global_rank()), str(slurm.world_size())
     os.environ["LOCAL_RANK"] = str(slurm.local_rank())
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -3,11 +3,15 @@
 When ranks share the work of a merge, they arrive at a meeting minutes apart if one had more to do or wrote a file. A
 collective of the training's process group would then time out, because that time-out is there to find a training that
 hangs. So meetings have a process group of their own: gloo, over the CPU, with a time-out of a week. A rank that waits
-in a meeting still notices at once when another one dies, because the connection between them closes.
+in a meeting still notices at once when another one dies, because the connection between them closes. Until the ranks
+have connected there is nothing that could close, so for that they have minutes only.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,10 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_drm.distributed.interfaces import follow_nccl
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_ASSEMBLY = timedelta(minutes=10)  # for all ranks to connect: one that dies before it has connected closes nothing
+ASSEMBLY = timedelta(minutes=10)
+"""For all ranks to start and connect."""
+
 _PATIENCE = timedelta(weeks=1)  # between two ranks' arrivals at a meeting
 
 
@@ -45,12 +53,18 @@ class Ranks:
 
     @classmethod
     def of_process_group(cls) -> Ranks:
-        """All ranks of the default process group, or this process alone if there is none."""
+        """All ranks of the default process group, or this process alone if there is none.
+
+        Raises:
+            ValueError: If they do not find each other.
+        """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return ALONE
-        meeting = dist.new_group(backend="gloo", timeout=_ASSEMBLY)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        with assembling(rank, size):
+            meeting = dist.new_group(backend="gloo", timeout=ASSEMBLY)
         dist.distributed_c10d._set_pg_timeout(_PATIENCE, meeting)
-        return cls(dist.get_rank(), dist.get_world_size(), meeting)
+        return cls(rank, size, meeting)
 
     @property
     def is_first(self) -> bool:
@@ -87,3 +101,24 @@ class Ranks:
 
 ALONE = Ranks()
 """A process that works by itself."""
+
+
+@contextmanager
+def assembling(rank: int, size: int) -> Iterator[None]:
+    """While it lasts a process group of gloo is made, over NCCL's interface unless a user names another.
+
+    Args:
+        rank: The number of this process.
+        size: The number of processes.
+
+    Raises:
+        ValueError: If the processes do not find each other, with the reason.
+    """
+    follow_nccl()
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        where = " at {MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ) if "MASTER_ADDR" in os.environ else ""
+        advice = " GLOO_SOCKET_IFNAME names the interface between the nodes." if "Gloo" in reason else ""
+        raise ValueError(f"Rank {rank} of {size} did not find all others{where}: {reason}.{advice}") from error

@@ -6,6 +6,9 @@ thread that waits for exactly that wakes up: on rank 0 for every other rank, on 
 never counts as dead, however long it computes or holds the interpreter's lock, because nobody waits for it to say
 something. A node without power or network closes nothing, but the kernel's own probes find it.
 
+A rank that fails or is stopped says so. The others have a moment to end by themselves before they are interrupted, as
+the same mistake or signal often reaches all of them, and each knows best what to say of it.
+
 The first end that rank 0 hears of counts. Where it finds several at once, as its interpreter's lock was held, a death
 does: a rank that failed beside it was in a meeting, which broke. Rank 0 tells all ranks, and so each of them knows
 whether it has to speak. If rank 0 itself dies, the others know without being told.
@@ -32,7 +35,7 @@ GRACE = 10.0  # seconds that a process gets to end by itself; a long computation
 _CONNECTING = 60.0  # seconds for all ranks to connect to rank 0
 _NEWS = 1.0  # seconds that the news of a death may take: a meeting breaks at the same moment
 _PROBES = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6}  # a node is lost after 45 s without an answer
-_WORD = struct.Struct("!i?")
+_WORD = struct.Struct("!i??")
 
 Speaker = Literal["each", "one", "launcher"]
 
@@ -41,12 +44,13 @@ Speaker = Literal["each", "one", "launcher"]
 def watched(ranks: Ranks, advice: str, *, speaker: Speaker = "each") -> Iterator[Ranks]:
     """Ends the work of all ranks when one of them dies or leaves with an error.
 
-    All ranks enter and leave it together. When one ends early, the main threads of the others are interrupted. A
-    process that does not react within `GRACE` seconds, in the middle of a long computation or because it entered in
-    another thread than the main one, is ended with exit code 2.
+    All ranks enter and leave it together. When one ends early, the main threads of the others are interrupted; when one
+    is stopped by a signal, after `GRACE` seconds. A process that does not react within `GRACE` seconds, in the middle
+    of a long computation or because it entered in another thread than the main one, is ended with exit code 2.
+    Inside of another watch it does nothing, as that one has the same ranks.
 
     Args:
-        ranks: The ranks that work together. A single one needs no watch.
+        ranks: All ranks, which work together. A single one needs no watch.
         advice: What to do after a rank died; the last sentence of the error.
         speaker: Who says why all ranks end. ``"each"``: every rank raises an error. ``"one"``: one rank raises an
             error and the others exit quietly with code 2, for a command line, which would otherwise print it once per
@@ -58,23 +62,34 @@ def watched(ranks: Ranks, advice: str, *, speaker: Speaker = "each") -> Iterator
     Raises:
         ValueError: If another rank died or failed, naming it; or if the ranks cannot connect to rank 0.
     """
-    if ranks.size == 1:
+    if ranks.size == 1 or _Watch.is_on:
         yield ranks
         return
     watch = _Watch(ranks, advice, speaker)
+    _Watch.is_on = True
     try:
         watch.start()  # in here, since another rank may fail at once, and interrupt this one
         yield ranks
         watch.leave()
     except BaseException as error:
         watch.end_with(error)
+    finally:
+        _Watch.is_on = False
+
+
+def is_interruption(error: BaseException | None) -> bool:
+    """Whether an error came of SIGINT, which Lightning turns into ``SystemExit(1)`` in its loops."""
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+    )
 
 
 class _End(NamedTuple):
-    """Why all ranks end: the rank that ended first, and whether it died or left with an error of its own."""
+    """Why all ranks end: the rank that ended first; and whether it died, was stopped by a signal, or else failed."""
 
     rank: int
     died: bool
+    stopped: bool = False
 
 
 _DONE = _End(-1, died=False)  # what a rank says that is done, and rank 0 once all are
@@ -83,13 +98,17 @@ _DONE = _End(-1, died=False)  # what a rank says that is done, and rank 0 once a
 class _Watch(threading.Thread):
     """Listens for the end of another rank, and then ends the work of this process; arguments as of `watched`."""
 
+    is_on = False  # in this process
+
     def __init__(self, ranks: Ranks, advice: str, speaker: Speaker) -> None:
         super().__init__(daemon=True, name="lightning_drm-watch")
         self._rank, self._advice, self._speaker = ranks.rank, advice, speaker
         self._names = ranks.gather(f"process {os.getpid()} on {socket.gethostname()}")
         self._to_first, self._peers = _connect(ranks)
         self._can_interrupt = threading.current_thread() is threading.main_thread()
+        self._interrupts = False
         self._end: _End | None = None
+        self._ending = threading.Event()  # this process, with an error of its own
         self._settled = threading.Event()  # whether all ranks end, and why
         self._noticed = threading.Event()  # by the thread that is watched
 
@@ -106,7 +125,8 @@ class _Watch(threading.Thread):
             error: An error of its own, an interruption by the watch, or a meeting that broke when another rank died.
         """
         self._can_interrupt = False
-        own = _End(self._rank, died=False)
+        self._ending.set()
+        own = _End(self._rank, died=False, stopped=isinstance(error, SystemExit | KeyboardInterrupt))
         with suppress(KeyboardInterrupt):  # from the watch, which was just about to, or from an impatient person
             if isinstance(error, RuntimeError):  # perhaps a meeting that broke
                 self._settled.wait(_NEWS)
@@ -116,7 +136,8 @@ class _Watch(threading.Thread):
         end = self._end or own
         if self._speaker == "each":
             self._close()
-            if end != own and isinstance(error, RuntimeError | KeyboardInterrupt):
+            interrupted = self._interrupts and is_interruption(error) and not end.stopped
+            if end.rank != self._rank and (interrupted or isinstance(error, RuntimeError)):
                 raise ValueError(self._sentence(end)) from error
             raise error
         if self._rank != self._speaking_rank(end):
@@ -139,7 +160,11 @@ class _Watch(threading.Thread):
         if self._rank == 0:
             for peer in self._peers.values():
                 _tell(peer, self._end or _DONE)
-        if self._end is not None and self._can_interrupt:
+        if self._end is not None and not self._end.died:
+            self._ending.wait(GRACE if self._end.stopped else _NEWS)
+        # Lightning ignores the signal while it ends a loop, because of an earlier one that came from elsewhere.
+        if self._end is not None and self._can_interrupt and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._interrupts = True
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # wakes it from waiting too
         self._settled.set()
         if self._end is not None and not self._noticed.wait(GRACE):
@@ -173,7 +198,7 @@ class _Watch(threading.Thread):
         who = f"Rank {end.rank} ({self._names[end.rank]})"
         if end.died:
             return f"{who} died without an error message, so the other ranks ended too. {self._advice}"
-        return f"{who} failed, so the other ranks ended too."
+        return f"{who} {'was stopped' if end.stopped else 'failed'}, so the other ranks ended too."
 
 
 def _end_of(heard: Mapping[int, _End | None]) -> _End | None:
@@ -206,7 +231,7 @@ def _connect(ranks: Ranks) -> tuple[socket.socket, dict[int, socket.socket]]:
             host = os.environ.get("MASTER_ADDR", host)  # where all ranks have found rank 0 before
             where = f"{host}:{port}"
             to_first = socket.create_connection((host, port), _CONNECTING)
-            to_first.sendall(_WORD.pack(ranks.rank, False))
+            to_first.sendall(_WORD.pack(*_End(ranks.rank, died=False)))
             peers = {0: to_first}
     except OSError as error:
         raise ValueError(f"Rank {ranks.rank} did not get a connection at {where}: {error}.") from error

@@ -14,6 +14,8 @@ from typing import Self
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_drm.distributed.watch import is_interruption
+
 AGAIN = 0.05
 """After so many seconds a signal is sent again that was lost in a deletion, which has ended by then."""
 
@@ -69,10 +71,7 @@ class Interruptible:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if isinstance(error, SIGTERMException) and not self.requeued:
             raise self._ended(signal.SIGTERM) from error
-        # Lightning turns a KeyboardInterrupt in one of its loops into SystemExit(1).
-        if isinstance(error, KeyboardInterrupt) or (
-            isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
-        ):
+        if is_interruption(error):
             raise self._ended(signal.SIGINT) from error
 
     def check(self) -> None:

@@ -24,6 +24,8 @@ from typing_extensions import override
 
 from lightning_drm.analysis import Analysis, chosen_analyses
 from lightning_drm.data import MultiTaskDataModule, require_validation_sets
+from lightning_drm.distributed.interfaces import follow_nccl
+from lightning_drm.distributed.watch import watched
 from lightning_drm.evaluation import Split, StoredFinding
 from lightning_drm.merging import Method
 from lightning_drm.modules import MultiTaskModule, unmeasurable
@@ -53,6 +55,8 @@ from lightning_drm.training.tuned import search_of, tune_and_test
 from lightning_drm.tuning import SearchOptions
 
 T = TypeVar("T")
+
+_ADVICE = "What was finished is kept: the same command continues."
 
 
 class MergeTrainer(Trainer):
@@ -453,9 +457,11 @@ class MergeTrainer(Trainer):
 
         def joined() -> T:
             self.strategy.connect(LightningModule())  # a strategy that shards hands its mesh to a module
+            if self.world_size > 1:
+                follow_nccl()  # on CPUs, the training's process group is gloo, too
             self.strategy.setup_environment()
-            session.join(self.world_size)
-            return function()
+            with watched(session.join(self.world_size), _ADVICE):
+                return function()
 
         launcher = self.strategy.launcher
         if launcher is None:

@@ -12,14 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed.compared import largest_difference, require_average_of_stored
 from distributed.together import SNAPSHOT, STRATEGIES
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModel
-
-from lightning_drm import Average
-from lightning_drm.deltas import load_task_vector
-from lightning_drm.fusion import Fusion, Recipe
 
 pytestmark = pytest.mark.processes
 
@@ -43,11 +38,6 @@ def shared(inputs: Path, alone: Path, backend: str, launch: Launch) -> Shared:
         return inputs / f"{backend}{size}"
 
     return leave
-
-
-def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
@@ -84,14 +74,7 @@ def test_accuracies_are_those_of_one_process(alone: Path, shared: Shared, size: 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
 @on_every_case
 def test_ranks_merge_what_they_stored_to_the_bit(inputs: Path, shared: Shared, size: int, strategy: str, finetune: str):
-    folder = shared(size) / f"{strategy}_{finetune}"
-    vectors = [load_task_vector(folder / "tasks" / task) for task in TASKS]
-    base = dict(AutoModel.from_pretrained(inputs / "base").named_parameters())
-    merged = load_file(folder / "merged/model.safetensors")
-    expected = {name.removeprefix("model.encoder."): delta for name, delta in Fusion(Recipe(Average()), vectors)}
-    assert expected.keys() <= merged.keys()
-    for name, tensor in merged.items():
-        assert torch.equal(tensor, base[name] + expected[name] if name in expected else base[name]), name
+    require_average_of_stored(shared(size) / f"{strategy}_{finetune}", inputs / "base", TASKS)
 
 
 @pytest.mark.parametrize("method", ["drm", "ties", "dare", "lines"])

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from distributed.watch_cases import assemble, work_again, work_together
+from distributed.watch_cases import work_again, work_together
 from helpers.ranks import end_codes, start_ranks
 
 from lightning_drm.distributed import watch
@@ -74,6 +74,21 @@ def test_each_rank_says_why_where_nobody_speaks_for_all(tmp_path: Path):
     assert failed == "NaN on rank 2."
 
 
+def test_ranks_that_are_stopped_together_each_end_by_themselves(tmp_path: Path):
+    ranks = start_ranks(work_together, 3, tmp_path, ["is stopped"] * 3, "each")
+    assert end_codes(ranks, PATIENCE) == [143] * 3
+    assert said(tmp_path, 3) == ["", "", ""]
+
+
+def test_a_rank_that_is_stopped_alone_ends_the_others(tmp_path: Path):
+    ranks = start_ranks(work_together, 3, tmp_path, ["meets", "is stopped", "sleeps"], "each")
+    assert end_codes(ranks, PATIENCE) == [2, 143, 130]
+    sentence = rf"Rank 1 \(process {ranks[1].pid} on .+\) was stopped, so the other ranks ended too\."
+    words = said(tmp_path, 3)
+    assert re.fullmatch(sentence, words[0])
+    assert not any(words[1:])
+
+
 def test_a_launcher_that_reports_a_death_speaks_alone(tmp_path: Path):
     ranks = start_ranks(work_together, 3, tmp_path, ["meets", "dies", "computes"], "launcher")
     assert end_codes(ranks, PATIENCE) == [2, -9, 2]
@@ -93,13 +108,3 @@ def test_ranks_that_caught_their_errors_can_work_together_again(tmp_path: Path):
     first, second = ((tmp_path / f"{rank}.out").read_text() for rank in range(2))
     assert re.fullmatch(r"ValueError: Rank 1 \(process .+\) failed, so the other ranks ended too\.\ndone\n", first)
     assert second == "KeyError: 'mine'\ndone\n"
-
-
-def test_nobody_waits_a_week_for_a_rank_that_dies_before_it_can_meet(tmp_path: Path):
-    ranks = start_ranks(assemble, 2, tmp_path, False)
-    assert end_codes(ranks, PATIENCE) == [1, -9]
-
-
-def test_meetings_wait_longer_than_the_assembly(tmp_path: Path):
-    ranks = start_ranks(assemble, 2, tmp_path, True)
-    assert end_codes(ranks, PATIENCE) == [0, 0]

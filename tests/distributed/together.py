@@ -70,6 +70,7 @@ def make_module(folder: Path, lora: bool, **options: object) -> TransformerTask:
 
 
 def arguments(strategy: str, size: int) -> dict:
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this node
     fsdp = {"gloo": FSDPOnCPU, "nccl": FSDPStrategy}[os.environ["BACKEND"]]
     strategies = {
         "alone": "auto",
@@ -81,7 +82,8 @@ def arguments(strategy: str, size: int) -> dict:
     return {
         "strategy": strategies[strategy],
         "accelerator": {"gloo": "cpu", "nccl": "gpu"}[os.environ["BACKEND"]],
-        "devices": size,
+        "devices": devices,
+        "num_nodes": size // devices,
         "max_epochs": 2,
         "limit_val_batches": 0,
         "inference_mode": False,

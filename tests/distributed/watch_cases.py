@@ -7,11 +7,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch.distributed as dist
 
-from lightning_drm.distributed import ranks as ranks_module
 from lightning_drm.distributed import watch
 from lightning_drm.distributed.ranks import Ranks
 
@@ -30,6 +28,12 @@ def fail(ranks: Ranks) -> None:
     raise ValueError(f"NaN on rank {ranks.rank}.")
 
 
+def stop(ranks: Ranks) -> None:
+    """As a handler of SIGTERM does."""
+    time.sleep(0.5)
+    sys.exit(143)
+
+
 def compute(ranks: Ranks) -> None:
     """For hours, in C, where no signal interrupts it."""
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -38,6 +42,7 @@ def compute(ranks: Ranks) -> None:
 DEEDS: dict[str, Callable[[Ranks], object]] = {
     "dies": die,
     "fails": fail,
+    "is stopped": stop,
     "computes": compute,
     "is done": lambda _: None,
     "meets": lambda ranks: ranks.wait(),
@@ -57,6 +62,8 @@ def work_together(deeds: list[str], speaker: watch.Speaker) -> None:
     except ValueError as error:
         print(f"lightning-drm: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def work_again() -> None:
@@ -72,15 +79,3 @@ def work_again() -> None:
             print("done")
         except (ValueError, KeyError) as error:
             print(f"{type(error).__name__}: {error}")
-
-
-def assemble(late: bool) -> None:
-    """Rank 1 dies before it has joined the group for meetings; or it comes late to a meeting."""
-    ranks_module._ASSEMBLY = timedelta(seconds=2)
-    dist.init_process_group("gloo")
-    if dist.get_rank() == 1 and not late:
-        os.kill(os.getpid(), signal.SIGKILL)
-    ranks = Ranks.of_process_group()
-    if ranks.rank == 1:
-        time.sleep(LONG)
-    ranks.wait()

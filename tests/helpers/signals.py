@@ -1,9 +1,10 @@
-"""Real signals at chosen moments of a fit."""
+"""Real signals at chosen moments of a fit, and pauses in which to send them."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,20 @@ def own_environment(**more: str) -> dict[str, str]:
 def let_interrupt() -> None:
     """A shell lets what it runs in the background ignore Ctrl-C, and so do all processes below."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class PauseOnce(Callback):
+    """Stops in a fit's first step, until the process is killed; once it has been there, never again.
+
+    Args:
+        after: Only where this file exists, such as what an earlier fit leaves.
+        reached: A file that says that it was there.
+    """
+
+    def __init__(self, after: str, reached: str) -> None:
+        self.after, self.reached = Path(after), Path(reached)
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        if self.after.exists() and not self.reached.exists():
+            self.reached.touch()
+            time.sleep(600)

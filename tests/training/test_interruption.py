@@ -55,18 +55,24 @@ def test_a_signal_ends_a_fit_with_its_code(config: Path, tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_from_outside_ends_a_fit(config: Path, tmp_path: Path, name: str, code: int):
-    words = fit(config, tmp_path, ["SIGUSR2"], step=10**9)
+@pytest.mark.parametrize(
+    "strategy", [[], ["--trainer.devices", "2", "--trainer.strategy", "ddp"]], ids=["alone", "ddp"]
+)
+def test_a_signal_from_outside_ends_a_fit(config: Path, tmp_path: Path, name: str, code: int, strategy: list[str]):
+    """It reaches all processes, as from a terminal or from SLURM."""
+    words = [*fit(config, tmp_path, ["SIGUSR2"], step=10**9), *strategy]
     command = [sys.executable, "-m", "lightning_drm", *words, "--trainer.max_steps", "1000000000"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=own_environment(), preexec_fn=let_interrupt, **pipes)
+    process = subprocess.Popen(
+        command, env=own_environment(), preexec_fn=let_interrupt, start_new_session=True, **pipes
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/tasks/color/begun.json").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(1)  # into the training, or not: both must end alike
-    process.send_signal(signal.Signals[name])
+    os.killpg(process.pid, signal.Signals[name])
     assert process.wait(60) == code
     assert process.stderr is not None
     assert f"Stopped by {name}: task 'color' was not finished" in process.stderr.read()
