@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "lightning_drm"
+import lightning_drm
+
+PACKAGE = Path(lightning_drm.__file__).parent
 
 ROOMS = [  # a room imports from the rooms before its own line, and from itself
     {"names", "pretrained", "storage", "distributed", "merging", "kinds"},
