@@ -216,24 +216,6 @@ def _adapter_configs(module: nn.Module) -> dict[str, PeftConfig]:
     return configs if isinstance(configs, dict) else {}
 
 
-def remove_adapters(module: nn.Module) -> None:
-    """Takes all adapters out of a module in place, leaving the layers that they wrapped.
-
-    Unlike peft's ``unload`` it needs no `PeftModel` around the module, so adapters that were injected go too.
-    ``modules_to_save`` keep their finetuned copy, the one that is active.
-
-    Args:
-        module: Any module; parameters afterwards have the names they had before adapters came.
-    """
-    for name, child in list(module.named_children()):
-        bare = strip_adapter(child)
-        if bare is not child:
-            setattr(module, name, bare)
-        remove_adapters(bare)
-    if hasattr(module, "peft_config"):
-        del module.peft_config
-
-
 def strip_adapter(module: nn.Module) -> nn.Module:
     """The module below peft's wrappers: a layer's base layer, a saved module's active copy, a `PeftModel`'s model."""
     if not _peft_is_imported():

@@ -1,9 +1,9 @@
 """Which tensors of a live module are merged, and what they are called.
 
 The tensors of a module fall into its head, which belongs to one task, and its backbone, which all tasks share. A name
-here is the one that the tensor has in the plain module, without wrappers of peft or FSDP1 around it, so that a full
-finetune and a LoRA finetune of one base speak of the same parameters, however they were trained. A tied tensor is one
-parameter and has one name, its first.
+here is the one that the tensor has in the plain module, without wrappers of peft, FSDP1 or `torch.compile` around it, so that
+a full finetune and a LoRA finetune of one base speak of the same parameters, however they were trained. A tied tensor is
+one parameter and has one name, its first.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lightning_drm.deltas.kinds import Kind, kind_of, output_embeddings
-from lightning_drm.deltas.lora import adapter_rank, adapters_of, strip_adapter
-from lightning_drm.deltas.wrappers import unwrapped
+from lightning_drm.deltas.lora import adapter_rank, adapters_of
+from lightning_drm.deltas.wrappers import plain, unwrapped
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -112,7 +112,7 @@ def head_state(module: nn.Module, head: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    layer = unwrapped(strip_adapter(unwrapped(module)))
+    layer = plain(module)
     for name, _ in layer.named_parameters(recurse=False):
         yield prefix + name, layer
     for name, child in layer.named_children():
@@ -120,9 +120,8 @@ def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 
 def _walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-    module = unwrapped(module)
-    adapters = adapters_of(module)
-    module = unwrapped(strip_adapter(module))
+    adapters = adapters_of(unwrapped(module))
+    module = plain(module)
     for name, tensor in module.named_parameters(recurse=False):
         yield prefix + name, Parameter(tensor, kind_of(module, name, tensor), adapters.get(name))
     for name, buffer in module.named_buffers(recurse=False):

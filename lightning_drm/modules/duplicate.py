@@ -3,10 +3,13 @@
 import copy
 from collections.abc import Mapping
 from functools import partial
+from types import MethodType
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
+
+from lightning_drm.deltas.compiled import compiled_methods, is_compiled
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,6 +27,9 @@ def duplicate(module: M, replacements: Mapping[int, Any] | None = None) -> M:
     Hyper-parameters and factories (of optimizers, say) that LightningCLI made refer to the CLI itself, and through it
     to every object of the run: they are shared, not copied.
 
+    Parts that `torch.compile` was given stay compiled. Compiled methods would compute with the module that they came
+    from, so the copy has the methods as they were written, also where the Trainer has compiled them.
+
     Args:
         module: The module.
         replacements: By ``id`` of an object inside the module, what the copy gets in its place.
@@ -32,7 +38,15 @@ def duplicate(module: M, replacements: Mapping[int, Any] | None = None) -> M:
     for named in (vars(module), getattr(module, "hparams", {}), vars(module).get("_hparams_initial", {})):
         shared = [value for name, value in named.items() if isinstance(value, partial) or name == "_instantiator"]
         memo |= {id(value): value for value in shared}
-    return copy.deepcopy(module, memo)
+    memo |= {id(child.dynamo_ctx): child.dynamo_ctx for child in module.modules() if is_compiled(child)}
+    if (of_trainer := vars(module).get("_compiler_ctx")) is not None:  # Lightning's, for a module that came compiled
+        memo[id(of_trainer)] = None
+    copied = copy.deepcopy(module, memo)
+    for child in module.modules():
+        for name, method in compiled_methods(child).items():
+            owner = memo.get(id(method.__self__), method.__self__)
+            vars(memo[id(child)])[name] = MethodType(method.__func__, owner)
+    return copied
 
 
 def share_factories(module: nn.Module) -> None:

@@ -9,7 +9,8 @@ have no room together, there are several passes.
 examples x and all classes y, by the model's own probabilities (Fisher merging, arXiv 2111.09832). Cost: one backward
 pass for each example and class, and the memory of all parameters once more.
 
-Modules are in evaluation mode meanwhile, so that dropout changes nothing, and stay as they are. Ranks each take
+Modules are in evaluation mode meanwhile, so that dropout changes nothing and nothing is computed twice to save memory;
+they run as they were written, not as they were compiled; and they stay as they are. Ranks each take
 batches of their own, and all get the sums.
 """
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_drm.deltas import backbone_layers, backbone_parameters
+from lightning_drm.deltas.compiled import eagerly
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.kinds import IGNORE_INDEX, LABELS
 from lightning_drm.modules.input_grams import LINEAR, CalledApartError, InputGrams
@@ -192,7 +194,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for child, mode in modes.items():
             child.training = mode

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_drm import kinds
 from lightning_drm.deltas import backbone_parameters, head_state
+from lightning_drm.deltas.compiled import uncompiled
 from lightning_drm.deltas.wrappers import unwrapped
 from lightning_drm.kinds import LABELS, Classification, Kind, TaskMetrics, metrics_of
 from lightning_drm.kinds.metric_states import keep_precision
@@ -270,7 +271,7 @@ class TransformerTask(LightningModule):
     @property
     def backbone(self) -> PreTrainedModel:
         """The part that all tasks share."""
-        return cast(PreTrainedModel, self._built.get_submodule(self._backbone_attribute))
+        return cast(PreTrainedModel, uncompiled(uncompiled(self._built).get_submodule(self._backbone_attribute)))
 
     @property
     def head_names(self) -> tuple[str, ...]:

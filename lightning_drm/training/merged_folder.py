@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lightning_drm.deltas import backbone_parameters, load_tensors, remove_adapters
+from lightning_drm.deltas import backbone_parameters, load_tensors, remove_wrappers
 from lightning_drm.storage import write_tensors, written_whole
 
 MODEL_FILE = "model.safetensors"
@@ -108,7 +108,7 @@ def read_merged(
 
     Args:
         folder: What `write_merged` wrote.
-        module: A task's module; its adapters are taken out and its backbone is overwritten.
+        module: A task's module; its adapters and wrappers are taken out and its backbone is overwritten.
         head: Names of its head.
         tasks: The tasks whose heads are wanted.
 
@@ -122,7 +122,7 @@ def read_merged(
     missing = [task for task in tasks if not (folder / "heads" / f"{task}.safetensors").is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no merged model of task {', '.join(missing)}: merge first.")
-    remove_adapters(module)
+    remove_wrappers(module)
     if isinstance(module, SavesBackbone):
         try:
             module.load_backbone(folder)

@@ -28,6 +28,7 @@ from lightning_drm.deltas import (
     save_task_vector,
     transposed_names,
 )
+from lightning_drm.deltas.compiled import uncompiled
 from lightning_drm.deltas.sharded import shard_like
 from lightning_drm.deltas.wrappers import refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
@@ -205,7 +206,7 @@ class MergeSession:
             ValueError: If there is no such task.
         """
         self._require_task(task)
-        self._modules.keep(module, task)
+        self._modules.keep(_unwrapped(module), task)
 
     def knows_module(self, task: str) -> bool:
         """Whether `keep_module` or `collect` has seen a task's own module."""
@@ -406,6 +407,7 @@ class MergeSession:
         recipe = recipe or (self.recipe if method is None else replace(self.recipe, method=method))
         recipe.check(self.tasks)
         if module is not None:
+            module = _unwrapped(module)
             refuse_flat(module)
         modules = self._modules.of_all_tasks(module, warn=self.ranks.is_first)
         home = next(module.parameters()).device if module is not None else self._device
@@ -449,6 +451,7 @@ class MergeSession:
         Raises:
             ValueError: If the module was fitted under FSDP1.
         """
+        module = _unwrapped(module)
         refuse_flat(module)
         vector = self._vectors[task]
         deltas = ((name, densify(self._cache.fetch(vector, name))) for name in vector.deltas)
@@ -640,10 +643,10 @@ _STATISTICS_FACT = (
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module that Fabric or DDP was given."""
-    if is_wrapped(module):
-        module = cast(nn.Module, module.module)
-    return cast(nn.Module, module.module) if isinstance(module, DistributedDataParallel) else module
+    """The module that Fabric, DDP or `torch.compile` was given."""
+    while (bare := uncompiled(module)) is not module or is_wrapped(bare) or isinstance(bare, DistributedDataParallel):
+        module = cast(nn.Module, bare.module) if bare is module else bare
+    return module
 
 
 def _advice(run_folder: RunFolder | None) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_drm.deltas import load_task_vector, save_task_vector
 from lightning_drm.deltas.collect import Base
-from lightning_drm.deltas.lora import remove_adapters
+from lightning_drm.deltas import remove_wrappers
 from lightning_drm.deltas.task_vector import TaskVector
 from lightning_drm.merging import LowRankStack
 from lightning_drm.merging.low_rank import densify
@@ -49,7 +49,7 @@ def test_delta_is_what_peft_merges(name: str, settings: dict[str, object]) -> No
     assert len(stacks) == 2 * len(settings.get("target_parameters", experts.TARGETS))
     assert {vector.kinds[key] for key in stacks} == {"experts"}
     assert_added(vector, experts.deltas_of(module, base))
-    remove_adapters(module)
+    remove_wrappers(module)
     after = dict(module.base_model.model.named_parameters())
     assert after.keys() == dict(base.named_parameters()).keys()
 
