@@ -1,10 +1,16 @@
 """What a delta is, taking it from a live module, and keeping it in memory or in safetensors."""
 
-from lightning_drm.deltas.collect import Base
+from lightning_drm.deltas.collect import Base, is_quantized_base
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
 from lightning_drm.deltas.hashed_file import load_tensors
 from lightning_drm.deltas.kinds import Kind, guess_kind, transposed_names
-from lightning_drm.deltas.parameters import Parameter, backbone_layers, backbone_parameters, head_state
+from lightning_drm.deltas.parameters import (
+    Parameter,
+    backbone_layers,
+    backbone_parameters,
+    head_state,
+    quantized_layers,
+)
 from lightning_drm.deltas.statistics import (
     STATISTICS_FILE,
     Collected,
@@ -40,9 +46,11 @@ __all__ = [
     "guess_kind",
     "hash_tensor",
     "head_state",
+    "is_quantized_base",
     "load_statistics",
     "load_task_vector",
     "load_tensors",
+    "quantized_layers",
     "remove_wrappers",
     "save_statistics",
     "save_task_vector",

@@ -30,14 +30,15 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def compiled_methods(module: nn.Module) -> dict[str, MethodType]:
-    """By attribute of a module, the methods behind the compiled ones that it holds.
+    """By attribute of a module, the methods behind the compiled ones that it holds, ``module.compile()`` aside.
 
     Args:
         module: A module; those inside of it do not count.
     """
     if is_compiled(module):
         return {}
-    functions = {name: value for name, value in vars(module).items() if isinstance(value, FunctionType)}
+    in_place = "_compiled_call_impl"  # which no copy of a module has
+    functions = {n: value for n, value in vars(module).items() if isinstance(value, FunctionType) and n != in_place}
     methods = {name: getattr(value, "_torchdynamo_orig_callable", None) for name, value in functions.items()}
     return {name: method for name, method in methods.items() if isinstance(method, MethodType)}
 

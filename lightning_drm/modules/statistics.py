@@ -92,13 +92,15 @@ def fisher_information(
         By name, a tensor of the parameter's shape in float32 on the CPU; and the norm of all of them together.
 
     Raises:
-        ValueError: If the module gives no class logits, or no rank has a batch.
+        ValueError: If the module gives no class logits, weights are quantized, or no rank has a batch.
     """
-    parameters = {
-        name: parameter.tensor
-        for name, parameter in backbone_parameters(module, head).items()
-        if name in names and isinstance(parameter.tensor, nn.Parameter)
-    }
+    wanted = {name: p for name, p in backbone_parameters(module, head).items() if name in names}
+    if quantized := [name for name, parameter in wanted.items() if parameter.quantized is not None]:
+        raise ValueError(
+            f"Fisher information is taken of gradients of whole weights, and {quantized[0]} is quantized: leave fisher "
+            "out, or load the base in a floating-point precision."
+        )
+    parameters = {name: p.tensor for name, p in wanted.items() if isinstance(p.tensor, nn.Parameter)}
     sums = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in parameters.items()}
     num_examples = torch.zeros(1, dtype=torch.float64)
     with _evaluating(module), _differentiable(parameters.values()), torch.enable_grad():
@@ -157,8 +159,10 @@ def _passes(layers: Mapping[str, nn.Module], max_bytes: int | None) -> Iterator[
 
 
 def _num_inputs(layer: nn.Module) -> int:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
     weight = cast(Tensor, layer.weight)
-    return weight.shape[1] if isinstance(layer, nn.Linear) else weight.shape[0]
+    return weight.shape[0]
 
 
 def _padding(batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

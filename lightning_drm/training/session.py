@@ -25,10 +25,12 @@ from lightning_drm.deltas import (
     TaskVector,
     backbone_parameters,
     fingerprint,
+    is_quantized_base,
     save_task_vector,
     transposed_names,
 )
 from lightning_drm.deltas.compiled import uncompiled
+from lightning_drm.deltas.kinds import Kind
 from lightning_drm.deltas.sharded import shard_like
 from lightning_drm.deltas.wrappers import refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
@@ -43,14 +45,14 @@ from lightning_drm.fusion import (
     model_card,
 )
 from lightning_drm.fusion.depth import notes_on_depth, problems_of_depth
-from lightning_drm.merging import DRM, Method, Need
+from lightning_drm.merging import DRM, LowRank, Method, Need
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.modules import MultiTaskModule, head_names_of, of_all_tasks
 from lightning_drm.names import check_task_name
 from lightning_drm.storage import write_json
 from lightning_drm.training.assembly import Assembled, assemble, with_deltas
 from lightning_drm.training.delta_cache import DeltaCache, Store
-from lightning_drm.training.exchange import Owners, merge_together
+from lightning_drm.training.exchange import Owners, merge_factors_together, merge_together
 from lightning_drm.training.kept_modules import KeptModules
 from lightning_drm.training.merged_folder import loading_code, write_merged
 from lightning_drm.training.progress import merging_bar
@@ -228,10 +230,12 @@ class MergeSession:
         head = head_names_of(module, self.head)
         self._base.remember(module, head, task, self.ranks)
         trained = self._base.trained(module, head)
-        shapes = {name: tuple(parameter.tensor.shape) for name, parameter in trained.items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
         kinds = {name: parameter.kind for name, parameter in trained.items()}
         if problems := self.recipe.misfits(kinds, shapes) + problems_of_depth(self.recipe.method, self._base.hashes):
             raise ValueError("\n".join(problems))
+        if is_quantized_base(backbone_parameters(module, head)):
+            self._require_factors(self.recipe, kinds)
         self._owners.share_out(trained, self.ranks.size)
 
     def collect(
@@ -422,19 +426,27 @@ class MergeSession:
             place = torch.device(device or home)
             chosen = self.task_vectors if vectors is None else vectors
             fusion = self._fusion(recipe, modules[self.tasks[0]], place, chosen)
+            factors: dict[str, LowRank] = {}
             with merging_bar(type(recipe.method).__name__, self.ranks) as progress:
-                for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
-                    # Copied where it is the base's: training may go on, and must not change the merged model by it.
-                    own = weight.to(home, copy=name not in fusion.kinds)
-                    merged[name] = shard_like(own, base[name])
-                    if writes:
-                        written[name] = own.cpu()
-            assembled = self._assembled(modules, merged, heads, batch_norm, home=home, device=place)
+                if self._is_quantized(modules[self.tasks[0]]):
+                    self._require_factors(recipe, fusion.kinds)
+                    factors = merge_factors_together(fusion, self._owners, self.ranks, home, progress)
+                    merged = {name: tensor.to(home, copy=True) for name, tensor in base.items()}
+                    written = {name: tensor.cpu() for name, tensor in merged.items()} if writes else {}
+                else:
+                    for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
+                        # Copied where it is the base's: training may go on, and must not change the merged model by it.
+                        own = weight.to(home, copy=name not in fusion.kinds)
+                        merged[name] = shard_like(own, base[name])
+                        if writes:
+                            written[name] = own.cpu()
+            assembled = self._assembled(modules, merged, heads, batch_norm, factors, home=home, device=place)
             if writes:
-                shapes = {name: tuple(weight.shape) for name, weight in written.items()}
+                merged_parts = {**written, **factors}
+                shapes = {name: tuple(part.shape) for name, part in merged_parts.items()}
                 facts = facts_on_kinds(fusion.treatments, fusion.kinds, shapes)
-                facts += [*notes_on_depth(recipe.method, written, fusion.kinds), *fusion.notes]
-                self._write(recipe, chosen, modules, written, heads, assembled, facts)
+                facts += [*notes_on_depth(recipe.method, merged_parts, fusion.kinds), *fusion.notes]
+                self._write(recipe, chosen, modules, written, heads, assembled, facts, factors)
         self._merged = assembled.module
         return assembled.module
 
@@ -454,9 +466,16 @@ class MergeSession:
         module = _unwrapped(module)
         refuse_flat(module)
         vector = self._vectors[task]
-        deltas = ((name, densify(self._cache.fetch(vector, name))) for name in vector.deltas)
-        backbone = with_deltas(self._base, module, self.head, deltas)
-        return MultiTaskModule.assemble({task: module}, backbone, {task: vector.head}, head=self.head)
+        deltas = ((name, self._cache.fetch(vector, name)) for name in vector.deltas)
+        heads = {task: vector.head}
+        if self._is_quantized(module):
+            factors = {name: delta.to(_device(module)) for name, delta in deltas if isinstance(delta, LowRank)}
+            return MultiTaskModule.assemble(
+                {task: module}, self.base_weights(module), heads, head=self.head, factors=factors
+            )
+        dense = ((name, densify(delta)) for name, delta in deltas)
+        backbone = with_deltas(self._base, module, self.head, dense)
+        return MultiTaskModule.assemble({task: module}, backbone, heads, head=self.head)
 
     def base_weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The base's tensors by name.
@@ -489,8 +508,9 @@ class MergeSession:
             Name of every parameter that a task has trained, and its merged deltas, one for each recipe.
 
         Raises:
-            ValueError: If a recipe does not fit.
+            ValueError: If a recipe does not fit, or the base is quantized.
         """
+        self._require_dense(module)
         place = torch.device(device or next(module.parameters()).device)
         chosen = [self.task_vectors] * len(recipes) if vectors is None else vectors
         fusions = [
@@ -517,6 +537,7 @@ class MergeSession:
             heads: By task, its head's tensors by name; those that were finetuned if left out.
             batch_norm: As for `fuse`.
         """
+        self._require_dense(module)
         device = next(module.parameters()).device
         chosen = list(self.tasks if tasks is None else tasks)
         finetuned = {task: self._vectors[task].head for task in chosen} if heads is None else heads
@@ -536,6 +557,7 @@ class MergeSession:
         backbone: Mapping[str, Tensor],
         heads: Mapping[str, Mapping[str, Tensor]],
         batches: Mapping[str, Iterable[Any]] | None,
+        factors: Mapping[str, LowRank] | None = None,
         *,
         home: torch.device,
         device: torch.device,
@@ -546,6 +568,7 @@ class MergeSession:
             backbone,
             {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()},
             self.task_vectors,
+            factors=factors,
             head=self.head,
             batches=batches,
             max_batches=self.batch_norm_batches,
@@ -569,7 +592,7 @@ class MergeSession:
             recipe,
             list(vectors.values()),
             device,
-            shapes={name: tuple(parameter.tensor.shape) for name, parameter in parameters.items()},
+            shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
             transposed=transposed_names(module, parameters),
             share={name for name, owner in self._owners.items() if owner == self.ranks.rank},
             reduce=self.ranks.sum,
@@ -585,6 +608,7 @@ class MergeSession:
         heads: Mapping[str, Mapping[str, Tensor]],
         assembled: Assembled,
         facts: Sequence[str],
+        factors: Mapping[str, LowRank],
     ) -> None:
         run_folder = self.run_folder
         assert run_folder is not None
@@ -592,7 +616,9 @@ class MergeSession:
         if statistics:
             common = {name: tensor for name, tensor in of_all_tasks(statistics).items() if name in backbone}
             backbone = {**backbone, **{name: tensor.to(backbone[name].dtype) for name, tensor in common.items()}}
-        alone = MultiTaskModule.assemble({first: modules[first]}, backbone, {first: heads[first]}, head=self.head)
+        alone = MultiTaskModule.assemble(
+            {first: modules[first]}, backbone, {first: heads[first]}, head=self.head, factors=factors
+        )
         module = alone.task_module(first)
         card = model_card(
             recipe,
@@ -620,7 +646,28 @@ class MergeSession:
 
         known = {task: own for task, own in modules.items() if task in self._modules}
         names = head_names_of(module, self.head)
-        write_merged(run_folder.merged, module, names, heads, card, finish, statistics, known)
+        write_merged(run_folder.merged, module, names, heads, card, finish, statistics, known, factors)
+
+    def _is_quantized(self, module: nn.Module) -> bool:
+        return is_quantized_base(backbone_parameters(module, head_names_of(module, self.head)))
+
+    def _require_factors(self, recipe: Recipe, kinds: Mapping[str, Kind]) -> None:
+        """Refuses a recipe whose result would be no adapter, which is all that a quantized base can take up."""
+        reasons = recipe.misfits_of_factors(kinds, self.tasks)
+        if recipe.method.propagate:
+            reasons.append(f"{type(recipe.method).__name__} with propagate needs whole weights")
+        if reasons:
+            raise ValueError(
+                f"The base is quantized, so what is merged must be an adapter, but {'; '.join(reasons)}: take another "
+                "method, or load the base in a floating-point precision."
+            )
+
+    def _require_dense(self, module: nn.Module) -> None:
+        if self._is_quantized(module):
+            raise ValueError(
+                "The base is quantized, and side by side, merges are studied as whole weights: fit, merge and test one "
+                "method at a time, or load the base in a floating-point precision."
+            )
 
     def _trained(self, module: nn.Module, task: str) -> nn.Module:
         self._require_task(task)
@@ -647,6 +694,10 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     while (bare := uncompiled(module)) is not module or is_wrapped(bare) or isinstance(bare, DistributedDataParallel):
         module = cast(nn.Module, bare.module) if bare is module else bare
     return module
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _advice(run_folder: RunFolder | None) -> str:

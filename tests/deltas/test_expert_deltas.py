@@ -9,9 +9,8 @@ from helpers import experts
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-from lightning_drm.deltas import load_task_vector, save_task_vector
+from lightning_drm.deltas import load_task_vector, remove_wrappers, save_task_vector
 from lightning_drm.deltas.collect import Base
-from lightning_drm.deltas import remove_wrappers
 from lightning_drm.deltas.task_vector import TaskVector
 from lightning_drm.merging import LowRankStack
 from lightning_drm.merging.low_rank import densify
