@@ -60,7 +60,7 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
         return stack.T if _is_stored_in_out(layer) else stack
     if isinstance(layer, lora_layers.Linear | lora_layers.ParamWrapper) or is_quantized(layer.get_base_layer()):
         down, up = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
-        transposed = bool(layer.fan_in_fan_out)  # transformers' Conv1D stores (in, out)
+        transposed = bool(getattr(layer, "fan_in_fan_out", False))  # transformers' Conv1D stores (in, out)
     elif isinstance(layer, lora_layers.Embedding):
         down, up = whole(layer.lora_embedding_A[adapter]), whole(layer.lora_embedding_B[adapter])
         transposed = True  # the product is (dim, vocabulary), the weight its transpose

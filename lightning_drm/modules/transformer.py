@@ -219,7 +219,7 @@ class TransformerTask(LightningModule):
                 model.freeze_unused()  # adapters in there, too
         if self.gradient_checkpointing:
             # The other form of checkpoints needs inputs with gradients, which frozen embeddings do not give.
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
     @override
     def configure_model(self) -> None:
@@ -239,7 +239,9 @@ class TransformerTask(LightningModule):
     @property
     def _quantized(self) -> dict[str, Any]:
         """How the weights are quantized as they are loaded, as arguments of `from_pretrained`."""
-        return {} if self.quantization is None else {"quantization_config": BitsAndBytesConfig(**self.quantization)}
+        if self.quantization is None:
+            return {}
+        return {"quantization_config": BitsAndBytesConfig(**self.quantization)}  # type: ignore[no-untyped-call]
 
     def _load(self, kind: Kind, num_outputs: int) -> nn.Module:
         if self.pooling != "model":

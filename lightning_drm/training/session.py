@@ -442,7 +442,7 @@ class MergeSession:
                             written[name] = own.cpu()
             assembled = self._assembled(modules, merged, heads, batch_norm, factors, home=home, device=place)
             if writes:
-                merged_parts = {**written, **factors}
+                merged_parts: dict[str, Tensor | LowRank] = {**written, **factors}
                 shapes = {name: tuple(part.shape) for name, part in merged_parts.items()}
                 facts = facts_on_kinds(fusion.treatments, fusion.kinds, shapes)
                 facts += [*notes_on_depth(recipe.method, merged_parts, fusion.kinds), *fusion.notes]

@@ -84,7 +84,7 @@ class TaskModules:
         Args:
             module: What `fresh` gave.
         """
-        return cast(LightningModule, self._given.dynamo_ctx(module)) if is_compiled(self._given) else module
+        return cast(LightningModule, cast(Any, self._given).dynamo_ctx(module)) if is_compiled(self._given) else module
 
     def _give_metrics(self, module: LightningModule, data: LightningDataModule) -> None:
         """Gives a user's own module the metrics that its data name, not those that a `DatasetTask` has anyway."""

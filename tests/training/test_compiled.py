@@ -1,4 +1,4 @@
-"""Modules that `torch.compile` was given: the same names, files and merged model as without it, whoever restores them."""
+"""Modules that `torch.compile` was given: names, files and merged model are those without it, whoever restores them."""
 
 import copy
 from collections.abc import Callable
