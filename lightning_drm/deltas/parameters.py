@@ -1,8 +1,8 @@
 """Which tensors of a live module are merged, and what they are called.
 
 The tensors of a module fall into its head, which belongs to one task, and its backbone, which all tasks share. A name
-here is the one that the tensor has in the plain module, without wrappers of peft, FSDP1 or `torch.compile` around it, so
-that a full finetune and a LoRA finetune of one base speak of the same parameters, however they were trained. A tied
+here is the one that the tensor has in the plain module, without wrappers of peft, FSDP1 or `torch.compile` around it,
+so that a full finetune and a LoRA finetune of one base speak of the same parameters, however they were trained. A tied
 tensor is one parameter and has one name, its first.
 """
 

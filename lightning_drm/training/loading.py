@@ -45,9 +45,8 @@ def load_merged(folder: str | os.PathLike[str], task: str, module: nn.Module | N
     record: Mapping[str, Any] = read_object(path / RECORD_FILE) if (path / RECORD_FILE).is_file() else {}
     statistics = read_statistics(path, record.get(BATCH_NORM))
     chosen = {task: statistics[task]} if task in statistics else None
-    return (
-        MultiTaskModule.assemble({task: own}, None, heads, statistics=chosen, factors=factors).task_module(task).eval()
-    )
+    loaded = MultiTaskModule.assemble({task: own}, None, heads, statistics=chosen, factors=factors)
+    return loaded.task_module(task).eval()
 
 
 def _described(path: Path, task: str) -> nn.Module:

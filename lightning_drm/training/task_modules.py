@@ -167,13 +167,13 @@ class TaskModules:
 
 def _refuse_lost_compilation(template: LightningModule) -> None:
     """Refuses a template with parts that are compiled in a way that no copy can have."""
-    lost = [name or "itself" for name, child in template.named_modules() if child._compiled_call_impl is not None]
+    parts = dict(template.named_modules())
+    lost = [name or "itself" for name, child in parts.items() if child._compiled_call_impl is not None]
     if template._compiler_ctx is None:  # else the methods are Lightning's, which compiles those of each task's module
-        lost += [
-            f"{name}.{own}".lstrip(".") for name, child in template.named_modules() for own in compiled_methods(child)
-        ]
+        lost += [f"{name}.{own}".lstrip(".") for name, child in parts.items() for own in compiled_methods(child)]
     if lost:
         raise ValueError(
-            f"{type(template).__name__} has compiled {', '.join(lost)} in place, which is lost in the copies that tasks "
-            "train: compile in configure_model, put torch.compile(…) around a submodule, or pass torch.compile(module)."
+            f"{type(template).__name__} has compiled {', '.join(lost)} in place, which is lost in the copies that "
+            "tasks train: compile in configure_model, put torch.compile(…) around a submodule, or pass "
+            "torch.compile(module)."
         )
