@@ -217,6 +217,7 @@ class TransformerTask(LightningModule):
                 self.get_submodule(name).requires_grad_(True)
             if isinstance(model, PooledClassifier):
                 model.freeze_unused()  # adapters in there, too
+        self.strict_loading = not quantized_layers(self)  # their checkpoints have scales that nothing reads back
         if self.gradient_checkpointing:
             # The other form of checkpoints needs inputs with gradients, which frozen embeddings do not give.
             self.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]

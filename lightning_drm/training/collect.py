@@ -39,6 +39,7 @@ from lightning_drm.training.statistics import StatisticsPlan
 from lightning_drm.training.strategies import (
     convert_precision,
     is_sharded_strategy,
+    refuse_quantized,
     refuse_rounded_buffers,
     refuse_strategy,
     whole_weights,
@@ -101,6 +102,7 @@ class CollectTask(Callback):
         if isinstance(strategy, ModelParallelStrategy):
             data_parallel(strategy.device_mesh)  # refuses tensor parallelism
         if is_sharded_strategy(strategy):
+            refuse_quantized(strategy, pl_module)
             if not any(True for _ in pl_module.parameters()):
                 raise ValueError(
                     f"{type(pl_module).__name__} has no weights yet: under {type(strategy).__name__}, load them before "

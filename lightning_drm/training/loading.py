@@ -64,5 +64,12 @@ def _described(path: Path, task: str) -> nn.Module:
     description = found.described(DESCRIPTION)
     try:
         return TransformerTask.from_description(str(path), description)
+    except OSError as error:
+        if "base" not in description:
+            raise
+        raise ValueError(
+            f"{path} is an adapter on {description['base']['backbone']!r}, which is not at hand under this name: give "
+            f"load_merged a module on that base, as in load_merged(folder, {task!r}, TransformerTask(…))."
+        ) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {json.dumps(description)} describes no module ({error}).") from error
