@@ -47,7 +47,7 @@ def duplicate(module: M, replacements: Mapping[int, Any] | None = None) -> M:
     if (of_trainer := vars(module).get("_compiler_ctx")) is not None:  # Lightning's, for a module that came compiled
         memo[id(of_trainer)] = None
     copied = copy.deepcopy(module, memo)
-    for child in module.modules():
+    for child in (child for child in module.modules() if id(child) in memo):
         for name, method in compiled_methods(child).items():
             owner = memo.get(id(method.__self__), method.__self__)
             vars(memo[id(child)])[name] = MethodType(method.__func__, owner)

@@ -31,6 +31,7 @@ from lightning_drm.training.chosen_weights import (
     come_before_averaging,
     ends_with,
     frozen_tensors,
+    refuse_averaged_codes,
     refuse_fit,
 )
 from lightning_drm.training.collect_statistics import collect_statistics
@@ -97,6 +98,7 @@ class CollectTask(Callback):
         strategy = trainer.strategy
         join_processes(self.session, trainer)
         refuse_fit(self.weights, trainer, self.task)
+        refuse_averaged_codes(trainer, pl_module)
         refuse_flat(pl_module)
         convert_precision(strategy, pl_module)
         if isinstance(strategy, ModelParallelStrategy):

@@ -431,15 +431,15 @@ class MergeSession:
                 if self._is_quantized(modules[self.tasks[0]]):
                     self._require_factors(recipe, fusion.kinds)
                     factors = merge_factors_together(fusion, self._owners, self.ranks, home, progress)
-                    merged = {name: tensor.to(home, copy=True) for name, tensor in base.items()}
-                    written = {name: tensor.cpu() for name, tensor in merged.items()} if writes else {}
+                    weights: Iterable[tuple[str, Tensor]] = base.items()
                 else:
-                    for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
-                        # Copied where it is the base's: training may go on, and must not change the merged model by it.
-                        own = weight.to(home, copy=name not in fusion.kinds)
-                        merged[name] = shard_like(own, base[name])
-                        if writes:
-                            written[name] = own.cpu()
+                    weights = merge_together(fusion, base, self._owners, self.ranks, progress)
+                for name, weight in weights:
+                    # Copied where it is the base's: training may go on, and must not change the merged model by it.
+                    own = weight.to(home, copy=name not in fusion.kinds or name in factors)
+                    merged[name] = shard_like(own, base[name])
+                    if writes:
+                        written[name] = own.cpu()
             assembled = self._assembled(modules, merged, heads, batch_norm, factors, home=home, device=place)
             if writes:
                 merged_parts: dict[str, Tensor | LowRank] = {**written, **factors}
@@ -625,7 +625,7 @@ class MergeSession:
             {task: {"parameters with a delta": len(vector.deltas)} for task, vector in vectors.items()},
             base=getattr(module, "backbone_name", None),
             base_fingerprint=fingerprint(self._base.hashes),
-            facts=[*facts, *([_STATISTICS_FACT] if statistics else [])],
+            facts=[*facts, *([_STATISTICS_FACT] if statistics else []), *([_ADAPTER_FACT] if factors else [])],
             loading=loading_code(first, module),
         )
         record: dict[str, Any] = {
@@ -684,6 +684,7 @@ class MergeSession:
         return DeltaCache(self.store, self.run_folder, self._owners, self.ranks)
 
 
+_ADAPTER_FACT = "an adapter: peft loads it on the quantized base that the tasks started from"
 _STATISTICS_FACT = (
     "batch norms: running statistics of all tasks' training data; `batch_norm/<task>.safetensors` holds those of a task"
 )

@@ -334,6 +334,12 @@ def test_strategies_that_shard_are_refused(base: str):
         refuse_quantized(FSDPStrategy(), Counting(base))
 
 
+def test_averages_of_codes_are_refused_before_training(base: str):
+    merge, averaging = DRMMergeCallback(["a"], Average()), L.pytorch.callbacks.EMAWeightAveraging(decay=0.9)
+    with pytest.raises(ValueError, match=r"EMAWeightAveraging would average the codes of quantized weights, such as m"):
+        quiet_trainer(callbacks=[merge, averaging]).fit(Counting(base), Sequences(1))
+
+
 def test_settings_of_quantization_that_do_not_fit_are_refused(base: str):
     with pytest.raises(ValueError, match="quantization has no load_in_3bit"):
         TransformerTask(base, 2, lora=ADAPTERS, quantization={"load_in_3bit": True})
