@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.deltas import backbone_parameters, head_state, load_tensors
+from lightning_drm.deltas import backbone_parameters, head_state, load_tensors, quantized_layers
 from lightning_drm.deltas.adapters import read_factors
 from lightning_drm.evaluation import Score, Split, linear_probe, measure
 from lightning_drm.kinds import metrics_of
@@ -182,7 +182,8 @@ class Scoring:
         factors = read_factors(self._folder.merged, module, head)
         backbone = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
         statistics = read_statistics(self._folder.merged, (self._folder.merge_record or {}).get(BATCH_NORM))
-        own = {task: without_weights(self._modules.fresh(task)) for task in tasks}
+        quantized = quantized_layers(module)
+        own = {task: without_weights(self._modules.fresh(task), quantized) for task in tasks}
         merged = MultiTaskModule.assemble(
             own, backbone, heads, head=self._session.head, statistics=statistics, factors=factors
         )
