@@ -309,24 +309,24 @@ def test_studies_of_whole_weights_are_refused(base: str):
 
 
 def test_a_fit_goes_on_from_a_checkpoint(base: str, tmp_path: Path):
-    (data, _), found = texts(tmp_path, base).tasks.values(), {}
-    for way, steps in (("interrupted", [3, 6]), ("at once", [6])):
-        merge = DRMMergeCallback(["a"], Average())
-        for last in steps:
+    """Of an epoch's end, with all that it would have been without an interruption."""
+    data, found = texts(tmp_path, base).tasks["pet"], []
+    data.setup("fit")
+    batches = [batch for batch, _ in zip(data.train_dataloader(), range(3), strict=False)]
+    for ends in ([1, 2], [2]):
+        for epochs in ends:
             L.seed_everything(0)
-            optimizer = partial(torch.optim.SGD, lr=0.1)
+            optimizer = partial(torch.optim.AdamW, lr=1e-2)
             module = TransformerTask(base, lora=ADAPTERS, optimizer=optimizer, quantization=WAYS["nf4"])
-            data.setup("fit")
-            module = configured(module, data)
-            kept = DRMMergeCallback(["a"], Average()) if last < steps[-1] else merge
-            trainer = quiet_trainer(callbacks=[kept], max_epochs=None, max_steps=last, limit_val_batches=0)
-            resumed = {"ckpt_path": tmp_path / "a.ckpt", "weights_only": False} if last > steps[0] else {}
-            trainer.fit(module, DataLoader(list(data.train_dataloader()), batch_size=None), **resumed)
+            merge = DRMMergeCallback(["a"], Average())
+            trainer = quiet_trainer(callbacks=[merge], max_epochs=epochs, limit_val_batches=0)
+            resumed = {"ckpt_path": tmp_path / "a.ckpt", "weights_only": False} if epochs > ends[0] else {}
+            trainer.fit(configured(module, data), DataLoader(batches, batch_size=None), **resumed)
             trainer.save_checkpoint(tmp_path / "a.ckpt")
-        found[way] = merge.task_vectors["a"].deltas
-    for name, delta in found["at once"].items():
-        assert float(delta.dense().abs().max()) > 0
-        torch.testing.assert_close(found["interrupted"][name].dense(), delta.dense(), rtol=1e-4, atol=1e-7)
+        found.append(merge.task_vectors["a"].deltas)
+    for name, delta in found[1].items():
+        assert float(delta.dense().abs().max()) > 1e-3
+        torch.testing.assert_close(found[0][name].dense(), delta.dense(), rtol=1e-5, atol=1e-7)
 
 
 def test_strategies_that_shard_are_refused(base: str):
