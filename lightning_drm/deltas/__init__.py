@@ -1,11 +1,16 @@
 """What a delta is, taking it from a live module, and keeping it in memory or in safetensors."""
 
-from lightning_drm.deltas.collect import Base
+from lightning_drm.deltas.collect import Base, is_quantized_base
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
 from lightning_drm.deltas.hashed_file import load_tensors
 from lightning_drm.deltas.kinds import Kind, guess_kind, transposed_names
-from lightning_drm.deltas.lora import remove_adapters, strip_adapter
-from lightning_drm.deltas.parameters import Parameter, backbone_layers, backbone_parameters, head_state
+from lightning_drm.deltas.parameters import (
+    Parameter,
+    backbone_layers,
+    backbone_parameters,
+    head_state,
+    quantized_layers,
+)
 from lightning_drm.deltas.statistics import (
     STATISTICS_FILE,
     Collected,
@@ -21,6 +26,7 @@ from lightning_drm.deltas.store import (
     save_task_vector,
 )
 from lightning_drm.deltas.task_vector import TaskVector
+from lightning_drm.deltas.wrappers import remove_wrappers
 
 __all__ = [
     "DELTAS_FILE",
@@ -40,12 +46,13 @@ __all__ = [
     "guess_kind",
     "hash_tensor",
     "head_state",
+    "is_quantized_base",
     "load_statistics",
     "load_task_vector",
     "load_tensors",
-    "remove_adapters",
+    "quantized_layers",
+    "remove_wrappers",
     "save_statistics",
     "save_task_vector",
-    "strip_adapter",
     "transposed_names",
 ]

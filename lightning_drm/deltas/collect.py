@@ -10,17 +10,21 @@ to verify what was frozen and one to subtract.
 Under several ranks, all of them take part. Weights that are sharded stay so: each rank notes and subtracts what it
 holds, and the whole of a delta is put together for one parameter at a time. Where every rank has all weights, buffers
 still differ (a batch norm sees each rank's own batches); those of rank 0 count, as in checkpoints.
+
+A quantized base (bitsandbytes in 4 or 8 bits) has deltas where LoRA adapters are all that is trained.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
+from lightning_drm.deltas.fingerprint import describe_difference, fingerprint
 from lightning_drm.deltas.lora import adapted_weight_delta, refuse_unsupported_adapters
 from lightning_drm.deltas.parameters import Parameter, backbone_parameters, head_state
+from lightning_drm.deltas.quantized import keep_as_stored
 from lightning_drm.deltas.sharded import from_local, local, whole
 from lightning_drm.deltas.task_vector import TaskVector
 from lightning_drm.distributed.ranks import ALONE, Ranks
@@ -40,7 +44,7 @@ class Base:
     def __init__(self) -> None:
         self.hashes: dict[str, str] = {}
         self._held: dict[str, Tensor] = {}  # copies of what may train: all of a tensor, or a rank's part of it
-        self._live: dict[str, Tensor] = {}  # those of the module seen last: the rest of the base, and how it is sharded
+        self._live: dict[str, Parameter] = {}  # of the module seen last: the rest of the base, and how it is sharded
         self._set_by: str | None = None
 
     def remember(self, module: nn.Module, head: Sequence[str], task: str | None, ranks: Ranks = ALONE) -> None:
@@ -55,13 +59,16 @@ class Base:
         Raises:
             ValueError: If the base differs from the one of an earlier task, naming parameters, or between ranks, or the
                 module could not be collected after training: its head is not there or has adapters, an adapter is not
-                supported, or weights are quantized.
+                supported, or weights are quantized and more than adapters would be trained.
         """
         refuse_unsupported_adapters(module)
         head_state(module, head)
         parameters = backbone_parameters(module, head)
-        _require_plain({name: parameter.tensor for name, parameter in parameters.items()})
-        hashes = {name: hash_tensor(whole(p.tensor)) for name, p in parameters.items()}
+        _require_plain({name: p.tensor for name, p in parameters.items() if p.quantized is None})
+        if is_quantized_base(parameters):
+            _require_adapters_alone(parameters)
+            keep_as_stored(module)
+        hashes = {name: parameter.hash() for name, parameter in parameters.items()}
         _require_agreement(ranks.gather(fingerprint(hashes)), task)
         self.require(hashes, task)
         for name, parameter in parameters.items():
@@ -129,6 +136,7 @@ class Base:
         """
         deltas: dict[str, Delta] = {}
         parameters = backbone_parameters(module, head)
+        is_quantized = is_quantized_base(parameters)
         problems = []
         for name, parameter in parameters.items():
             base, tensor = self._held.get(name), _settled(parameter.tensor, ranks)
@@ -138,9 +146,11 @@ class Base:
             elif base is not None and not _is_unchanged_buffer(tensor, base):
                 delta = whole(_subtract(tensor.detach(), base))
             was_frozen = parameter.adapter is not None or base is None
-            if was_frozen and hash_tensor(whole(tensor)) != self.hashes[name]:
+            if was_frozen and replace(parameter, tensor=tensor).hash() != self.hashes[name]:
                 problems.append(f"{name} was frozen when fit started, but its values have changed")
             if delta is not None:
+                if is_quantized and not isinstance(delta, LowRank):
+                    problems.append(f"{name} has changed in full, which no adapter on the quantized base could hold")
                 if not _is_finite(delta):
                     problems.append(f"the delta of {name} has NaN or infinite values")
                 deltas[name] = keep(name, delta) if keep is not None else delta
@@ -167,14 +177,17 @@ class Base:
             head: Names of the given module's head.
 
         Returns:
-            The base's tensors; where the module's are sharded, sharded like those and on their device.
+            The base's tensors; where the module's are sharded, sharded like those and on their device. Quantized
+            weights are left out: copies of a module share its own.
 
         Raises:
             ValueError: If the module's weights are not the base's where they should be, naming parameters.
         """
         if module is not None:
             self._look_at(backbone_parameters(module, head))
-        found = {name: self._tensor(name) for name in self.hashes}
+        quantized = {name: p for name, p in self._live.items() if p.quantized is not None}
+        found = {name: self._tensor(name) for name in self.hashes if name not in quantized}
+        found |= {name: None for name, p in quantized.items() if p.hash() != self.hashes[name]}
         changed = [name for name, tensor in found.items() if tensor is None]
         if changed:
             listed = f"{', '.join(changed[:3])}{', …' if len(changed) > 3 else ''}"
@@ -187,7 +200,7 @@ class Base:
     def _look_at(self, parameters: Mapping[str, Parameter]) -> None:
         """Remembers live tensors, without keeping alive what was copied before training."""
         self._live = {
-            name: parameter.tensor
+            name: parameter
             for name, parameter in parameters.items()
             if isinstance(parameter.tensor, DTensor) or not self._holds_all(name, parameter.tensor)
         }
@@ -198,11 +211,38 @@ class Base:
     def _tensor(self, name: str) -> Tensor | None:
         """A tensor of the base; ``None`` if the live one is another."""
         held, live = self._held.get(name), self._live.get(name)
-        if held is not None and (live is None or held.shape == local(live).shape):
-            return from_local(held, live) if live is not None else held
-        if live is None or hash_tensor(whole(live)) != self.hashes[name]:
+        if held is not None and (live is None or held.shape == local(live.tensor).shape):
+            return from_local(held, live.tensor) if live is not None else held
+        if live is None or live.hash() != self.hashes[name]:
             return None
-        return live.detach()
+        return live.tensor.detach()
+
+
+def is_quantized_base(parameters: Mapping[str, Parameter]) -> bool:
+    """Whether some of a backbone's weights are stored in 4 or 8 bits, so that merged deltas can only be an adapter.
+
+    Args:
+        parameters: The backbone's parameters, by name.
+    """
+    return any(parameter.quantized is not None for parameter in parameters.values())
+
+
+def _require_adapters_alone(parameters: Mapping[str, Parameter]) -> None:
+    """Refuses a quantized base whose deltas would not all be low-rank."""
+    trained = [name for name, p in parameters.items() if p.adapter is None and p.tensor.requires_grad]
+    dense = [name for name, p in parameters.items() if p.adapter is not None and not _has_factors(p)]
+    if found := trained + dense:
+        listed = f"{', '.join(found[:3])}{', …' if len(found) > 3 else ''}"
+        how = "trained in full" if trained else "adapted otherwise"
+        raise ValueError(
+            "The base has quantized weights, so only LoRA adapters of linear and embedding layers can be trained and "
+            f"merged, but {listed} would be {how}: freeze what has no adapter, or load the base in a floating-point "
+            "precision."
+        )
+
+
+def _has_factors(parameter: Parameter) -> bool:
+    return parameter.adapter_rank is not None and len(parameter.shape) == 2
 
 
 def _require_plain(tensors: Mapping[str, Tensor]) -> None:

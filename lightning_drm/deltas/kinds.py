@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_drm.deltas.lora import strip_adapter
-from lightning_drm.deltas.wrappers import unwrapped
+from lightning_drm.deltas.wrappers import plain
 
 if TYPE_CHECKING:
     from lightning_drm.deltas.parameters import Parameter
@@ -105,6 +104,6 @@ def _output_weights(model: PreTrainedModel) -> Iterator[Tensor]:
     except NotImplementedError:  # so say speech and vision models
         return
     if isinstance(layer, nn.Module):
-        weight = getattr(unwrapped(strip_adapter(unwrapped(layer))), "weight", None)
+        weight = getattr(plain(layer), "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2:
             yield weight

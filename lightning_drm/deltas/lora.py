@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_drm.deltas.quantized import is_quantized
 from lightning_drm.deltas.sharded import whole
 from lightning_drm.merging import Delta, LowRank, LowRankStack
 
@@ -57,9 +58,9 @@ def adapted_weight_delta(layer: LoraLayer, name: str) -> Delta:
         scaling = float(layer.scaling[adapter])
         stack = expert_factors(a.detach().float(), b.detach().float() * scaling, layer.num_experts)
         return stack.T if _is_stored_in_out(layer) else stack
-    if isinstance(layer, lora_layers.Linear | lora_layers.ParamWrapper):
+    if isinstance(layer, lora_layers.Linear | lora_layers.ParamWrapper) or is_quantized(layer.get_base_layer()):
         down, up = _weight(layer.lora_A[adapter]), _weight(layer.lora_B[adapter])
-        transposed = bool(layer.fan_in_fan_out)  # transformers' Conv1D stores (in, out)
+        transposed = bool(getattr(layer, "fan_in_fan_out", False))  # transformers' Conv1D stores (in, out)
     elif isinstance(layer, lora_layers.Embedding):
         down, up = whole(layer.lora_embedding_A[adapter]), whole(layer.lora_embedding_B[adapter])
         transposed = True  # the product is (dim, vocabulary), the weight its transpose
@@ -139,11 +140,11 @@ def _refuse_inexact(layer: LoraLayer, adapter: str, name: str) -> None:
     from peft.tuners.lora import layer as lora_layers
 
     exact = lora_layers.Linear | lora_layers.Embedding | lora_layers._ConvNd | lora_layers.ParamWrapper
-    if not isinstance(layer, exact):
+    if not isinstance(layer, exact) and not is_quantized(layer.get_base_layer()):
         raise ValueError(
             f"{name}: LoRA around a {type(layer.get_base_layer()).__name__} ({type(layer).__name__}) is not supported, "
-            "only around linear, embedding and convolution weights and those of experts that are not quantized; leave "
-            "it out of the targets."
+            "only around linear, embedding and convolution weights and those of experts, or around linear weights that "
+            "bitsandbytes has quantized; leave it out of the targets."
         )
     if isinstance(layer, lora_layers.ParamWrapper) and layer.num_experts == 1 and _is_stored_in_out(layer):
         raise ValueError(
@@ -214,24 +215,6 @@ def refuse_unsupported_adapters(module: nn.Module) -> None:
 def _adapter_configs(module: nn.Module) -> dict[str, PeftConfig]:
     configs = getattr(module, "peft_config", None)
     return configs if isinstance(configs, dict) else {}
-
-
-def remove_adapters(module: nn.Module) -> None:
-    """Takes all adapters out of a module in place, leaving the layers that they wrapped.
-
-    Unlike peft's ``unload`` it needs no `PeftModel` around the module, so adapters that were injected go too.
-    ``modules_to_save`` keep their finetuned copy, the one that is active.
-
-    Args:
-        module: Any module; parameters afterwards have the names they had before adapters came.
-    """
-    for name, child in list(module.named_children()):
-        bare = strip_adapter(child)
-        if bare is not child:
-            setattr(module, name, bare)
-        remove_adapters(bare)
-    if hasattr(module, "peft_config"):
-        del module.peft_config
 
 
 def strip_adapter(module: nn.Module) -> nn.Module:

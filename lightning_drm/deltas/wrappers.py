@@ -1,4 +1,4 @@
-"""The modules that FSDP1 and activation checkpointing put around others, and the parameters that FSDP1 keeps flat.
+"""The modules that are put around others, by FSDP1, activation checkpointing, `torch.compile` and peft.
 
 FSDP1 lays the weights of a wrapped module end to end in one tensor, of which each rank has a piece. The parameters stay
 in their places, as views of what this rank has of them: flat, and often empty.
@@ -9,16 +9,48 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 
+from lightning_drm.deltas.compiled import uncompiled
+from lightning_drm.deltas.lora import strip_adapter
+
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside such wrappers; itself where there are none."""
+    """The module inside such wrappers, adapters aside; itself where there are none."""
     while True:
+        module = uncompiled(module)
         if isinstance(module, FullyShardedDataParallel):
             module = module.module
         elif isinstance(module, CheckpointWrapper):
             module = module._checkpoint_wrapped_module
         else:
             return module
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module inside all wrappers, those of adapters included."""
+    while (bare := strip_adapter(unwrapped(module))) is not module:
+        module = bare
+    return module
+
+
+def remove_wrappers(module: nn.Module) -> nn.Module:
+    """Takes adapters and all other wrappers out of a module in place, leaving the layers inside.
+
+    Unlike peft's ``unload`` it needs no `PeftModel` around the module, so adapters that were injected go too.
+    ``modules_to_save`` keep their finetuned copy, the one that is active.
+
+    Args:
+        module: Any module that FSDP1 has not taken over.
+
+    Returns:
+        The module, or what is inside where it is a wrapper itself. Its parameters have their plain names.
+    """
+    bare = plain(module)
+    for name, child in list(bare.named_children()):
+        if (inside := remove_wrappers(child)) is not child:
+            setattr(bare, name, inside)
+    if hasattr(bare, "peft_config"):
+        del bare.peft_config
+    return bare
 
 
 def is_flat(module: nn.Module) -> bool:

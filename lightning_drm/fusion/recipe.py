@@ -261,6 +261,23 @@ class Recipe:
                 found.append(f"{name} of shape {shape} cannot be split: {problem}.")
         return found
 
+    def misfits_of_factors(self, kinds: Mapping[str, Kind], tasks: Sequence[str]) -> list[str]:
+        """Why merged deltas would not be low-rank where all tasks' are, one sentence for each reason.
+
+        Args:
+            kinds: By name, the kind of the parameters that are merged.
+            tasks: The tasks.
+        """
+        reasons: dict[str, str] = {}
+        for name, kind in kinds.items():
+            treatment = self.treatment(name, kind, tasks)
+            if treatment.split is not None:
+                reasons.setdefault("split", f"an override splits {name}")
+            elif treatment.method is not None and not treatment.method.supports_low_rank:
+                method = treatment.method
+                reasons.setdefault(type(method).__name__, f"with {type(method).__name__}, {method.not_low_rank}")
+        return list(reasons.values())
+
 
 def class_path(method: Method) -> str:
     """The path that imports a method's class: ``lightning_drm.<Name>`` for those of this package.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_drm.deltas import backbone_parameters
+from lightning_drm.deltas.compiled import eagerly
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.modules.measurement import run_forward
 
@@ -128,7 +129,8 @@ def _of_one_batch(module: nn.Module, layers: Iterable[_BatchNorm], note: Callabl
             layer.train()
             layer.momentum = 1.0
             layer.reset_running_stats()  # NaN times 0 would be NaN
-        yield
+        with eagerly():
+            yield
     finally:
         for child, mode in modes.items():
             child.training = mode

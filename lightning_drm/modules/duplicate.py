@@ -3,10 +3,15 @@
 import copy
 from collections.abc import Mapping
 from functools import partial
+from types import MethodType
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
+
+from lightning_drm.deltas import quantized_layers
+from lightning_drm.deltas.compiled import compiled_methods, is_compiled
+from lightning_drm.deltas.quantized import is_quantized, twin
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,6 +29,11 @@ def duplicate(module: M, replacements: Mapping[int, Any] | None = None) -> M:
     Hyper-parameters and factories (of optimizers, say) that LightningCLI made refer to the CLI itself, and through it
     to every object of the run: they are shared, not copied.
 
+    Quantized weights, which never change, are shared, too.
+
+    Parts that `torch.compile` was given stay compiled. Compiled methods would compute with the module that they came
+    from, so the copy has the methods as they were written, also where the Trainer has compiled them.
+
     Args:
         module: The module.
         replacements: By ``id`` of an object inside the module, what the copy gets in its place.
@@ -32,7 +42,16 @@ def duplicate(module: M, replacements: Mapping[int, Any] | None = None) -> M:
     for named in (vars(module), getattr(module, "hparams", {}), vars(module).get("_hparams_initial", {})):
         shared = [value for name, value in named.items() if isinstance(value, partial) or name == "_instantiator"]
         memo |= {id(value): value for value in shared}
-    return copy.deepcopy(module, memo)
+    memo |= {id(child): twin(child) for child in module.modules() if is_quantized(child) and id(child) not in memo}
+    memo |= {id(child.dynamo_ctx): child.dynamo_ctx for child in module.modules() if is_compiled(child)}
+    if (of_trainer := vars(module).get("_compiler_ctx")) is not None:  # Lightning's, for a module that came compiled
+        memo[id(of_trainer)] = None
+    copied = copy.deepcopy(module, memo)
+    for child in (child for child in module.modules() if id(child) in memo):
+        for name, method in compiled_methods(child).items():
+            owner = memo.get(id(method.__self__), method.__self__)
+            vars(memo[id(child)])[name] = MethodType(method.__func__, owner)
+    return copied
 
 
 def share_factories(module: nn.Module) -> None:
@@ -46,16 +65,21 @@ def share_factories(module: nn.Module) -> None:
             setattr(module, name, _SharedFactory(value.func, *value.args, **value.keywords))
 
 
-def without_weights(module: M) -> M:
+def without_weights(module: M, quantized: Mapping[str, nn.Module] | None = None) -> M:
     """A copy of a module that has its layers and buffers, but of its parameters only shapes and types.
+
+    Quantized layers stay whole, as their weights are never in memory twice.
 
     Args:
         module: The module, before it is sharded: afterwards PyTorch refuses to copy it.
+        quantized: By the weight's name, quantized layers of the same base to share in place of the module's own.
     """
-    return duplicate(
-        module,
-        {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()},
-    )
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()
+    }
+    shared = quantized or {}
+    memo |= {id(layer): twin(shared[name]) for name, layer in quantized_layers(module).items() if name in shared}
+    return duplicate(module, memo)
 
 
 def with_buffers_of(module: nn.Module, template: M) -> M:

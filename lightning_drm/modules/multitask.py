@@ -20,9 +20,11 @@ from typing_extensions import override
 
 from lightning_drm.data.sharing import Share, exactness_problem, num_replicas
 from lightning_drm.deltas import backbone_parameters
+from lightning_drm.deltas.adapters import AdapterParameters, adapter_parameters, attach_adapter
 from lightning_drm.deltas.wrappers import refuse_divided, refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.kinds import MetricInfo
+from lightning_drm.merging import LowRank
 from lightning_drm.modules.batch_norm import batch_norms, estimated, set_statistics
 from lightning_drm.modules.duplicate import duplicate
 from lightning_drm.modules.measurement import EQUAL, Measurement
@@ -73,6 +75,7 @@ class MultiTaskModule(LightningModule):
         *,
         head: Sequence[str] | None = None,
         statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+        factors: Mapping[str, LowRank] | None = None,
     ) -> Self:
         """Builds the module from copies of the tasks' modules; the modules themselves stay as they are.
 
@@ -89,9 +92,11 @@ class MultiTaskModule(LightningModule):
             head: Names of the head; each module's own ``head_names`` if left out.
             statistics: By task, running statistics of its batch norms by name, which are copied; those of the backbone
                 and the head if left out.
+            factors: By name, low-rank deltas that are added to weights of the backbone as an adapter, as they must be
+                where the weights are quantized.
 
         Returns:
-            A module with one backbone in memory, without adapters.
+            A module with one backbone in memory, without the modules' own adapters.
 
         Raises:
             ValueError: If a head's tensors are not those of its module's head, or statistics fit no batch norm.
@@ -104,8 +109,12 @@ class MultiTaskModule(LightningModule):
         plain = {**backbone, **places}
         shared = {name: as_parameter(plain.get(name, p.tensor), p.tensor) for name, p in own.items()}
         copies: dict[str, nn.Module] = {}
+        adapter: dict[str, AdapterParameters] = {}
         for task, module in modules.items():
             copies[task] = copy_with(module, head_names_of(module, head), shared, heads.get(task))
+            own_head = head_names_of(module, head)
+            adapter = adapter or adapter_parameters(copies[task], own_head, factors or {})
+            attach_adapter(copies[task], own_head, adapter)
             set_statistics(copies[task], (statistics or {}).get(task, {}))
             if len(copies) > 1:
                 reuse_layers(next(iter(copies.values())), copies[task])

@@ -9,7 +9,8 @@ have no room together, there are several passes.
 examples x and all classes y, by the model's own probabilities (Fisher merging, arXiv 2111.09832). Cost: one backward
 pass for each example and class, and the memory of all parameters once more.
 
-Modules are in evaluation mode meanwhile, so that dropout changes nothing, and stay as they are. Ranks each take
+Modules are in evaluation mode meanwhile, so that dropout changes nothing and nothing is computed twice to save memory;
+they run as they were written, not as they were compiled; and they stay as they are. Ranks each take
 batches of their own, and all get the sums.
 """
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_drm.deltas import backbone_layers, backbone_parameters
+from lightning_drm.deltas.compiled import eagerly
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.kinds import IGNORE_INDEX, LABELS
 from lightning_drm.modules.input_grams import LINEAR, CalledApartError, InputGrams
@@ -90,13 +92,15 @@ def fisher_information(
         By name, a tensor of the parameter's shape in float32 on the CPU; and the norm of all of them together.
 
     Raises:
-        ValueError: If the module gives no class logits, or no rank has a batch.
+        ValueError: If the module gives no class logits, weights are quantized, or no rank has a batch.
     """
-    parameters = {
-        name: parameter.tensor
-        for name, parameter in backbone_parameters(module, head).items()
-        if name in names and isinstance(parameter.tensor, nn.Parameter)
-    }
+    wanted = {name: p for name, p in backbone_parameters(module, head).items() if name in names}
+    if quantized := [name for name, parameter in wanted.items() if parameter.quantized is not None]:
+        raise ValueError(
+            f"Fisher information is taken of gradients of whole weights, and {quantized[0]} is quantized: leave fisher "
+            "out, or load the base in a floating-point precision."
+        )
+    parameters = {name: p.tensor for name, p in wanted.items() if isinstance(p.tensor, nn.Parameter)}
     sums = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in parameters.items()}
     num_examples = torch.zeros(1, dtype=torch.float64)
     with _evaluating(module), _differentiable(parameters.values()), torch.enable_grad():
@@ -155,8 +159,10 @@ def _passes(layers: Mapping[str, nn.Module], max_bytes: int | None) -> Iterator[
 
 
 def _num_inputs(layer: nn.Module) -> int:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
     weight = cast(Tensor, layer.weight)
-    return weight.shape[1] if isinstance(layer, nn.Linear) else weight.shape[0]
+    return weight.shape[0]
 
 
 def _padding(batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -192,7 +198,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         for child, mode in modes.items():
             child.training = mode

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_drm.deltas import backbone_parameters, head_state, remove_adapters, strip_adapter
+from lightning_drm.deltas import backbone_parameters, head_state, remove_wrappers
 from lightning_drm.modules.batch_norm import plain_batch_norms
 from lightning_drm.modules.duplicate import duplicate
 
@@ -20,7 +20,7 @@ def as_parameter(tensor: Tensor, like: Tensor) -> Tensor:
 def copy_with(
     module: nn.Module, head: Sequence[str], backbone: Mapping[str, Tensor], head_tensors: Mapping[str, Tensor] | None
 ) -> nn.Module:
-    """A copy of a module, without adapters, whose tensors are replaced as they are copied.
+    """A copy of a module, without adapters and other wrappers, whose tensors are replaced as they are copied.
 
     Args:
         module: The module.
@@ -41,10 +41,7 @@ def copy_with(
     # Replaced while copying, so that the backbone is never in memory twice.
     memo: dict[int, Any] = {id(live): backbone[name] for name, live in backbone_live.items()}
     memo |= {id(live): as_parameter(head_tensors[name].detach().clone(), live) for name, live in head_live.items()}
-    copied = duplicate(module, memo)
-    copied = strip_adapter(copied)  # a PeftModel around all of it
-    remove_adapters(copied)
-    copied = plain_batch_norms(copied)
+    copied = plain_batch_norms(remove_wrappers(duplicate(module, memo)))
     for child in copied.modules():
         if isinstance(child, nn.Linear):  # where one module serves tasks whose heads have other numbers of classes
             child.out_features = child.weight.shape[0]

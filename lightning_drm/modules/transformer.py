@@ -18,11 +18,20 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from typing_extensions import override
 
 from lightning_drm import kinds
-from lightning_drm.deltas import backbone_parameters, head_state
+from lightning_drm.deltas import backbone_parameters, head_state, quantized_layers
+from lightning_drm.deltas.compiled import uncompiled
 from lightning_drm.deltas.wrappers import unwrapped
 from lightning_drm.kinds import LABELS, Classification, Kind, TaskMetrics, metrics_of
 from lightning_drm.kinds.metric_states import keep_precision
@@ -30,7 +39,7 @@ from lightning_drm.modules.counted_samples import own_samples
 from lightning_drm.modules.measurement import EQUAL
 from lightning_drm.modules.pooling import PooledClassifier
 from lightning_drm.modules.sharding import data_parallel, is_sharded, shard_for_training
-from lightning_drm.pretrained import resolve_pretrained
+from lightning_drm.pretrained import public_name, resolve_pretrained
 
 
 class TransformerTask(LightningModule):
@@ -58,6 +67,9 @@ class TransformerTask(LightningModule):
         trust_remote_code: Run Python code that comes with the pretrained model, on the hub or in its folder. It can do
             anything that you can; without it, such a model is refused.
         revision: The version of a model on the hub: a commit, a tag or a branch; the newest one if left out.
+        quantization: Fields of ``transformers.BitsAndBytesConfig``, such as ``{load_in_4bit: true}``, to load the
+            backbone quantized. It needs ``lora``, and what is merged is an adapter.
+        gradient_checkpointing: Compute activations a second time in place of keeping them, which saves memory.
 
     Attributes:
         class_names: The classes in the order of the logits, where the task's data name them.
@@ -78,6 +90,8 @@ class TransformerTask(LightningModule):
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
         trust_remote_code: bool = False,
         revision: str | None = None,
+        quantization: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -92,6 +106,8 @@ class TransformerTask(LightningModule):
         self.load_dtype = dtype
         self.trust_remote_code = trust_remote_code
         self.revision = revision
+        self.quantization = quantization
+        self.gradient_checkpointing = gradient_checkpointing
         self.kind = kind
         self.class_names: list[str] | None = None
         self.model: nn.Module | None = None
@@ -149,14 +165,22 @@ class TransformerTask(LightningModule):
             "modality": self.modality,
             "pooling": self.pooling,
             "dtype": self.load_dtype,
+            **self._description_of_base(),
         }
+
+    def _description_of_base(self) -> dict[str, Any]:
+        """What an adapter is for; nothing of a base that is part of the merged model."""
+        if not quantized_layers(self):
+            return {}
+        base = {"backbone": public_name(self.backbone_name), "revision": self.revision}
+        return {"base": {**base, "quantization": self.quantization}}
 
     @classmethod
     def from_description(cls, backbone: str, description: Mapping[str, Any]) -> Self:
         """Builds a module for predictions, which measures nothing.
 
         Args:
-            backbone: Folder of the backbone.
+            backbone: Folder of the backbone, unless the description names another one, under an adapter.
             description: What `description` gave.
 
         Raises:
@@ -165,7 +189,8 @@ class TransformerTask(LightningModule):
         ((name, settings),) = description["kind"].items()
         if (kind := _kind_called(name)) is None:  # the file may come from anywhere: nothing else is called by its name
             raise KeyError(name)
-        module = cls(backbone, **{name: description[name] for name in ("modality", "pooling", "dtype")})
+        base = description.get("base", {"backbone": backbone})
+        module = cls(**base, **{name: description[name] for name in ("modality", "pooling", "dtype")})
         module.class_names = description["class_names"]
         module._build(kind(**settings), description["num_classes"])
         return module.eval()
@@ -192,6 +217,10 @@ class TransformerTask(LightningModule):
                 self.get_submodule(name).requires_grad_(True)
             if isinstance(model, PooledClassifier):
                 model.freeze_unused()  # adapters in there, too
+        self.strict_loading = not quantized_layers(self)  # their checkpoints have scales that nothing reads back
+        if self.gradient_checkpointing:
+            # The other form of checkpoints needs inputs with gradients, which frozen embeddings do not give.
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
     @override
     def configure_model(self) -> None:
@@ -208,6 +237,13 @@ class TransformerTask(LightningModule):
             **({"revision": self.revision} if self.revision is not None else {}),
         }
 
+    @property
+    def _quantized(self) -> dict[str, Any]:
+        """How the weights are quantized as they are loaded, as arguments of `from_pretrained`."""
+        if self.quantization is None:
+            return {}
+        return {"quantization_config": BitsAndBytesConfig(**self.quantization)}  # type: ignore[no-untyped-call]
+
     def _load(self, kind: Kind, num_outputs: int) -> nn.Module:
         if self.pooling != "model":
             encoder = self._load_encoder()
@@ -218,6 +254,7 @@ class TransformerTask(LightningModule):
         try:
             model, found = getattr(transformers, auto_class).from_pretrained(
                 **self._source,
+                **self._quantized,
                 **kind.model_settings(num_outputs),
                 dtype=self.load_dtype,
                 ignore_mismatched_sizes=not kind.shares_head,
@@ -241,11 +278,13 @@ class TransformerTask(LightningModule):
         config = AutoConfig.from_pretrained(**self._source)
         tower = getattr(config, "vision_config", None) if self.modality == "image" else None
         if tower is None:
-            return cast(PreTrainedModel, AutoModel.from_pretrained(**self._source, dtype=self.load_dtype))
+            return cast(
+                PreTrainedModel, AutoModel.from_pretrained(**self._source, **self._quantized, dtype=self.load_dtype)
+            )
         lists_the_other_tower = logging.getLogger("transformers.modeling_utils")
         with _only_errors(lists_the_other_tower):
             encoder, found = AutoModel.from_pretrained(
-                **self._source, config=tower, dtype=self.load_dtype, output_loading_info=True
+                **self._source, **self._quantized, config=tower, dtype=self.load_dtype, output_loading_info=True
             )
         if missing := _listed(found["missing_keys"]):
             raise ValueError(
@@ -264,13 +303,15 @@ class TransformerTask(LightningModule):
             problems.append(f"head_lr must be left out, as all of the model is merged, got {self.head_lr}")
         if kind.shares_head and self.dropout:
             problems.append(f"dropout must be left out, as it is that of a head, got {self.dropout}")
+        if unknown := sorted(set(self.quantization or {}) - set(inspect.signature(BitsAndBytesConfig).parameters)):
+            raise ValueError(f"quantization has no {', '.join(unknown)}: BitsAndBytesConfig has no such fields.")
         if problems:
             raise ValueError(f"For {type(kind).__name__} tasks, {'; '.join(problems)}.")
 
     @property
     def backbone(self) -> PreTrainedModel:
         """The part that all tasks share."""
-        return cast(PreTrainedModel, self._built.get_submodule(self._backbone_attribute))
+        return cast(PreTrainedModel, uncompiled(uncompiled(self._built).get_submodule(self._backbone_attribute)))
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -415,6 +456,14 @@ class TransformerTask(LightningModule):
             folder: The folder to write to.
         """
         self.backbone.save_pretrained(folder)
+        self.save_processor(folder)
+
+    def save_processor(self, folder: Path) -> None:
+        """Writes the backbone's processor, if the pretrained model came with one.
+
+        Args:
+            folder: The folder to write to.
+        """
         processor = AutoTokenizer if self.modality == "text" else AutoImageProcessor
         try:
             processor.from_pretrained(**self._source).save_pretrained(folder)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_drm.deltas import Base, TaskVector
 from lightning_drm.distributed.ranks import Ranks
+from lightning_drm.merging import LowRank
 from lightning_drm.modules import MultiTaskModule, batch_norms, head_names_of
 
 
@@ -53,6 +54,7 @@ def assemble(
     heads: Mapping[str, Mapping[str, Tensor]],
     vectors: Mapping[str, TaskVector],
     *,
+    factors: Mapping[str, LowRank] | None = None,
     head: Sequence[str] | None,
     batches: Mapping[str, Iterable[Any]] | None,
     max_batches: int,
@@ -66,13 +68,14 @@ def assemble(
         backbone: The backbone's tensors by name, which all tasks share.
         heads: By task, its head's tensors by name.
         vectors: By task, its task vector, which tells what training has changed.
+        factors: By name, low-rank deltas that are added to the backbone as an adapter.
         head: Names of the head; each module's own ``head_names`` if left out.
         batches: By task, batches of its training data; nothing is estimated if left out.
         max_batches: How many batches of each may be used; 0 for nothing to be estimated.
         device: Where to estimate.
         ranks: The processes, each with batches of its own.
     """
-    module = MultiTaskModule.assemble(modules, backbone, heads, head=head)
+    module = MultiTaskModule.assemble(modules, backbone, heads, head=head, factors=factors)
     learned = _learned(module, vectors)
     if not learned or batches is None or not max_batches:
         return Assembled(module, learned)
@@ -85,7 +88,7 @@ def assemble(
         )
     wanted = {task: batches[task] for task in module.task_names if task in batches}
     statistics = module.to(device).estimate_batch_norm(wanted, max_batches=max_batches, layers=learned, ranks=ranks)
-    again = MultiTaskModule.assemble(modules, backbone, heads, head=head, statistics=statistics)
+    again = MultiTaskModule.assemble(modules, backbone, heads, head=head, statistics=statistics, factors=factors)
     return Assembled(again, learned, statistics)
 
 

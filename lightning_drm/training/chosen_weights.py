@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 
 from lightning_drm.checkpoints.reading.tensors import PickleFiles
+from lightning_drm.deltas import quantized_layers
 from lightning_drm.deltas.sharded import local, shard_like
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.training.strategies import is_sharded_strategy
@@ -40,6 +41,24 @@ def require_choice(weights: str) -> None:
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights must be last, best or averaged, got {weights!r}.")
+
+
+def refuse_averaged_codes(trainer: Trainer, module: nn.Module) -> None:
+    """Refuses callbacks that average all of a module's weights where some are quantized.
+
+    Args:
+        trainer: The Trainer of a fit.
+        module: Its module.
+
+    Raises:
+        ValueError: If codes would be averaged, which would leave no weights at all.
+    """
+    averaging = [type(callback).__name__ for callback in _averaging(callbacks_of(trainer))]
+    if averaging and (quantized := quantized_layers(module)):
+        raise ValueError(
+            f"{averaging[0]} would average the codes of quantized weights, such as {next(iter(quantized))}, which "
+            "would be no weights any more: leave it out."
+        )
 
 
 def settings_of(weights: Weights, callbacks: Sequence[Callback]) -> dict[str, str]:

@@ -31,6 +31,7 @@ from lightning_drm.training.chosen_weights import (
     come_before_averaging,
     ends_with,
     frozen_tensors,
+    refuse_averaged_codes,
     refuse_fit,
 )
 from lightning_drm.training.collect_statistics import collect_statistics
@@ -39,6 +40,7 @@ from lightning_drm.training.statistics import StatisticsPlan
 from lightning_drm.training.strategies import (
     convert_precision,
     is_sharded_strategy,
+    refuse_quantized,
     refuse_rounded_buffers,
     refuse_strategy,
     whole_weights,
@@ -96,11 +98,13 @@ class CollectTask(Callback):
         strategy = trainer.strategy
         join_processes(self.session, trainer)
         refuse_fit(self.weights, trainer, self.task)
+        refuse_averaged_codes(trainer, pl_module)
         refuse_flat(pl_module)
         convert_precision(strategy, pl_module)
         if isinstance(strategy, ModelParallelStrategy):
             data_parallel(strategy.device_mesh)  # refuses tensor parallelism
         if is_sharded_strategy(strategy):
+            refuse_quantized(strategy, pl_module)
             if not any(True for _ in pl_module.parameters()):
                 raise ValueError(
                     f"{type(pl_module).__name__} has no weights yet: under {type(strategy).__name__}, load them before "

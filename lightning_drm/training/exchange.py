@@ -22,6 +22,7 @@ from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.fuse import Fusion
 from lightning_drm.fusion.recipe import Recipe
 from lightning_drm.fusion.share_out import costs, share_out
+from lightning_drm.merging import LowRank
 
 
 class Owners(Mapping[str, int]):
@@ -49,7 +50,7 @@ class Owners(Mapping[str, int]):
         """
         new = {name: parameter for name, parameter in parameters.items() if name not in self._owner}
         treatments = {name: self._recipe.treatment(name, p.kind, self._tasks) for name, p in new.items()}
-        shapes = {name: tuple(p.tensor.shape) for name, p in new.items()}
+        shapes = {name: tuple(p.shape) for name, p in new.items()}
         low_rank = {name: rank * len(self._tasks) for name, p in new.items() if (rank := p.adapter_rank) is not None}
         shares = share_out(costs(treatments, shapes, len(self._tasks), low_rank), num_ranks)
         self._owner |= {name: rank for rank, names in enumerate(shares) for name in names}
@@ -104,3 +105,33 @@ def merge_together(
         else:
             weight = torch.empty(tensor.shape, dtype=tensor.dtype, device=fusion.device)
             yield name, ranks.copy_from(weight, owners[name])
+
+
+def merge_factors_together(
+    fusion: Fusion,
+    owners: Mapping[str, int],
+    ranks: Ranks,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, LowRank]:
+    """Merges all parameters of a fusion whose deltas are low-rank; all ranks call it.
+
+    Args:
+        fusion: What to merge, with this rank's share of the names.
+        owners: Rank by name.
+        ranks: The ranks.
+        device: Where the factors are wanted.
+        progress: As for `merge_together`.
+
+    Returns:
+        By name, the merged factors, the same on every rank; nothing of parameters that keep the base's value.
+    """
+    names = [name for name in fusion.kinds if fusion.treatments[name].method is not None]
+    own = [name for name in names if owners[name] == ranks.rank]
+    merged: dict[str, tuple[Tensor, Tensor]] = {}
+    for num_done, (name, factors, _) in enumerate(fusion.merge_low_rank(own), start=1):
+        merged[name] = factors.up.contiguous().cpu(), factors.down.contiguous().cpu()
+        if progress is not None:
+            progress(num_done, len(own))
+    found = {name: pair for of_rank in ranks.gather(merged) for name, pair in of_rank.items()}
+    return {name: LowRank(*found[name]).to(device) for name in names}

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_drm.deltas import quantized_layers
 from lightning_drm.deltas.wrappers import is_flat
 from lightning_drm.modules import is_sharded, with_buffers_of, without_weights
 
 
 class KeptModules:
     """Copies of the tasks' modules with their hyper-parameters, metrics and buffers, but no weights.
+
+    Of a quantized base, they share the layers of the module that came first.
 
     Args:
         tasks: The tasks' names.
@@ -19,13 +22,15 @@ class KeptModules:
     def __init__(self, tasks: Sequence[str]) -> None:
         self._tasks = tasks
         self._modules: dict[str, nn.Module] = {}
+        self._quantized: dict[str, nn.Module] = {}
 
     def __contains__(self, task: str) -> bool:
         return task in self._modules
 
     def keep(self, module: nn.Module, task: str) -> None:
         """Keeps a task's module, which must not be sharded: PyTorch refuses to copy it afterwards."""
-        self._modules[task] = without_weights(module)
+        self._quantized = self._quantized or quantized_layers(module)
+        self._modules[task] = without_weights(module, self._quantized)
 
     def keep_trained(self, module: nn.Module, task: str) -> None:
         """Keeps a task's module as it is after training; of a sharded one, the buffers.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_drm.checkpoints.reading.locate import locate
+from lightning_drm.deltas.adapters import read_factors
 from lightning_drm.deltas.hashed_file import HashedFile
 from lightning_drm.modules import MultiTaskModule, TransformerTask, duplicate, head_names_of
 from lightning_drm.storage.json_files import read_object
@@ -40,10 +41,12 @@ def load_merged(folder: str | os.PathLike[str], task: str, module: nn.Module | N
     path = locate(os.fspath(folder))
     own = duplicate(module) if module is not None else _described(path, task)
     heads = read_merged(path, own, head_names_of(own), [task])
+    factors = read_factors(path, own, head_names_of(own))
     record: Mapping[str, Any] = read_object(path / RECORD_FILE) if (path / RECORD_FILE).is_file() else {}
     statistics = read_statistics(path, record.get(BATCH_NORM))
     chosen = {task: statistics[task]} if task in statistics else None
-    return MultiTaskModule.assemble({task: own}, None, heads, statistics=chosen).task_module(task).eval()
+    loaded = MultiTaskModule.assemble({task: own}, None, heads, statistics=chosen, factors=factors)
+    return loaded.task_module(task).eval()
 
 
 def _described(path: Path, task: str) -> nn.Module:
@@ -61,5 +64,12 @@ def _described(path: Path, task: str) -> nn.Module:
     description = found.described(DESCRIPTION)
     try:
         return TransformerTask.from_description(str(path), description)
+    except OSError as error:
+        if "base" not in description:
+            raise
+        raise ValueError(
+            f"{path} is an adapter on {description['base']['backbone']!r}, which is not at hand under this name: give "
+            f"load_merged a module on that base, as in load_merged(folder, {task!r}, TransformerTask(…))."
+        ) from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged: {json.dumps(description)} describes no module ({error}).") from error

@@ -1,5 +1,7 @@
 """The merged model on disk: a folder that ``from_pretrained`` loads, every task's head, and a model card.
 
+On a quantized base, what is merged is an adapter, and peft loads the folder.
+
 Where batch norms have statistics of their own for each task, they have a file beside the head's. The backbone's file
 then has those of all tasks together.
 
@@ -14,7 +16,9 @@ from typing import Any, Protocol, runtime_checkable
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lightning_drm.deltas import backbone_parameters, load_tensors, remove_adapters
+from lightning_drm.deltas import backbone_parameters, load_tensors, remove_wrappers
+from lightning_drm.deltas.adapters import CONFIG_FILE, write_factors
+from lightning_drm.merging import LowRank
 from lightning_drm.storage import write_tensors, written_whole
 
 MODEL_FILE = "model.safetensors"
@@ -37,6 +41,15 @@ class SavesBackbone(Protocol):
 
 
 @runtime_checkable
+class SavesProcessor(Protocol):
+    """A module that knows what prepares its inputs."""
+
+    def save_processor(self, folder: Path) -> None:
+        """Writes a tokenizer or an image processor into a folder."""
+        ...
+
+
+@runtime_checkable
 class Described(Protocol):
     """A module that says what it can be built of again, so that a merged model loads without its author's code."""
 
@@ -54,6 +67,7 @@ def write_merged(
     finish: Callable[[Path], None] = lambda partial: None,
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
     modules: Mapping[str, nn.Module] | None = None,
+    factors: Mapping[str, LowRank] | None = None,
 ) -> None:
     """Writes a merged model.
 
@@ -67,11 +81,16 @@ def write_merged(
         finish: Called with the written folder before it takes its place.
         statistics: By task, the running statistics of its batch norms by name, where it has its own.
         modules: By task, its own module, where it is known. One that is `Described` is described beside its head.
+        factors: By name, merged deltas on a quantized base; an adapter is written in place of the backbone.
     """
     own = {task: found for task, one in (modules or {}).items() if (found := _description(one)) is not None}
     with written_whole(folder) as partial:
         partial.mkdir()
-        if isinstance(module, SavesBackbone):
+        if factors:
+            write_factors(partial, module, head, factors)
+            if isinstance(module, SavesProcessor):
+                module.save_processor(partial)
+        elif isinstance(module, SavesBackbone):
             module.save_backbone(partial)
         else:
             tensors = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
@@ -104,11 +123,11 @@ def loading_code(task: str, module: nn.Module) -> str:
 def read_merged(
     folder: Path, module: nn.Module, head: tuple[str, ...], tasks: list[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """Reads a merged backbone into a module, and the heads.
+    """Reads a merged backbone into a module, and the heads. An adapter is left to `read_factors`.
 
     Args:
         folder: What `write_merged` wrote.
-        module: A task's module; its adapters are taken out and its backbone is overwritten.
+        module: A task's module; its adapters and wrappers are taken out and its backbone is overwritten.
         head: Names of its head.
         tasks: The tasks whose heads are wanted.
 
@@ -122,8 +141,10 @@ def read_merged(
     missing = [task for task in tasks if not (folder / "heads" / f"{task}.safetensors").is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} holds no merged model of task {', '.join(missing)}: merge first.")
-    remove_adapters(module)
-    if isinstance(module, SavesBackbone):
+    remove_wrappers(module)
+    if (folder / CONFIG_FILE).is_file():
+        pass  # the base stays as it is
+    elif isinstance(module, SavesBackbone):
         try:
             module.load_backbone(folder)
         except SafetensorError as error:

@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_drm.data import MultiTaskDataModule
-from lightning_drm.deltas import backbone_parameters, head_state, load_tensors
+from lightning_drm.deltas import backbone_parameters, head_state, load_tensors, quantized_layers
+from lightning_drm.deltas.adapters import read_factors
 from lightning_drm.evaluation import Score, Split, linear_probe, measure
 from lightning_drm.kinds import metrics_of
 from lightning_drm.modules import (
@@ -178,10 +179,14 @@ class Scoring:
         module = self._modules.fresh(tasks[0])
         head = head_names_of(module, self._session.head)
         heads = read_merged(self._folder.merged, module, head, tasks)
+        factors = read_factors(self._folder.merged, module, head)
         backbone = {name: parameter.tensor for name, parameter in backbone_parameters(module, head).items()}
         statistics = read_statistics(self._folder.merged, (self._folder.merge_record or {}).get(BATCH_NORM))
-        own = {task: without_weights(self._modules.fresh(task)) for task in tasks}
-        merged = MultiTaskModule.assemble(own, backbone, heads, head=self._session.head, statistics=statistics)
+        quantized = quantized_layers(module)
+        own = {task: without_weights(self._modules.fresh(task), quantized) for task in tasks}
+        merged = MultiTaskModule.assemble(
+            own, backbone, heads, head=self._session.head, statistics=statistics, factors=factors
+        )
         return self.merged(merged)
 
     def _untouched(self, task: str, module: LightningModule, state: Mapping[str, Tensor] | None = None) -> Score:

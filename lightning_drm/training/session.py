@@ -25,9 +25,12 @@ from lightning_drm.deltas import (
     TaskVector,
     backbone_parameters,
     fingerprint,
+    is_quantized_base,
     save_task_vector,
     transposed_names,
 )
+from lightning_drm.deltas.compiled import uncompiled
+from lightning_drm.deltas.kinds import Kind
 from lightning_drm.deltas.sharded import shard_like
 from lightning_drm.deltas.wrappers import refuse_flat
 from lightning_drm.distributed.ranks import ALONE, Ranks
@@ -42,14 +45,14 @@ from lightning_drm.fusion import (
     model_card,
 )
 from lightning_drm.fusion.depth import notes_on_depth, problems_of_depth
-from lightning_drm.merging import DRM, Method, Need
+from lightning_drm.merging import DRM, LowRank, Method, Need
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.modules import MultiTaskModule, head_names_of, of_all_tasks
 from lightning_drm.names import check_task_name
 from lightning_drm.storage import write_json
 from lightning_drm.training.assembly import Assembled, assemble, with_deltas
 from lightning_drm.training.delta_cache import DeltaCache, Store
-from lightning_drm.training.exchange import Owners, merge_together
+from lightning_drm.training.exchange import Owners, merge_factors_together, merge_together
 from lightning_drm.training.kept_modules import KeptModules
 from lightning_drm.training.merged_folder import loading_code, write_merged
 from lightning_drm.training.progress import merging_bar
@@ -205,7 +208,7 @@ class MergeSession:
             ValueError: If there is no such task.
         """
         self._require_task(task)
-        self._modules.keep(module, task)
+        self._modules.keep(_unwrapped(module), task)
 
     def knows_module(self, task: str) -> bool:
         """Whether `keep_module` or `collect` has seen a task's own module."""
@@ -227,10 +230,12 @@ class MergeSession:
         head = head_names_of(module, self.head)
         self._base.remember(module, head, task, self.ranks)
         trained = self._base.trained(module, head)
-        shapes = {name: tuple(parameter.tensor.shape) for name, parameter in trained.items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
         kinds = {name: parameter.kind for name, parameter in trained.items()}
         if problems := self.recipe.misfits(kinds, shapes) + problems_of_depth(self.recipe.method, self._base.hashes):
             raise ValueError("\n".join(problems))
+        if is_quantized_base(backbone_parameters(module, head)):
+            self._require_factors(self.recipe, kinds)
         self._owners.share_out(trained, self.ranks.size)
 
     def collect(
@@ -406,6 +411,7 @@ class MergeSession:
         recipe = recipe or (self.recipe if method is None else replace(self.recipe, method=method))
         recipe.check(self.tasks)
         if module is not None:
+            module = _unwrapped(module)
             refuse_flat(module)
         modules = self._modules.of_all_tasks(module, warn=self.ranks.is_first)
         home = next(module.parameters()).device if module is not None else self._device
@@ -420,19 +426,27 @@ class MergeSession:
             place = torch.device(device or home)
             chosen = self.task_vectors if vectors is None else vectors
             fusion = self._fusion(recipe, modules[self.tasks[0]], place, chosen)
+            factors: dict[str, LowRank] = {}
             with merging_bar(type(recipe.method).__name__, self.ranks) as progress:
-                for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
+                if self._is_quantized(modules[self.tasks[0]]):
+                    self._require_factors(recipe, fusion.kinds)
+                    factors = merge_factors_together(fusion, self._owners, self.ranks, home, progress)
+                    weights: Iterable[tuple[str, Tensor]] = base.items()
+                else:
+                    weights = merge_together(fusion, base, self._owners, self.ranks, progress)
+                for name, weight in weights:
                     # Copied where it is the base's: training may go on, and must not change the merged model by it.
-                    own = weight.to(home, copy=name not in fusion.kinds)
+                    own = weight.to(home, copy=name not in fusion.kinds or name in factors)
                     merged[name] = shard_like(own, base[name])
                     if writes:
                         written[name] = own.cpu()
-            assembled = self._assembled(modules, merged, heads, batch_norm, home=home, device=place)
+            assembled = self._assembled(modules, merged, heads, batch_norm, factors, home=home, device=place)
             if writes:
-                shapes = {name: tuple(weight.shape) for name, weight in written.items()}
+                merged_parts: dict[str, Tensor | LowRank] = {**written, **factors}
+                shapes = {name: tuple(part.shape) for name, part in merged_parts.items()}
                 facts = facts_on_kinds(fusion.treatments, fusion.kinds, shapes)
-                facts += [*notes_on_depth(recipe.method, written, fusion.kinds), *fusion.notes]
-                self._write(recipe, chosen, modules, written, heads, assembled, facts)
+                facts += [*notes_on_depth(recipe.method, merged_parts, fusion.kinds), *fusion.notes]
+                self._write(recipe, chosen, modules, written, heads, assembled, facts, factors)
         self._merged = assembled.module
         return assembled.module
 
@@ -449,11 +463,19 @@ class MergeSession:
         Raises:
             ValueError: If the module was fitted under FSDP1.
         """
+        module = _unwrapped(module)
         refuse_flat(module)
         vector = self._vectors[task]
-        deltas = ((name, densify(self._cache.fetch(vector, name))) for name in vector.deltas)
-        backbone = with_deltas(self._base, module, self.head, deltas)
-        return MultiTaskModule.assemble({task: module}, backbone, {task: vector.head}, head=self.head)
+        deltas = ((name, self._cache.fetch(vector, name)) for name in vector.deltas)
+        heads = {task: vector.head}
+        if self._is_quantized(module):
+            factors = {name: delta.to(_device(module)) for name, delta in deltas if isinstance(delta, LowRank)}
+            return MultiTaskModule.assemble(
+                {task: module}, self.base_weights(module), heads, head=self.head, factors=factors
+            )
+        dense = ((name, densify(delta)) for name, delta in deltas)
+        backbone = with_deltas(self._base, module, self.head, dense)
+        return MultiTaskModule.assemble({task: module}, backbone, heads, head=self.head)
 
     def base_weights(self, module: nn.Module) -> dict[str, Tensor]:
         """The base's tensors by name.
@@ -486,8 +508,9 @@ class MergeSession:
             Name of every parameter that a task has trained, and its merged deltas, one for each recipe.
 
         Raises:
-            ValueError: If a recipe does not fit.
+            ValueError: If a recipe does not fit, or the base is quantized.
         """
+        self._require_dense(module)
         place = torch.device(device or next(module.parameters()).device)
         chosen = [self.task_vectors] * len(recipes) if vectors is None else vectors
         fusions = [
@@ -514,6 +537,7 @@ class MergeSession:
             heads: By task, its head's tensors by name; those that were finetuned if left out.
             batch_norm: As for `fuse`.
         """
+        self._require_dense(module)
         device = next(module.parameters()).device
         chosen = list(self.tasks if tasks is None else tasks)
         finetuned = {task: self._vectors[task].head for task in chosen} if heads is None else heads
@@ -533,6 +557,7 @@ class MergeSession:
         backbone: Mapping[str, Tensor],
         heads: Mapping[str, Mapping[str, Tensor]],
         batches: Mapping[str, Iterable[Any]] | None,
+        factors: Mapping[str, LowRank] | None = None,
         *,
         home: torch.device,
         device: torch.device,
@@ -543,6 +568,7 @@ class MergeSession:
             backbone,
             {task: {name: tensor.to(home) for name, tensor in state.items()} for task, state in heads.items()},
             self.task_vectors,
+            factors=factors,
             head=self.head,
             batches=batches,
             max_batches=self.batch_norm_batches,
@@ -566,7 +592,7 @@ class MergeSession:
             recipe,
             list(vectors.values()),
             device,
-            shapes={name: tuple(parameter.tensor.shape) for name, parameter in parameters.items()},
+            shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
             transposed=transposed_names(module, parameters),
             share={name for name, owner in self._owners.items() if owner == self.ranks.rank},
             reduce=self.ranks.sum,
@@ -582,6 +608,7 @@ class MergeSession:
         heads: Mapping[str, Mapping[str, Tensor]],
         assembled: Assembled,
         facts: Sequence[str],
+        factors: Mapping[str, LowRank],
     ) -> None:
         run_folder = self.run_folder
         assert run_folder is not None
@@ -589,14 +616,16 @@ class MergeSession:
         if statistics:
             common = {name: tensor for name, tensor in of_all_tasks(statistics).items() if name in backbone}
             backbone = {**backbone, **{name: tensor.to(backbone[name].dtype) for name, tensor in common.items()}}
-        alone = MultiTaskModule.assemble({first: modules[first]}, backbone, {first: heads[first]}, head=self.head)
+        alone = MultiTaskModule.assemble(
+            {first: modules[first]}, backbone, {first: heads[first]}, head=self.head, factors=factors
+        )
         module = alone.task_module(first)
         card = model_card(
             recipe,
             {task: {"parameters with a delta": len(vector.deltas)} for task, vector in vectors.items()},
             base=getattr(module, "backbone_name", None),
             base_fingerprint=fingerprint(self._base.hashes),
-            facts=[*facts, *([_STATISTICS_FACT] if statistics else [])],
+            facts=[*facts, *([_STATISTICS_FACT] if statistics else []), *([_ADAPTER_FACT] if factors else [])],
             loading=loading_code(first, module),
         )
         record: dict[str, Any] = {
@@ -617,7 +646,28 @@ class MergeSession:
 
         known = {task: own for task, own in modules.items() if task in self._modules}
         names = head_names_of(module, self.head)
-        write_merged(run_folder.merged, module, names, heads, card, finish, statistics, known)
+        write_merged(run_folder.merged, module, names, heads, card, finish, statistics, known, factors)
+
+    def _is_quantized(self, module: nn.Module) -> bool:
+        return is_quantized_base(backbone_parameters(module, head_names_of(module, self.head)))
+
+    def _require_factors(self, recipe: Recipe, kinds: Mapping[str, Kind]) -> None:
+        """Refuses a recipe whose result would be no adapter, which is all that a quantized base can take up."""
+        reasons = recipe.misfits_of_factors(kinds, self.tasks)
+        if recipe.method.propagate:
+            reasons.append(f"{type(recipe.method).__name__} with propagate needs whole weights")
+        if reasons:
+            raise ValueError(
+                f"The base is quantized, so what is merged must be an adapter, but {'; '.join(reasons)}: take another "
+                "method, or load the base in a floating-point precision."
+            )
+
+    def _require_dense(self, module: nn.Module) -> None:
+        if self._is_quantized(module):
+            raise ValueError(
+                "The base is quantized, and side by side, merges are studied as whole weights: fit, merge and test one "
+                "method at a time, or load the base in a floating-point precision."
+            )
 
     def _trained(self, module: nn.Module, task: str) -> nn.Module:
         self._require_task(task)
@@ -634,16 +684,21 @@ class MergeSession:
         return DeltaCache(self.store, self.run_folder, self._owners, self.ranks)
 
 
+_ADAPTER_FACT = "an adapter: peft loads it on the quantized base that the tasks started from"
 _STATISTICS_FACT = (
     "batch norms: running statistics of all tasks' training data; `batch_norm/<task>.safetensors` holds those of a task"
 )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The module that Fabric or DDP was given."""
-    if is_wrapped(module):
-        module = cast(nn.Module, module.module)
-    return cast(nn.Module, module.module) if isinstance(module, DistributedDataParallel) else module
+    """The module that Fabric, DDP or `torch.compile` was given."""
+    while (bare := uncompiled(module)) is not module or is_wrapped(bare) or isinstance(bare, DistributedDataParallel):
+        module = cast(nn.Module, bare.module) if bare is module else bare
+    return module
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
 def _advice(run_folder: RunFolder | None) -> str:

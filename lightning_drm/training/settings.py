@@ -27,6 +27,8 @@ _ADDED = {  # what was so before it was a setting
     "model.trust_remote_code": False,
     "model.kind": None,
     "model.revision": None,
+    "model.quantization": None,
+    "model.gradient_checkpointing": False,
     "data.trust_remote_code": False,
     "data.kind": None,
     "data.revision": None,

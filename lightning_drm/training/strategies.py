@@ -17,7 +17,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_drm.deltas import Parameter
+from lightning_drm.deltas import Parameter, quantized_layers
 
 
 def is_sharded_strategy(strategy: Strategy) -> bool:
@@ -65,6 +65,23 @@ def _problem_of_fsdp(strategy: FSDPStrategy) -> str | None:
     if strategy.cpu_offload is not None and strategy.cpu_offload.offload_params:
         return "has cpu_offload, under which no deltas are taken; leave it out"
     return None
+
+
+def refuse_quantized(strategy: Strategy, module: nn.Module) -> None:
+    """Refuses a quantized base under a strategy that shards, whose pieces of codes would be nobody's weights.
+
+    Args:
+        strategy: The Trainer's strategy, which shards.
+        module: A task's module.
+
+    Raises:
+        ValueError: If some of its weights are quantized.
+    """
+    if quantized_layers(module):
+        raise ValueError(
+            f"{type(module).__name__} has quantized weights, which {type(strategy).__name__} would shard: use one "
+            "device, or 'ddp'."
+        )
 
 
 def refuse_rounded_buffers(strategy: FSDPStrategy, parameters: Mapping[str, Parameter]) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lightning_drm.data import MultiTaskDataModule
 from lightning_drm.data.task import DatasetTask
+from lightning_drm.deltas.compiled import compiled_methods, is_compiled, uncompiled
 from lightning_drm.kinds import metrics_of
 from lightning_drm.modules import OF_DATA, duplicate, share_factories
 from lightning_drm.training.session import MergeSession
@@ -20,17 +21,23 @@ class TaskModules:
     """Makes a task's module whenever one is needed, so that no more than one has to be kept.
 
     Args:
-        template: What each is a copy of. Its ``configure_for(data)``, if it has one, is called with the task's data;
-            or its ``configure_task(num_classes)`` with the number of classes that the data have.
+        template: What each is a copy of, or `torch.compile` of it. Its ``configure_for(data)``, if it has one, is
+            called with the task's data; or its ``configure_task(num_classes)`` with the number of classes that the data
+            have.
         data: The tasks' data modules.
         session: The session, whose ranks make their modules together.
         strategy: Tells which process prepares the data, and the precision of the weights.
+
+    Raises:
+        ValueError: If copies of the template would not be compiled as it is.
     """
 
     def __init__(
         self, template: LightningModule, data: MultiTaskDataModule, session: MergeSession, strategy: Strategy
     ) -> None:
-        self._template = template
+        self._given = template
+        self._template = cast(LightningModule, uncompiled(template))
+        _refuse_lost_compilation(self._template)
         self._data = data
         self._session = session
         self._strategy = strategy
@@ -70,6 +77,14 @@ class TaskModules:
             self._give_metrics(module, data)
         convert_precision(self._strategy, module)
         return module
+
+    def compiled(self, module: LightningModule) -> LightningModule:
+        """A task's module as it is trained: compiled as the template is, if that came compiled as a whole.
+
+        Args:
+            module: What `fresh` gave.
+        """
+        return cast(LightningModule, cast(Any, self._given).dynamo_ctx(module)) if is_compiled(self._given) else module
 
     def _give_metrics(self, module: LightningModule, data: LightningDataModule) -> None:
         """Gives a user's own module the metrics that its data name, not those that a `DatasetTask` has anyway."""
@@ -148,3 +163,17 @@ class TaskModules:
             data.prepare_data()
         ranks.wait()
         data.setup("fit")
+
+
+def _refuse_lost_compilation(template: LightningModule) -> None:
+    """Refuses a template with parts that are compiled in a way that no copy can have."""
+    parts = dict(template.named_modules())
+    lost = [name or "itself" for name, child in parts.items() if child._compiled_call_impl is not None]
+    if template._compiler_ctx is None:  # else the methods are Lightning's, which compiles those of each task's module
+        lost += [f"{name}.{own}".lstrip(".") for name, child in parts.items() for own in compiled_methods(child)]
+    if lost:
+        raise ValueError(
+            f"{type(template).__name__} has compiled {', '.join(lost)} in place, which is lost in the copies that "
+            "tasks train: compile in configure_model, put torch.compile(…) around a submodule, or pass "
+            "torch.compile(module)."
+        )

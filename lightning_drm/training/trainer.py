@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_drm.analysis import Analysis, chosen_analyses
 from lightning_drm.data import MultiTaskDataModule, require_validation_sets
+from lightning_drm.deltas.compiled import uncompiled
 from lightning_drm.distributed.interfaces import follow_nccl
 from lightning_drm.distributed.watch import watched
 from lightning_drm.evaluation import Split, StoredFinding
@@ -106,9 +107,9 @@ class MergeTrainer(Trainer):
         """Finetunes each task from the same base, then merges and tests. Tasks already done are not trained again.
 
         Args:
-            model: Template of a task's module. Each task trains a copy of it, whose ``configure_for(data)``, if it has
-                one, is called with the task's data; or its ``configure_task(num_classes)`` with their number of
-                classes.
+            model: Template of a task's module, or `torch.compile` of it. Each task trains a copy of it, whose
+                ``configure_for(data)``, if it has one, is called with the task's data; or its
+                ``configure_task(num_classes)`` with their number of classes.
             train_dataloaders: As in Lightning, for a single task.
             val_dataloaders: As in Lightning, for a single task.
             datamodule: The tasks.
@@ -131,7 +132,7 @@ class MergeTrainer(Trainer):
         if not isinstance(datamodule, MultiTaskDataModule):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, **kwargs)
             return
-        if problem := unmeasurable(model):
+        if problem := unmeasurable(uncompiled(model)):
             raise ValueError(problem)
         run = self._run_of(model, datamodule)
         if run.snapshots.merge:
@@ -491,7 +492,8 @@ class MergeTrainer(Trainer):
         requeued = fit.requeued()
         try:
             with writing(run.folder.task(task)):  # its logs among other things
-                trainer.fit(module, datamodule=run.data.tasks[task], ckpt_path=checkpoint, weights_only=False)
+                compiled = run.modules.compiled(module)
+                trainer.fit(compiled, datamodule=run.data.tasks[task], ckpt_path=checkpoint, weights_only=False)
         except SIGTERMException:
             run.interruptible.requeued = fit.requeued() != requeued
             raise

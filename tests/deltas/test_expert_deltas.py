@@ -9,9 +9,8 @@ from helpers import experts
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
-from lightning_drm.deltas import load_task_vector, save_task_vector
+from lightning_drm.deltas import load_task_vector, remove_wrappers, save_task_vector
 from lightning_drm.deltas.collect import Base
-from lightning_drm.deltas.lora import remove_adapters
 from lightning_drm.deltas.task_vector import TaskVector
 from lightning_drm.merging import LowRankStack
 from lightning_drm.merging.low_rank import densify
@@ -49,7 +48,7 @@ def test_delta_is_what_peft_merges(name: str, settings: dict[str, object]) -> No
     assert len(stacks) == 2 * len(settings.get("target_parameters", experts.TARGETS))
     assert {vector.kinds[key] for key in stacks} == {"experts"}
     assert_added(vector, experts.deltas_of(module, base))
-    remove_adapters(module)
+    remove_wrappers(module)
     after = dict(module.base_model.model.named_parameters())
     assert after.keys() == dict(base.named_parameters()).keys()
 

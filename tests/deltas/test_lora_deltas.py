@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import BertModel, GPT2Config, GPT2Model
 
-from lightning_drm.deltas import Base, TaskVector, remove_adapters
+from lightning_drm.deltas import Base, TaskVector, remove_wrappers
 from lightning_drm.merging import LowRank
 
 LINEAR = ["query", "value"]
@@ -178,7 +178,7 @@ def test_adapters_are_removed_with_names_restored(bert: BertModel, inject: bool)
     config = LoraConfig(r=2, target_modules=LINEAR)
     model = inject_adapter_in_model(config, bert) if inject else get_peft_model(bert, config)
     module = WithHead(model)
-    remove_adapters(module)
+    remove_wrappers(module)
     assert list(module.state_dict()) == names
     assert not any(hasattr(child, "peft_config") for child in module.modules())
     module.model(input_ids=torch.ones(1, 3, dtype=torch.long))
@@ -188,7 +188,7 @@ def test_saved_modules_keep_their_finetuned_copy(bert: BertModel) -> None:
     module = WithHead(get_peft_model(bert, LoraConfig(r=2, target_modules=LINEAR, modules_to_save=["pooler"])))
     train(module)
     trained = module.model.base_model.model.pooler.modules_to_save["default"].dense.weight.clone()
-    remove_adapters(module)
+    remove_wrappers(module)
     assert torch.equal(module.model.pooler.dense.weight, trained)
 
 

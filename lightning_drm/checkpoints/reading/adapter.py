@@ -13,11 +13,11 @@ from lightning_drm.checkpoints.reading.target_parameters import adapted_paramete
 from lightning_drm.checkpoints.reading.task_input import Entry, TaskInput
 from lightning_drm.checkpoints.reading.tensors import CONTAINERS, Tensors
 from lightning_drm.deltas import Kind
+from lightning_drm.deltas.adapters import CONFIG_FILE
 from lightning_drm.deltas.lora import expert_factors
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.storage.json_files import read_object, shown
 
-CONFIG_FILE = "adapter_config.json"
 _PREFIX = "base_model.model."
 _SIDE = re.compile(r"(?<=\.lora_)(embedding_)?([AB])(?=$|\.)")
 

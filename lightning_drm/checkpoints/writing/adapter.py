@@ -10,21 +10,19 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_drm.checkpoints.planning import Plan
-from lightning_drm.checkpoints.reading.adapter import CONFIG_FILE, AdapterInput
+from lightning_drm.checkpoints.reading.adapter import AdapterInput
 from lightning_drm.checkpoints.reading.tensors import SafetensorsFiles
 from lightning_drm.checkpoints.writing.check import Checked, measure_factors, require_finite, summary
 from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector
+from lightning_drm.deltas.adapters import ADAPTER_FILE, adapter_config, factor_names, write_adapter_files
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.fuse import Fusion
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.pretrained import public_name
-from lightning_drm.storage import write_json, write_tensors
-from lightning_drm.storage.json_files import read_object
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-ADAPTER_FILE = "adapter_model.safetensors"
 _SHARES = ".shares"  # the factors that each process merged
 _WITH_OWN_HEAD = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
 
@@ -95,13 +93,7 @@ def _write(folder: Path, plan: Plan, merged: Mapping[str, Delta]) -> None:
         a, b = _file_names(plan, names, name)
         linear = factors.T if _is_transposed(plan, name) else factors
         tensors[a], tensors[b] = linear.down, linear.up
-    config = _config(plan, ranks)
-    write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
-    config.save_pretrained(str(folder))
-    # peft writes them in the order of a set, which differs from process to process.
-    written = read_object(folder / CONFIG_FILE)
-    written["target_modules"] = sorted(written["target_modules"])
-    write_json(folder / CONFIG_FILE, written)
+    write_adapter_files(folder, _config(plan, ranks), tensors)
 
 
 def _check(folder: Path, plan: Plan, fusion: Fusion) -> Checked:
@@ -128,10 +120,7 @@ def _read(folder: Path, plan: Plan) -> Iterator[tuple[str, LowRank]]:
 
 def _file_names(plan: Plan, names: dict[str, str], name: str) -> tuple[str, str]:
     """The names of both factors; A, which is applied first, comes first."""
-    module = f"base_model.model.{names[name].removesuffix('.weight')}"
-    if plan.kinds[name] == "embedding":
-        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+    return factor_names(names[name].removesuffix(".weight"), embedding=plan.kinds[name] == "embedding")
 
 
 def _is_transposed(plan: Plan, name: str) -> bool:
@@ -140,23 +129,13 @@ def _is_transposed(plan: Plan, name: str) -> bool:
 
 
 def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:
-    """The adapter's configuration. Alpha is equal to the rank everywhere, so that peft's scaling is 1."""
-    from peft import LoraConfig, TaskType
-
-    rank = max(ranks.values())
-    others = {f"^{module.replace('.', chr(92) + '.')}": value for module, value in ranks.items() if value != rank}
     inputs = [task.input for task in plan.tasks]
     kinds = {found.config.get("task_type") for found in inputs if isinstance(found, AdapterInput)}
     kind = kinds.pop() if len(kinds) == 1 else None
-    return LoraConfig(
-        task_type=None if kind is None or kind in _WITH_OWN_HEAD else TaskType(kind),
-        base_model_name_or_path=public_name(plan.base.name),
-        inference_mode=True,
-        r=rank,
-        lora_alpha=rank,
-        target_modules=sorted(ranks),
-        rank_pattern=dict(others),
-        alpha_pattern=dict(others),
+    return adapter_config(
+        ranks,
+        base=public_name(plan.base.name),
+        task_type=None if kind in _WITH_OWN_HEAD else kind,
         fan_in_fan_out=any(name in plan.transposed for name in plan.kinds),
     )
 
