@@ -39,6 +39,7 @@ from lightning_drm.fusion import (
     Recipe,
     facts_on_kinds,
     merge_side_by_side,
+    merging_bytes,
     model_card,
 )
 from lightning_drm.fusion.depth import notes_on_depth, problems_of_depth
@@ -53,6 +54,7 @@ from lightning_drm.training.exchange import Owners, merge_together
 from lightning_drm.training.kept_modules import KeptModules
 from lightning_drm.training.merged_folder import loading_code, write_merged
 from lightning_drm.training.progress import merging_bar
+from lightning_drm.training.room import home_of_merged
 from lightning_drm.training.run_folder import BATCH_NORM, RECORD_FILE, STATISTICS, RunFolder
 from lightning_drm.training.statistics import extended
 
@@ -393,7 +395,8 @@ class MergeSession:
                 statistics, as `propagated` gives them.
 
         Returns:
-            The merged model, on the device of the given or the last collected module, or sharded as that module is.
+            The merged model, on the device of the given or the last collected module, or sharded as that module is; in
+            host memory, with a warning, where the device has no room for it beside what is there.
 
         Raises:
             RuntimeError: If tasks are missing.
@@ -420,14 +423,17 @@ class MergeSession:
             place = torch.device(device or home)
             chosen = self.task_vectors if vectors is None else vectors
             fusion = self._fusion(recipe, modules[self.tasks[0]], place, chosen)
+            wanted = home
+            home = home_of_merged(wanted, base, self._merging_bytes(fusion, base), self.ranks)
             with merging_bar(type(recipe.method).__name__, self.ranks) as progress:
-                for name, weight in merge_together(fusion, base, self._owners, self.ranks, progress):
+                for name, weight in merge_together(fusion, base, self._owners, self.ranks, home, progress):
                     # Copied where it is the base's: training may go on, and must not change the merged model by it.
                     own = weight.to(home, copy=name not in fusion.kinds)
                     merged[name] = shard_like(own, base[name])
                     if writes:
                         written[name] = own.cpu()
-            assembled = self._assembled(modules, merged, heads, batch_norm, home=home, device=place)
+            estimating = place if home == wanted else home
+            assembled = self._assembled(modules, merged, heads, batch_norm, home=home, device=estimating)
             if writes:
                 shapes = {name: tuple(weight.shape) for name, weight in written.items()}
                 facts = facts_on_kinds(fusion.treatments, fusion.kinds, shapes)
@@ -572,6 +578,11 @@ class MergeSession:
             reduce=self.ranks.sum,
             decompositions=decompositions,
         )
+
+    def _merging_bytes(self, fusion: Fusion, base: Mapping[str, Tensor]) -> int:
+        """About how many bytes of its device a fusion takes beside deltas and weights."""
+        shapes = {name: tuple(base[name].shape) for name in fusion.kinds}
+        return merging_bytes(fusion.treatments, shapes, len(self.tasks), fusion.device, ranks=self._owners.low_rank)
 
     def _write(
         self,
