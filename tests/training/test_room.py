@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers.devices import needs_gpu
 from helpers.tiny import VectorTask
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -105,7 +106,7 @@ def test_the_merged_model_is_built_in_host_memory_where_it_has_none(gpu: Says):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@needs_gpu
 def test_what_the_allocator_has_kept_is_free():
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -120,7 +121,7 @@ def test_what_the_allocator_has_kept_is_free():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("free", [0, 10 * GB])
 def test_a_session_builds_it_there(free: int, monkeypatch: pytest.MonkeyPatch):
     session = MergeSession(["a", "b"], store="device")
