@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 T = TypeVar("T")
 
@@ -100,11 +99,10 @@ class Card:
 
     def eigenproblem(self, size: int, dtype: torch.dtype) -> Measured:
         """Measures `torch.linalg.eigh` of one Gram matrix."""
-        return self.measure(lambda matrix=self._gram(size).to(dtype): torch.linalg.eigh(matrix))
-
-    def _gram(self, size: int) -> Tensor:
         rows = torch.randn(size, size, dtype=torch.float64, device=self.device)
-        return rows @ rows.T
+        matrix = (rows @ rows.T).to(dtype)
+        del rows
+        return self.measure(lambda: torch.linalg.eigh(matrix))
 
     def _once(self, work: Callable[[], object]) -> float:
         start = time.perf_counter()

@@ -28,11 +28,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.card import Card, Rates
-from benchmarks.gpu_cases import LARGEST_PLAIN, MODELS, PLAIN, Model, floor, merge, methods_for
+from benchmarks.gpu_cases import LARGEST_PLAIN, MODELS, PLAIN, Model, calibrated, floor, merge, methods_for
 from helpers import ties
 from helpers.devices import CPU, on
 
-from lightning_drm.merging import LowRank, Method
+from lightning_drm.merging import DRM, TIES, KnOTS, LowRank, Method
 
 CORNER = 640  # rows and columns that are compared: more than any method leaves to the host
 EIGENPROBLEMS = {"real": (80, 512, 768, 1024, 2048, 3072, 4096, 8192, 14336), "tiny": (8, 16)}
@@ -97,10 +97,9 @@ def off_the_cpu(method: Method, model: Model, device: torch.device) -> float:
     statistics = model.statistics(corner, method, device)
     there = merge(method, on(device, deltas), statistics).cpu()
     here = merge(method, deltas, statistics and [one.to(CPU) for one in statistics])
-    dense = [delta.dense() if isinstance(delta, LowRank) else delta for delta in deltas]
-    free = ties.undecided(method, dense, there.dtype) if not getattr(method, "density", 1.0) < 0.05 else None
-    if free is not None and isinstance(method, tuple(_WITH_TIES)):
-        here = torch.where(free, there, here)
+    if isinstance(method, DRM | KnOTS | TIES) and (method.elementwise or not isinstance(method, TIES)):
+        dense = [delta.dense() if isinstance(delta, LowRank) else delta for delta in deltas]
+        here = torch.where(ties.undecided(method, dense, there.dtype), there, here)
     return float((there.double() - here.double()).norm() / here.double().norm())
 
 
@@ -114,11 +113,16 @@ def measured(key: str, model: Model, card: Card, rates: Rates | None, seconds: f
             yield row
             continue
         row.off_the_cpu = off_the_cpu(method, model, card.device)
-        total, lowest, plain = 0.0, 0.0, 0.0
+        total, lowest, plain, merging = 0.0, 0.0, 0.0, merge
+        if method.elementwise:  # its passes over the model are cheap enough to be taken as they are
+            of_shapes = {shape: model.deltas(shape, card.device) for shape in model.shapes}
+            total = card.measure(lambda: calibrated(method, model, of_shapes)).seconds  # noqa: B023  # called here
+            method, merging = calibrated(method, model, of_shapes), Method.merge
+            del of_shapes
         for shape, count in model.shapes.items():
             card.free()
             deltas, statistics = model.deltas(shape, card.device), model.statistics(shape, method, card.device)
-            found = card.measure(lambda: merge(method, deltas, statistics))  # noqa: B023  # called right here
+            found = card.measure(lambda: merging(method, deltas, statistics=statistics))  # noqa: B023
             total += count * found.seconds
             if found.peak_bytes is not None:
                 row.extra_gb = max(row.extra_gb or 0.0, found.peak_bytes / 1e9)
@@ -146,11 +150,11 @@ def card_table(card: Card, rates: Rates, shapes: str) -> Table:
     return table
 
 
-def model_table(title: str, rows: Sequence[Row]) -> Table:
+def model_table(title: str, rows: Sequence[Row], is_real: bool) -> Table:
     """What was measured on one model."""
     table = Table("method", "time", "at most", "plain code", "floor", "extra memory", "off the CPU", "", title=title)
     for row in rows:
-        bound = bound_of(row)
+        bound = bound_of(row) if is_real else None
         kept = row.seconds is not None and bound is not None and row.seconds <= bound.at_most
         table.add_row(
             row.method,
@@ -180,7 +184,8 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     compared = [row for row in rows if row.off_the_cpu is not None]
     far = [row for row in compared if not row.off_the_cpu <= allowed_off(row)]
     listed = ", ".join(f"{row.method} on {row.model} {row.off_the_cpu:.0e}" for row in far)
-    said.append(f"{'NOT kept' if far else 'kept'}: the values of the CPU in {len(compared)} cases{': not in ' + listed if far else ''}")
+    exceptions = f", but for {listed}" if far else ""
+    said.append(f"{'NOT kept' if far else 'kept'}: the values of the CPU, {len(compared)} cases{exceptions}")
     return said
 
 
@@ -202,22 +207,24 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if chosen.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --shapes tiny runs the same code")
     parts = chosen.parts or ["rates", *MODELS]
-    card, console, rows = Card(chosen.device), Console(), []
+    is_real = chosen.shapes == "real"
+    card, console, rows = Card(chosen.device), Console(width=130, highlight=False), []
     rates = card.rates(PRODUCTS[chosen.shapes]) if "rates" in parts else None
     if rates is not None:
         console.print(card_table(card, rates, chosen.shapes))
     for key, full in MODELS.items():
         if key in parts:
-            model = full.tiny() if chosen.shapes == "tiny" else full
+            model = full if is_real else full.tiny()
             found = list(measured(key, model, card, rates, chosen.seconds))
-            console.print(model_table(full.title if chosen.shapes == "real" else f"{full.title}, tiny", found))
+            title = full.title if is_real else f"{full.title}, sides of a 64th"
+            console.print(model_table(title, found, is_real))
             rows += found
     with chosen.output.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    if chosen.shapes == "real":
-        console.print("\n".join(verdicts(rows)), highlight=False)
+    if is_real:
+        console.print("\n".join(verdicts(rows)))
     return rows
 
 

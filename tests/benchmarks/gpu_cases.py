@@ -1,8 +1,8 @@
-"""What `gpu.py` merges: the matrices of real models by their shapes, every method of the package, and the plain code."""
+"""What `gpu.py` merges: the matrices of real models by their shapes, every method of the package, and plain code."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -123,9 +123,17 @@ LARGEST_PLAIN = 4096  # sides beyond it take an SVD minutes
 
 
 def merge(method: Method, deltas: Sequence[Delta], statistics: Sequence[Statistics] | None) -> Tensor:
-    """One parameter, with the passes over the model that a method takes for it before."""
-    ready = method.calibrate(lambda: iter([list(deltas)]), num_tasks=len(deltas))
-    return ready.merge(deltas, statistics=statistics)
+    """One parameter, with the pass over it that a method takes before, if it takes any over the model."""
+    return method.calibrate(lambda: [deltas], num_tasks=len(deltas)).merge(deltas, statistics=statistics)
+
+
+def calibrated(method: Method, model: Model, of_shapes: Mapping[Shape, Sequence[Delta]]) -> Method:
+    """A method that has seen the whole model, of which matrices of one shape are the same here."""
+
+    def stream() -> Iterator[Sequence[Delta]]:
+        return (of_shapes[shape] for shape, count in model.shapes.items() for _ in range(count))
+
+    return method.calibrate(stream, num_tasks=model.num_tasks)
 
 
 def floor(method: Method, model: Model, shape: Shape, rates: Rates) -> float | None:

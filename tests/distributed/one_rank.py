@@ -18,6 +18,7 @@ import torch.distributed as dist
 from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 
 from lightning_drm import DRM, DRMMergeCallback
 from lightning_drm.distributed.ranks import Ranks
@@ -26,13 +27,22 @@ BACKEND = os.environ["BACKEND"]
 ACCELERATOR, DEVICE = {"gloo": ("cpu", "cpu"), "nccl": ("gpu", "cuda")}[BACKEND]
 
 
+class InOrder(Vectors):
+    """Their training samples are not shuffled."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, batch_size=16)
+
+
 def fit(folder: Path, name: str, strategy: Callable[[], str | DDPStrategy]) -> None:
     """Fits two tasks, merges them, and tests the merged model."""
     merge = DRMMergeCallback(["a", "b"], method=DRM(density=0.5), dirpath=folder / name)
-    data = [Vectors(number) for number in range(2)]
+    data = [InOrder(number) for number in range(2)]
 
     def trainer(**arguments: object) -> L.Trainer:
-        return quiet_trainer(accelerator=ACCELERATOR, devices=1, strategy=strategy(), inference_mode=False, **arguments)
+        """One that leaves the sampler as it is."""
+        same = {"use_distributed_sampler": False, "inference_mode": False}
+        return quiet_trainer(accelerator=ACCELERATOR, devices=1, strategy=strategy(), **same, **arguments)
 
     for task, own in zip(merge.tasks, data, strict=True):
         L.seed_everything(0)
