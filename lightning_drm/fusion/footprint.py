@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from lightning_drm.fusion.pieces import largest_piece
+from lightning_drm.fusion.pieces import largest_piece, pieces
 from lightning_drm.fusion.recipe import Treatment
 from lightning_drm.fusion.threads import num_threads
 
@@ -50,6 +50,25 @@ def merging_bytes(
         else:
             found.append(_whole(treatment, shapes[name], num_tasks, ranks.get(name)))
     return max(found)
+
+
+def too_large_as_a_whole(
+    treatments: Mapping[str, Treatment], shapes: Mapping[str, tuple[int, ...]], device: torch.device
+) -> frozenset[str]:
+    """Names of the parameters that an accelerator, whose memory is scarce, merges a few rows at a time: embeddings.
+
+    Args:
+        treatments: By name, what is done to each parameter.
+        shapes: By name, its shape.
+        device: Where it is computed. In host memory, all parameters are merged as a whole.
+    """
+    if device.type == "cpu":
+        return frozenset()
+    return frozenset(
+        name
+        for name, shape in shapes.items()
+        if name in treatments and treatments[name].works_in_pieces and len(pieces(shape, device)) > 1
+    )
 
 
 def _whole(treatment: Treatment, shape: tuple[int, ...], num_tasks: int, rank: int | None) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_drm.deltas import Parameter
 from lightning_drm.deltas.sharded import whole
 from lightning_drm.distributed.ranks import Ranks
-from lightning_drm.fusion.fuse import Fusion
+from lightning_drm.fusion.fuse import Fusion, Merged
 from lightning_drm.fusion.recipe import Recipe
 from lightning_drm.fusion.share_out import costs, share_out
 
@@ -96,10 +96,8 @@ def merge_together(
         weight = whole(base[name])
         if owners[name] == ranks.rank:
             own[name] = weight
-    for num_done, merged in enumerate(fusion.merge(list(own)), start=1):
-        weight = own[merged.name].to(fusion.device)
-        own[merged.name] = (weight.to(merged.delta.dtype) + merged.delta).to(weight.dtype).to(home)
-        del merged, weight  # before the next ones come
+    for num_done, (name, weight) in enumerate(_merged(fusion, own, home), start=1):
+        own[name] = weight
         if progress is not None:
             progress(num_done, len(own))
     ranks.wait()
@@ -112,3 +110,22 @@ def merge_together(
         else:
             weight = torch.empty(tensor.shape, dtype=tensor.dtype, device=fusion.device)
             yield name, ranks.copy_from(weight, owners[name])
+
+
+def _merged(fusion: Fusion, base: Mapping[str, Tensor], home: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Name and merged weight of each parameter, at home: those that are merged as a whole, then those in pieces."""
+    for merged in fusion.merge([name for name in base if not fusion.comes_in_pieces(name)]):
+        yield merged.name, _added(base[merged.name], merged).to(home)
+        del merged  # before the next one comes
+    for name in base:
+        if fusion.comes_in_pieces(name):
+            weight = torch.empty_like(base[name], device=home)
+            for merged in fusion.merge_in_pieces(name):
+                rows = ... if merged.rows is None else merged.rows
+                weight[rows] = _added(base[name][rows], merged).to(home)
+            yield name, weight
+
+
+def _added(weight: Tensor, merged: Merged) -> Tensor:
+    """A weight, or the same rows of it, plus its merged delta, in the weight's precision and on the delta's device."""
+    return (weight.to(merged.delta.device).to(merged.delta.dtype) + merged.delta).to(weight.dtype)

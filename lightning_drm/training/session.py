@@ -41,6 +41,8 @@ from lightning_drm.fusion import (
     merge_side_by_side,
     merging_bytes,
     model_card,
+    too_large_as_a_whole,
+    treatments,
 )
 from lightning_drm.fusion.depth import notes_on_depth, problems_of_depth
 from lightning_drm.merging import DRM, Method, Need
@@ -568,11 +570,15 @@ class MergeSession:
         parameters = backbone_parameters(module, head_names_of(module, self.head))
         trained = {name for vector in vectors.values() for name in vector.deltas}
         self._owners.share_out({name: p for name, p in parameters.items() if name in trained}, self.ranks.size)
+        shapes = {name: tuple(parameter.tensor.shape) for name, parameter in parameters.items()}
+        kinds = {name: kind for vector in vectors.values() for name, kind in vector.kinds.items()}
+        known = treatments(recipe, kinds, list(vectors), list(vectors.values()))
         return Fusion(
             recipe,
             list(vectors.values()),
             device,
-            shapes={name: tuple(parameter.tensor.shape) for name, parameter in parameters.items()},
+            shapes=shapes,
+            in_pieces=too_large_as_a_whole(known, shapes, device),
             transposed=transposed_names(module, parameters),
             share={name for name, owner in self._owners.items() if owner == self.ranks.rank},
             reduce=self.ranks.sum,
@@ -582,7 +588,14 @@ class MergeSession:
     def _merging_bytes(self, fusion: Fusion, base: Mapping[str, Tensor]) -> int:
         """About how many bytes of its device a fusion takes beside deltas and weights."""
         shapes = {name: tuple(base[name].shape) for name in fusion.kinds}
-        return merging_bytes(fusion.treatments, shapes, len(self.tasks), fusion.device, ranks=self._owners.low_rank)
+        return merging_bytes(
+            fusion.treatments,
+            shapes,
+            len(self.tasks),
+            fusion.device,
+            ranks=self._owners.low_rank,
+            in_pieces=fusion.in_pieces,
+        )
 
     def _write(
         self,
