@@ -18,7 +18,7 @@ def test_it_measures_every_method_and_compares_it_with_the_cpu(
     assert {(row.model, row.method) for row in rows} == expected
     for row in rows:
         assert row.seconds > 0
-        assert row.off_the_cpu <= gpu.allowed_off(row), row
+        assert row.off_the_cpu <= gpu.allowed_off(gpu.method_of(row)), row
         assert (row.extra_gb is None) == (device.type == "cpu")
         assert not row.left_out
     floors = {row.method for row in rows if row.floor_seconds is not None}

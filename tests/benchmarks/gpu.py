@@ -89,6 +89,11 @@ def bound_of(row: Row) -> Bound | None:
     return next((bound for bound in BOUNDS if (bound.model, bound.method) == (row.model, row.method)), None)
 
 
+def method_of(row: Row) -> Method:
+    """The method of a line of the table."""
+    return methods_for(MODELS[row.model])[row.method]
+
+
 def off_the_cpu(method: Method, model: Model, device: torch.device) -> float:
     """The relative difference of a merge on the device from the same one on the CPU."""
     shape = next(iter(model.shapes))
@@ -129,7 +134,7 @@ def measured(key: str, model: Model, card: Card, rates: Rates | None, seconds: f
             at_least = floor(method, model, shape, rates) if rates is not None else None
             lowest = float("nan") if at_least is None else lowest + count * at_least
             if name in PLAIN and not row.left_out:
-                if max(shape) > LARGEST_PLAIN or time.monotonic() > end:
+                if min(shape) > LARGEST_PLAIN or time.monotonic() > end:
                     row.left_out = f"plain code from {shape[0]} × {shape[1]} on"
                 else:
                     dense = [delta.dense() if isinstance(delta, LowRank) else delta for delta in deltas]
@@ -182,16 +187,16 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             word = "kept" if row.seconds <= bound.at_most else "NOT kept"
             said.append(f"{word}: {what}: {row.seconds:.3g} s, at most {bound.at_most:g} s")
     compared = [row for row in rows if row.off_the_cpu is not None]
-    far = [row for row in compared if not row.off_the_cpu <= allowed_off(row)]
+    far = [row for row in compared if not row.off_the_cpu <= allowed_off(method_of(row))]
     listed = ", ".join(f"{row.method} on {row.model} {row.off_the_cpu:.0e}" for row in far)
     exceptions = f", but for {listed}" if far else ""
     said.append(f"{'NOT kept' if far else 'kept'}: the values of the CPU, {len(compared)} cases{exceptions}")
     return said
 
 
-def allowed_off(row: Row) -> float:
-    """The difference from the CPU that a line of the table may have."""
-    return OFF_ELEMENTWISE if methods_for(MODELS[row.model])[row.method].elementwise else OFF
+def allowed_off(method: Method) -> float:
+    """The relative difference from the CPU that a merge on the device may have."""
+    return OFF_ELEMENTWISE if method.elementwise else OFF
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:

@@ -119,7 +119,7 @@ PLAIN: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
     "TSVM": published.tsv_m,
     "TaskArithmetic": published.task_arithmetic,
 }
-LARGEST_PLAIN = 4096  # sides beyond it take an SVD minutes
+LARGEST_PLAIN = 1024  # where the shorter side is longer, an SVD of the stack takes minutes
 
 
 def merge(method: Method, deltas: Sequence[Delta], statistics: Sequence[Statistics] | None) -> Tensor:

@@ -23,8 +23,7 @@ from torch.utils.data import DataLoader
 from lightning_drm import DRM, DRMMergeCallback
 from lightning_drm.distributed.ranks import Ranks
 
-BACKEND = os.environ["BACKEND"]
-ACCELERATOR, DEVICE = {"gloo": ("cpu", "cpu"), "nccl": ("gpu", "cuda")}[BACKEND]
+ACCELERATORS, DEVICES = {"gloo": "cpu", "nccl": "gpu"}, {"gloo": "cpu", "nccl": "cuda"}
 
 
 class InOrder(Vectors):
@@ -34,7 +33,7 @@ class InOrder(Vectors):
         return DataLoader(self.train, batch_size=16)
 
 
-def fit(folder: Path, name: str, strategy: Callable[[], str | DDPStrategy]) -> None:
+def fit(folder: Path, name: str, accelerator: str, strategy: Callable[[], str | DDPStrategy]) -> None:
     """Fits two tasks, merges them, and tests the merged model."""
     merge = DRMMergeCallback(["a", "b"], method=DRM(density=0.5), dirpath=folder / name)
     data = [InOrder(number) for number in range(2)]
@@ -42,7 +41,7 @@ def fit(folder: Path, name: str, strategy: Callable[[], str | DDPStrategy]) -> N
     def trainer(**arguments: object) -> L.Trainer:
         """One that leaves the sampler as it is."""
         same = {"use_distributed_sampler": False, "inference_mode": False}
-        return quiet_trainer(accelerator=ACCELERATOR, devices=1, strategy=strategy(), **same, **arguments)
+        return quiet_trainer(accelerator=accelerator, devices=1, strategy=strategy(), **same, **arguments)
 
     for task, own in zip(merge.tasks, data, strict=True):
         L.seed_everything(0)
@@ -53,11 +52,11 @@ def fit(folder: Path, name: str, strategy: Callable[[], str | DDPStrategy]) -> N
     save_file(state, folder / f"{name}.safetensors")
 
 
-def meet() -> dict[str, object]:
+def meet(device: str) -> dict[str, object]:
     """What a meeting of one rank inside this process group gives."""
     ranks = Ranks(0, 1, dist.new_group(backend="gloo", timeout=timedelta(weeks=1)))
     ranks.wait()
-    sent = [torch.ones(3), torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE, dtype=torch.bfloat16)]
+    sent = [torch.ones(3), torch.ones(3, device=device), torch.ones(3, device=device, dtype=torch.bfloat16)]
     return {
         "backend": dist.get_backend(),
         "gathered": ranks.gather("x"),
@@ -67,9 +66,9 @@ def meet() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
+    place, backend = Path(sys.argv[1]), os.environ["BACKEND"]
     torch.set_num_threads(1)
-    fit(place, "alone", lambda: "auto")
-    fit(place, "ddp", lambda: DDPStrategy(process_group_backend=BACKEND))
-    (place / "met.json").write_text(json.dumps(meet()))
+    fit(place, "alone", ACCELERATORS[backend], lambda: "auto")
+    fit(place, "ddp", ACCELERATORS[backend], lambda: DDPStrategy(process_group_backend=backend))
+    (place / "met.json").write_text(json.dumps(meet(DEVICES[backend])))
     dist.destroy_process_group()
