@@ -1,13 +1,15 @@
 """What tests of several folders share. Processes that a test starts find this package and the tests' helpers."""
 
 import os
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.devices import DEVICES
 from torch import Tensor
-from xdist.scheduler import LoadFileScheduling
 
 from lightning_drm.deltas import Collected, TaskStatistics, TaskVector
 from lightning_drm.deltas.parameters import Kind
@@ -22,13 +24,29 @@ if WORKERS > 1:  # they share the cores
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """The tests of a file share fixtures, so one worker runs them all. As an option, it would keep benchmarks from
     running at all."""
+    from xdist.scheduler import LoadFileScheduling  # it is not there where tests run in one process
+
     return LoadFileScheduling(config, log)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`pytest -m gpu` needs nothing that the package itself does not: a file that imports more has no such test."""
+    if config.getoption("markexpr") != "gpu" or collection_path.suffix != ".py":
+        return None
+    imported = re.findall(r"^(?:from|import) (\w+)", collection_path.read_text(encoding="utf-8"), re.MULTILINE)
+    return True if any(find_spec(name) is None for name in imported) else None
+
+
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.fixture(scope="module", params=DEVICES, ids=str)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where it is computed: tests that ask for it run on the CPU, and on a GPU where there is one."""
+    return request.param
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import torch
 from torch import Tensor
 
+from lightning_drm.fusion.device_memory import free_bytes
 from lightning_drm.fusion.parameter import Merge
 from lightning_drm.merging import Delta, Method, PreparedMethod
 from lightning_drm.merging.inputs import check_result
@@ -129,13 +129,6 @@ class Decompositions:
         file = self._files / f"{len(self._on_disk)}.pt"
         torch.save(prepared, file)
         self._on_disk[key] = file, type(prepared)
-
-
-def free_bytes(device: torch.device) -> int:
-    """The memory of a device that is free."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -143,6 +143,11 @@ class Fusion:
             yield self._scaled(merged)
             del merged  # before the next one comes, or a third parameter's deltas would be in memory
 
+    @property
+    def in_pieces(self) -> frozenset[str]:
+        """Names of the parameters that are merged a few rows at a time."""
+        return frozenset(self._in_pieces)
+
     def comes_in_pieces(self, name: str) -> bool:
         """Whether a parameter is merged a few rows at a time."""
         return name in self._in_pieces

@@ -59,7 +59,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.merging.inputs import check_coefficients, choice, finite, fraction, refuse
-from lightning_drm.merging.joint_basis import Direction, JointBasis, joint_basis_cost
+from lightning_drm.merging.joint_basis import Direction, JointBasis, joint_basis_cost, joint_basis_side
 from lightning_drm.merging.linalg.selection import thresholds
 from lightning_drm.merging.low_rank import Delta, LowRank
 from lightning_drm.merging.precision import ieee_arithmetic
@@ -227,6 +227,10 @@ class DRM(PreparedMethod):
     @override
     def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:
         return joint_basis_cost(shape, num_tasks, rank, self.direction)
+
+    @override
+    def square_side(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> int:
+        return joint_basis_side(shape, num_tasks, rank, self.direction)
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         basis = JointBasis.of(deltas, self.direction, self.rank_tol, self.rank_drop)

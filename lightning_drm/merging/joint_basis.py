@@ -112,11 +112,25 @@ def joint_basis_cost(
     """
     height, width = reversed(shape) if direction == "vertical" else shape
     rows = height if rank is None else min(height, rank)
-    short, long = sorted((rows, num_tasks * width))
+    short, long = _sides(shape, num_tasks, rank, direction)
     decompose = eigen_cost(short) + short**2 * long  # half a Gram matrix
     project = short * rows * num_tasks * width  # in single precision, as the product at the end
     product = short * height * width
     return decompose + project + product + COST_PER_VALUE * num_tasks * rows * width
+
+
+def joint_basis_side(
+    shape: tuple[int, ...], num_tasks: int, rank: int | None, direction: Direction = "horizontal"
+) -> int:
+    """The side of the Gram matrix of one parameter's deltas; the arguments are those of `Method.square_side`."""
+    return _sides(shape, num_tasks, rank, direction)[0]
+
+
+def _sides(shape: tuple[int, ...], num_tasks: int, rank: int | None, direction: Direction) -> list[int]:
+    """The shorter and the longer side of the stack that is decomposed."""
+    height, width = reversed(shape) if direction == "vertical" else shape
+    rows = height if rank is None else min(height, rank)
+    return sorted((rows, num_tasks * width))
 
 
 Decomposed = tuple[Tensor, tuple[Tensor, ...], Tensor]

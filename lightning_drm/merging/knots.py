@@ -45,7 +45,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_drm.merging.inputs import check_coefficients, check_thresholds, finite, fraction, refuse
-from lightning_drm.merging.joint_basis import JointBasis, joint_basis_cost
+from lightning_drm.merging.joint_basis import JointBasis, joint_basis_cost, joint_basis_side
 from lightning_drm.merging.linalg.selection import Reduce, identity, thresholds
 from lightning_drm.merging.low_rank import Delta, LowRank
 from lightning_drm.merging.precision import ieee_arithmetic
@@ -154,6 +154,10 @@ class KnOTS(PreparedMethod):
     @override
     def cost(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> float:
         return joint_basis_cost(shape, num_tasks, rank)
+
+    @override
+    def square_side(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> int:
+        return joint_basis_side(shape, num_tasks, rank)
 
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         basis = _basis(deltas)

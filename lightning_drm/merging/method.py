@@ -210,6 +210,18 @@ class Method(ABC):
             return COST_PER_VALUE * num_tasks * prod(shape)
         return COST_PER_VALUE * rank * sum(shape) + rank * prod(shape)
 
+    def square_side(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> int:
+        """The side of the largest square matrix of doubles that is decomposed; 0 for none, as where entries are merged.
+
+        Args:
+            shape: As for `cost`.
+            num_tasks: As for `cost`.
+            rank: As for `cost`.
+        """
+        if self.elementwise or len(shape) != 2:
+            return 0
+        return min(*shape, *([] if rank is None else [rank]))
+
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments by name: numbers, words, and for some methods another method."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}

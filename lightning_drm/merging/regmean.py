@@ -85,6 +85,10 @@ class RegMean(Method):
         products = 2.0 * (num_tasks + 1) * rows * columns**2
         return super().cost(shape, num_tasks, rank) + products + solve_cost(columns, rows, definite=self._definite)
 
+    @override
+    def square_side(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> int:
+        return shape[1]
+
     @property
     def _definite(self) -> bool:
         return 1 - self.alpha >= DEFINITE

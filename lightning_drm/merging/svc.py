@@ -102,6 +102,10 @@ class SVC(Method):
         products = 2.0 * num_tasks * rows * columns * min(rows, columns)
         return self.method.cost(shape, num_tasks, rank) + thin_svd_cost((rows, columns)) + products
 
+    @override
+    def square_side(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> int:
+        return max(super().square_side(shape, num_tasks, rank), self.method.square_side(shape, num_tasks, rank))
+
     def _merge(self, deltas: list[Tensor], coefficients: list[float]) -> Tensor:
         numbers, own = numbers_near_one(coefficients)
         scaled, exponent = near_one(deltas)

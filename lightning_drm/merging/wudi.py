@@ -108,6 +108,10 @@ class WUDI(RotationalMethod):
         solved = num_tasks * rows * columns**2 + solve_cost(columns, rows, definite=bool(self.ridge))
         return super().cost(shape, num_tasks, rank) + met + solved
 
+    @override
+    def square_side(self, shape: tuple[int, ...], num_tasks: int, rank: int | None = None) -> int:
+        return shape[1] if rank is None or self.input_weight else min(rank, shape[1])
+
     def _num_svds(self, num_tasks: int) -> int:
         return 0
 

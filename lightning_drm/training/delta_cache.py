@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_drm.deltas import StoredDeltas, TaskVector
 from lightning_drm.distributed.ranks import Ranks
+from lightning_drm.fusion import bytes_beside_training
 from lightning_drm.merging import Delta, LowRank
 from lightning_drm.training.run_folder import RunFolder
 
@@ -25,7 +26,7 @@ class DeltaCache:
 
     Args:
         store: Where deltas wait. ``auto`` takes the disk if there is a run folder, else the device while it has room,
-            else host memory.
+            else host memory: room that a training like the one before would not need at its peak.
         run_folder: Where they are stored, if they are.
         owners: Rank by parameter name.
         ranks: The ranks that take part.
@@ -38,7 +39,7 @@ class DeltaCache:
         self.ranks = ranks
         self._on_disk = run_folder is not None and store in ("auto", "disk")
         self._writes = run_folder is not None and ranks.is_first
-        self._num_bytes = 0
+        self._num_bytes = 0  # of deltas that stay on the device because it has room
 
     def place(self, name: str, delta: Delta) -> Delta:
         """Moves a delta to where it waits, or to where it will be written from.
@@ -49,9 +50,13 @@ class DeltaCache:
         """
         if self._on_disk or not self._is_own(name):
             return delta.to("cpu" if self._writes else "meta")
-        self._num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in _tensors(delta))
-        stays = self.store == "device" or (self.store == "auto" and _has_room(delta.device, self._num_bytes))
-        return delta if stays else delta.to("cpu")
+        if delta.device.type == "cpu" or self.store == "device":
+            return delta
+        size = sum(tensor.nbytes for tensor in _tensors(delta))
+        if self.store == "cpu" or self._num_bytes + size > bytes_beside_training(delta.device):
+            return delta.to("cpu")
+        self._num_bytes += size
+        return delta
 
     def take_in(self, vector: TaskVector) -> TaskVector:
         """Stores a task vector whose deltas have been placed; all ranks do so together.
@@ -107,8 +112,3 @@ class DeltaCache:
 
 def _tensors(delta: Delta) -> tuple[Tensor, ...]:
     return (delta.up, delta.down) if isinstance(delta, LowRank) else (delta,)
-
-
-def _has_room(device: torch.device, num_bytes: int) -> bool:
-    """Whether a device keeps room for training beside some bytes of deltas: as much again as they take."""
-    return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > num_bytes

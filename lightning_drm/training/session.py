@@ -42,7 +42,10 @@ from lightning_drm.fusion import (
     Recipe,
     facts_on_kinds,
     merge_side_by_side,
+    merging_bytes,
     model_card,
+    too_large_as_a_whole,
+    treatments,
 )
 from lightning_drm.fusion.depth import notes_on_depth, problems_of_depth
 from lightning_drm.merging import DRM, LowRank, Method, Need
@@ -56,6 +59,7 @@ from lightning_drm.training.exchange import Owners, merge_factors_together, merg
 from lightning_drm.training.kept_modules import KeptModules
 from lightning_drm.training.merged_folder import loading_code, write_merged
 from lightning_drm.training.progress import merging_bar
+from lightning_drm.training.room import home_of_merged
 from lightning_drm.training.run_folder import BATCH_NORM, RECORD_FILE, STATISTICS, RunFolder
 from lightning_drm.training.statistics import extended
 
@@ -398,7 +402,8 @@ class MergeSession:
                 statistics, as `propagated` gives them.
 
         Returns:
-            The merged model, on the device of the given or the last collected module, or sharded as that module is.
+            The merged model, on the device of the given or the last collected module, or sharded as that module is; in
+            host memory, with a warning, where the device has no room for it beside what is there.
 
         Raises:
             RuntimeError: If tasks are missing.
@@ -426,6 +431,7 @@ class MergeSession:
             place = torch.device(device or home)
             chosen = self.task_vectors if vectors is None else vectors
             fusion = self._fusion(recipe, modules[self.tasks[0]], place, chosen)
+            wanted = home
             factors: dict[str, LowRank] = {}
             with merging_bar(type(recipe.method).__name__, self.ranks) as progress:
                 if self._is_quantized(modules[self.tasks[0]]):
@@ -433,14 +439,16 @@ class MergeSession:
                     factors = merge_factors_together(fusion, self._owners, self.ranks, home, progress)
                     weights: Iterable[tuple[str, Tensor]] = base.items()
                 else:
-                    weights = merge_together(fusion, base, self._owners, self.ranks, progress)
+                    home = home_of_merged(wanted, base, self._merging_bytes(fusion, base), self.ranks)
+                    weights = merge_together(fusion, base, self._owners, self.ranks, home, progress)
                 for name, weight in weights:
                     # Copied where it is the base's: training may go on, and must not change the merged model by it.
                     own = weight.to(home, copy=name not in fusion.kinds or name in factors)
                     merged[name] = shard_like(own, base[name])
                     if writes:
                         written[name] = own.cpu()
-            assembled = self._assembled(modules, merged, heads, batch_norm, factors, home=home, device=place)
+            estimating = place if home == wanted else home
+            assembled = self._assembled(modules, merged, heads, batch_norm, factors, home=home, device=estimating)
             if writes:
                 merged_parts: dict[str, Tensor | LowRank] = {**written, **factors}
                 shapes = {name: tuple(part.shape) for name, part in merged_parts.items()}
@@ -588,15 +596,31 @@ class MergeSession:
         parameters = backbone_parameters(module, head_names_of(module, self.head))
         trained = {name for vector in vectors.values() for name in vector.deltas}
         self._owners.share_out({name: p for name, p in parameters.items() if name in trained}, self.ranks.size)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        kinds = {name: kind for vector in vectors.values() for name, kind in vector.kinds.items()}
+        known = treatments(recipe, kinds, list(vectors), list(vectors.values()))
         return Fusion(
             recipe,
             list(vectors.values()),
             device,
-            shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+            shapes=shapes,
+            in_pieces=too_large_as_a_whole(known, shapes, device),
             transposed=transposed_names(module, parameters),
             share={name for name, owner in self._owners.items() if owner == self.ranks.rank},
             reduce=self.ranks.sum,
             decompositions=decompositions,
+        )
+
+    def _merging_bytes(self, fusion: Fusion, base: Mapping[str, Tensor]) -> int:
+        """About how many bytes of its device a fusion takes beside deltas and weights."""
+        shapes = {name: tuple(base[name].shape) for name in fusion.kinds}
+        return merging_bytes(
+            fusion.treatments,
+            shapes,
+            len(self.tasks),
+            fusion.device,
+            ranks=self._owners.low_rank,
+            in_pieces=fusion.in_pieces,
         )
 
     def _write(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_drm.data import has_rows, num_rows, some_rows
 from lightning_drm.deltas import Collected, TaskStatistics, TaskVector
 from lightning_drm.distributed.ranks import ALONE, Ranks
-from lightning_drm.fusion.decompositions import free_bytes
+from lightning_drm.fusion import free_bytes
 from lightning_drm.merging import Method, Need
 from lightning_drm.modules import fisher_information, gram_matrices
 

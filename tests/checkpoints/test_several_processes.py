@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints.merge_on_ranks import merge_all
 from helpers import models
+from helpers.devices import needs_gpu
 from helpers.ranks import SRUN, end_codes, slurm_job, start_ranks
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +28,7 @@ PATIENCE = 300  # seconds for processes to import everything, on a machine that 
 SIZES = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
+    pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu]),
 ]
 
 

@@ -21,7 +21,7 @@ def train(module: nn.Module, size: float = 0.1) -> None:
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=size)
     for seed in range(3):
         ids = torch.randint(0, 7, (9,), generator=torch.Generator().manual_seed(seed))
-        module(ids).square().sum().backward()
+        module(ids.to(next(module.parameters()).device)).square().sum().backward()
         optimizer.step()
 
 
@@ -29,7 +29,8 @@ def plain_difference(after: nn.Module, before: dict[str, torch.Tensor], name: st
     return after.state_dict()[name].double() - before[name].double()
 
 
-def test_dense_deltas_are_exact(network: nn.Module) -> None:
+def test_dense_deltas_are_exact(network: nn.Module, device: torch.device) -> None:
+    network.to(device)
     before = copy.deepcopy(network.state_dict())
     base = Base()
     base.remember(network, HEAD, "a")
@@ -52,8 +53,8 @@ def test_dense_deltas_are_exact(network: nn.Module) -> None:
     }
 
 
-def test_double_precision_is_kept(network: nn.Module) -> None:
-    network.double()
+def test_double_precision_is_kept(network: nn.Module, device: torch.device) -> None:
+    network.double().to(device)
     before = copy.deepcopy(network.state_dict())
     base = Base()
     base.remember(network, HEAD, "a")
@@ -64,8 +65,10 @@ def test_double_precision_is_kept(network: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_subtracted_in_float32(network: nn.Module, dtype: torch.dtype) -> None:
-    network.to(dtype)
+def test_half_precision_weights_are_subtracted_in_float32(
+    network: nn.Module, dtype: torch.dtype, device: torch.device
+) -> None:
+    network.to(device, dtype)
     base = Base()
     base.remember(network, HEAD, "a")
     before = copy.deepcopy(network.state_dict())
@@ -81,7 +84,8 @@ def test_half_precision_weights_are_subtracted_in_float32(network: nn.Module, dt
     assert not torch.equal(in_half.double(), deltas["dense.weight"].double()), "the case shows no difference"
 
 
-def test_vector_and_base_are_independent_of_the_module(network: nn.Module) -> None:
+def test_vector_and_base_are_independent_of_the_module(network: nn.Module, device: torch.device) -> None:
+    network.to(device)
     before = copy.deepcopy(network.state_dict())
     base = Base()
     base.remember(network, HEAD, "a")
@@ -94,7 +98,7 @@ def test_vector_and_base_are_independent_of_the_module(network: nn.Module) -> No
     tensors = base.tensors(network, HEAD)
     assert list(tensors) == list(vector.deltas)
     for name, tensor in tensors.items():
-        assert torch.equal(tensor, before[name])
+        assert torch.equal(tensor.cpu(), before[name].cpu())
 
 
 def test_frozen_parameters_have_no_delta(network: nn.Module) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import experts
+from helpers.devices import CPU
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -23,8 +24,9 @@ SETTINGS = [
 ]
 
 
-def collect(module: nn.Module) -> TaskVector:
+def collect(module: nn.Module, device: torch.device = CPU) -> TaskVector:
     base = Base()
+    module.to(device)
     base.remember(module, [], "task")
     experts.train(module, 1)
     return base.task_vector(module, [], "task")
@@ -34,15 +36,15 @@ def assert_added(vector: TaskVector, expected: dict[str, Tensor]) -> None:
     """Every delta is the expected one, to the precision of float32 factors; all others are zero."""
     assert {name for name, value in expected.items() if value.any()} == set(vector.deltas)
     for name, delta in vector.deltas.items():
-        torch.testing.assert_close(densify(delta).double(), expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(densify(delta).double().cpu(), expected[name].cpu(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("name", experts.MODELS)
-def test_delta_is_what_peft_merges(name: str, settings: dict[str, object]) -> None:
-    base = experts.base_model(name)
+def test_delta_is_what_peft_merges(name: str, settings: dict[str, object], device: torch.device) -> None:
+    base = experts.base_model(name).to(device)
     module = experts.with_lora(base, **settings)
-    vector = collect(module)
+    vector = collect(module, device)
     stacks = {key: delta for key, delta in vector.deltas.items() if experts.is_experts(key)}
     assert all(isinstance(delta, LowRankStack) for delta in stacks.values())
     assert len(stacks) == 2 * len(settings.get("target_parameters", experts.TARGETS))

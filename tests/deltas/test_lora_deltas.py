@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.devices import CPU
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -88,8 +89,9 @@ def train(module: nn.Module, seed: int = 1) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def collect(module: nn.Module) -> TaskVector:
+def collect(module: nn.Module, device: torch.device = CPU) -> TaskVector:
     base = Base()
+    module.to(device)
     base.remember(module, ["head"], "task")
     train(module)
     return base.task_vector(module, ["head"], "task")
@@ -101,33 +103,33 @@ def dense(delta: Tensor | LowRank) -> Tensor:
 
 def assert_adds(vector: TaskVector, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     """Every parameter of `after` is that of `before` plus its delta, to 1e-6 of the delta."""
-    changed = {name for name in before if not torch.equal(before[name].double(), after[name].double())}
+    changed = {name for name in before if not torch.equal(before[name].double(), after[name].double().cpu())}
     assert changed, "the finetune must have changed something"
     assert changed <= set(vector.deltas)
     for name in vector.deltas:
-        expected = after[name].double() - before[name].double()
-        error = (dense(vector.deltas[name]) - expected).norm() / expected.norm()
+        expected = after[name].double().cpu() - before[name].double()
+        error = (dense(vector.deltas[name]).cpu() - expected).norm() / expected.norm()
         assert error < 1e-6, f"{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_delta_is_what_peft_merges(bert: BertModel, case: str) -> None:
+def test_delta_is_what_peft_merges(bert: BertModel, case: str, device: torch.device) -> None:
     build, config = CASES[case]
     plain = build(bert)
     before = {f"model.{name}": tensor.clone() for name, tensor in plain.state_dict().items()}
     wrapped = WithHead(get_peft_model(plain, copy.deepcopy(config)))
-    vector = collect(wrapped)
+    vector = collect(wrapped, device)
     merged = copy.deepcopy(wrapped.model).double().merge_and_unload()
     assert_adds(vector, before, {f"model.{name}": tensor for name, tensor in merged.state_dict().items()})
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "modules_to_save"])
-def test_delta_of_injected_adapters(bert: BertModel, case: str) -> None:
+def test_delta_of_injected_adapters(bert: BertModel, case: str, device: torch.device) -> None:
     build, config = CASES[case]
     plain = build(bert)
     before = {f"model.{name}": tensor.clone() for name, tensor in plain.state_dict().items()}
     module = WithHead(inject_adapter_in_model(copy.deepcopy(config), plain))
-    vector = collect(module)
+    vector = collect(module, device)
     merged = copy.deepcopy(module.model).double()
     for layer in list(merged.modules()):
         if isinstance(layer, LoraLayer):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from helpers.devices import require_gpus
 from helpers.tiny import COLORS, save_texts, save_tiny_bert
 
 HERE = Path(__file__).parent
@@ -17,11 +17,10 @@ HERE = Path(__file__).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session", params=["gloo", "nccl"])
+@pytest.fixture(scope="session", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
 def backend(request: pytest.FixtureRequest) -> str:
     """gloo on the CPU, and NCCL on as many GPUs as there are processes."""
-    if request.param == "nccl" and torch.cuda.device_count() < 4:
-        pytest.skip(f"NCCL wants a GPU for each of 4 processes, and there are {torch.cuda.device_count()}.")
+    require_gpus(request.param, 1)
     return request.param
 
 
@@ -43,6 +42,7 @@ def launch(environment: dict[str, str]) -> Launch:
     def run(
         arguments: Sequence[object], num_processes: int = 1, timeout: float = 300, check: bool = True, **extra: str
     ) -> subprocess.CompletedProcess[str]:
+        require_gpus(extra.get("BACKEND", ""), num_processes)
         command = [sys.executable, *map(str, arguments)]
         if num_processes > 1:
             runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]

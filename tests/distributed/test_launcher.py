@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.devices import require_gpus
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.processes
@@ -66,6 +67,7 @@ def launched(
     request: pytest.FixtureRequest, config: Path, backend: str, launch: Launch
 ) -> tuple[list[object], Path, str]:
     """The arguments of a run, its folder after ``fit``, and what was printed."""
+    require_gpus(backend, 2)
     folder = config.parent / f"launched_{backend}_{request.param}"
     arguments = [
         "--config",
@@ -94,6 +96,7 @@ def test_fit_gives_what_one_process_gives(alone: Path, launched: tuple[list[obje
 
 def test_merge_starts_processes_too(alone: Path, config: Path, backend: str, launch: Launch, tmp_path: Path):
     """What one process finetuned, merged by two, is to the bit what one merges."""
+    require_gpus(backend, 2)
     shutil.copytree(alone / "alone_full", tmp_path / "run", ignore=shutil.ignore_patterns("merged", "report*"))
     method = ["--drm.method", "TIES", "--drm.method.density", "0.4", "--drm.dirpath", tmp_path / "run"]
     files = ["--config", config, "--config", overlay("ddp", backend, tmp_path)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.devices import CPU
 from torch import Tensor
 
 from lightning_drm.deltas import TaskVector
@@ -64,47 +65,53 @@ OVERRIDES = [Override("fused", split=3)]
 NUM_MATRICES = 1 + 3 + 1 + 3
 
 
-def merged(vectors: list[TaskVector], method: Method, kept: Decompositions | None, **settings: object):
+def merged(
+    vectors: list[TaskVector],
+    method: Method,
+    kept: Decompositions | None,
+    device: torch.device = CPU,
+    **settings: object,
+):
     recipe = Recipe(method, overrides=OVERRIDES, **settings)
-    return dict(Fusion(recipe, vectors, decompositions=kept))
+    return dict(Fusion(recipe, vectors, device, decompositions=kept))
 
 
 @pytest.mark.parametrize("max_bytes", [None, 0, 2000], ids=["in memory", "on disk", "both"])
 @pytest.mark.parametrize("direction", ["horizontal", "vertical"])
-def test_one_decomposition_of_each_matrix_serves_all_settings(vectors, direction, max_bytes, tmp_path: Path):
+def test_one_decomposition_of_each_matrix_serves_all_settings(vectors, direction, max_bytes, tmp_path: Path, device):
     with Decompositions(tmp_path, max_bytes) as kept:
         for method in SETTINGS:
             setting = type(method)(**{**method.hyperparameters(), "direction": direction})
             for coefficients in ({}, {"a": 0.5, "c": -2.0}):
-                again = merged(vectors, setting, kept, coefficients=coefficients)
-                alone = merged(vectors, setting, None, coefficients=coefficients)
+                again = merged(vectors, setting, kept, device, coefficients=coefficients)
+                alone = merged(vectors, setting, None, device, coefficients=coefficients)
                 assert again.keys() == alone.keys()
                 for name, delta in again.items():
                     torch.testing.assert_close(delta, alone[name], rtol=1e-12, atol=1e-12)
         assert kept.num_decomposed == NUM_MATRICES
         assert bool(list(tmp_path.rglob("*.pt"))) == (max_bytes is not None)
-        merged(vectors, DRM(direction=direction, rank_drop=0.5), kept)
+        merged(vectors, DRM(direction=direction, rank_drop=0.5), kept, device)
         assert kept.num_decomposed == 2 * NUM_MATRICES
     assert not list(tmp_path.iterdir())
 
 
-def test_methods_that_prepare_nothing_merge_as_ever(vectors):
+def test_methods_that_prepare_nothing_merge_as_ever(vectors, device):
     with Decompositions() as kept:
         for method in (TIES(0.3), IsoC(), TaskArithmetic()):
-            for name, delta in merged(vectors, method, kept).items():
-                assert torch.equal(delta, merged(vectors, method, None)[name])
+            for name, delta in merged(vectors, method, kept, device).items():
+                assert torch.equal(delta, merged(vectors, method, None, device)[name])
         assert kept.num_decomposed == 0
 
 
-def test_merges_side_by_side_read_each_delta_once_and_are_those_of_each_alone(vectors):
+def test_merges_side_by_side_read_each_delta_once_and_are_those_of_each_alone(vectors, device):
     methods = [DRM(), TaskArithmetic(0.3), IsoC()]
-    fusions = [Fusion(Recipe(method), vectors) for method in methods]
+    fusions = [Fusion(Recipe(method), vectors, device) for method in methods]
     for vector in vectors:
         vector.deltas.num_reads.clear()
     found = dict(merge_side_by_side(fusions))
     assert all(set(vector.deltas.num_reads.values()) == {1} for vector in vectors)
     for place, method in enumerate(methods):
-        for name, delta in dict(Fusion(Recipe(method), vectors)).items():
+        for name, delta in dict(Fusion(Recipe(method), vectors, device)).items():
             assert torch.equal(found[name][place], delta)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from helpers import reference, ties
+from helpers.devices import on
 from torch import Tensor
 
 from lightning_drm.deltas import TaskVector
@@ -44,25 +45,31 @@ def low_rank() -> list[LowRankStack]:
 
 @pytest.mark.parametrize("method", MATRIX_METHODS, ids=repr)
 @pytest.mark.parametrize("deltas", ["dense", "low_rank"])
-def test_each_expert_is_a_matrix_of_its_own(method: Method, deltas: str, request: pytest.FixtureRequest) -> None:
+def test_each_expert_is_a_matrix_of_its_own(
+    method: Method, deltas: str, request: pytest.FixtureRequest, device: torch.device
+) -> None:
     stacks = request.getfixturevalue(deltas)
-    merged = dict(Fusion(Recipe(method, COEFFICIENTS), vectors_of(stacks)))[NAME]
+    merged = dict(Fusion(Recipe(method, COEFFICIENTS), vectors_of(stacks), device))[NAME]
     assert merged.shape == SHAPE
     noise = 1e-14 if deltas == "low_rank" else 0.0
     for index, found in enumerate(merged):
         matrices = [densify(stack)[index] for stack in stacks]
-        expected = ties.settled(found, MATRIX_METHODS[method](matrices), method, matrices, noise=noise)
-        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+        expected = ties.settled(found.cpu(), MATRIX_METHODS[method](matrices), method, matrices, noise=noise)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-7, atol=1e-9)
         alone = [stack.matrix(index) if isinstance(stack, LowRankStack) else stack[index] for stack in stacks]
-        assert torch.equal(found, method.merge(alone, IN_ORDER))
+        assert torch.equal(found, method.merge(on(device, alone), IN_ORDER))
 
 
 @pytest.mark.parametrize("method", [TIES(0.3), DARETIES(0.5), TaskArithmetic(0.3), Average()], ids=repr)
 @pytest.mark.parametrize("deltas", ["dense", "low_rank"])
-def test_elementwise_methods_see_no_experts(method: Method, deltas: str, request: pytest.FixtureRequest) -> None:
+def test_elementwise_methods_see_no_experts(
+    method: Method, deltas: str, request: pytest.FixtureRequest, device: torch.device
+) -> None:
     stacks = request.getfixturevalue(deltas)
-    found = dict(Fusion(Recipe(method, COEFFICIENTS), vectors_of(stacks)))
-    plain = dict(Fusion(Recipe(method, COEFFICIENTS), vectors_of([densify(stack) for stack in stacks], "other")))
+    found = dict(Fusion(Recipe(method, COEFFICIENTS), vectors_of(stacks), device))
+    plain = dict(
+        Fusion(Recipe(method, COEFFICIENTS), vectors_of([densify(stack) for stack in stacks], "other"), device)
+    )
     torch.testing.assert_close(found[NAME], plain[NAME], rtol=1e-12, atol=1e-14)
 
 

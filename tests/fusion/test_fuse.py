@@ -81,6 +81,7 @@ def assert_merged(
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].shape == tensor.shape
+        found[name] = found[name].cpu()
         if method.elementwise:
             tensor = ties.settled(found[name], tensor, method, dense[name], noise=NOISE)
         elif name in matrices:
@@ -90,19 +91,24 @@ def assert_merged(
 
 
 @pytest.mark.parametrize("name", MATRIX_METHODS)
-def test_matrix_methods_average_the_rest(vectors: list[TaskVector], dense: dict[str, list[Tensor]], name: str) -> None:
+def test_matrix_methods_average_the_rest(
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], name: str, device: torch.device
+) -> None:
     method, plain = MATRIX_METHODS[name]
     expected = {
         parameter: plain(deltas) if parameter in MATRICES else weighted_average(deltas, method.scale)
         for parameter, deltas in dense.items()
     }
-    assert_merged(Fusion(Recipe(method, COEFFICIENTS), vectors), expected, method, dense)
+    assert_merged(Fusion(Recipe(method, COEFFICIENTS), vectors, device), expected, method, dense)
 
 
 @pytest.mark.parametrize("name", MATRIX_METHODS)
-def test_convolutions_as_matrices(vectors: list[TaskVector], dense: dict[str, list[Tensor]], name: str) -> None:
+def test_convolutions_as_matrices(
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], name: str, device: torch.device
+) -> None:
     method, plain = MATRIX_METHODS[name]
-    merged = dict(Fusion(Recipe(method, COEFFICIENTS, convolutions="matrix"), vectors))
+    fusion = Fusion(Recipe(method, COEFFICIENTS, convolutions="matrix"), vectors, device)
+    merged = {parameter: tensor.cpu() for parameter, tensor in fusion}
     deltas = [delta.reshape(4, 12) for delta in dense["conv.weight"]]
     expected = ties.settled(merged["conv.weight"].reshape(4, 12), plain(deltas), method, deltas)
     torch.testing.assert_close(merged["conv.weight"], expected.reshape(4, 3, 2, 2), rtol=1e-6, atol=1e-9)
@@ -114,20 +120,20 @@ def test_convolutions_as_matrices(vectors: list[TaskVector], dense: dict[str, li
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_elementwise_methods_merge_everything(
-    vectors: list[TaskVector], dense: dict[str, list[Tensor]], name: str
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], name: str, device: torch.device
 ) -> None:
     method, plain = ELEMENTWISE[name]
     expected = {parameter: plain(deltas) for parameter, deltas in dense.items()}
-    assert_merged(Fusion(Recipe(method, COEFFICIENTS), vectors), expected, method, dense)
+    assert_merged(Fusion(Recipe(method, COEFFICIENTS), vectors, device), expected, method, dense)
 
 
 def test_ties_threshold_is_over_the_whole_task_vector(
-    vectors: list[TaskVector], dense: dict[str, list[Tensor]]
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], device: torch.device
 ) -> None:
     flat = [torch.cat([deltas[task].flatten() for deltas in dense.values()]) for task in range(3)]
     trimmed = torch.stack([reference.trim(vector, 0.3) for vector in flat])
-    merged = dict(Fusion(Recipe(TIES(0.3, "global", 0.9), COEFFICIENTS), vectors))
-    found = torch.cat([merged[name].flatten() for name in dense])
+    merged = dict(Fusion(Recipe(TIES(0.3, "global", 0.9), COEFFICIENTS), vectors, device))
+    found = torch.cat([merged[name].flatten().cpu() for name in dense])
     whole = 0.9 * reference.elect_and_average(trimmed, IN_ORDER)
     whole = ties.settled(found, whole, TIES(0.3), flat, noise=NOISE)
     torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-9)
@@ -137,10 +143,13 @@ def test_ties_threshold_is_over_the_whole_task_vector(
     assert any(not torch.allclose(per_tensor[name], expected[name]) for name in expected), "the case shows nothing"
 
 
-def test_dare_keeps_and_rescales(vectors: list[TaskVector], dense: dict[str, list[Tensor]]) -> None:
+def test_dare_keeps_and_rescales(
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], device: torch.device
+) -> None:
     """One task alone: each entry is gone, or divided by the density."""
     vector = vectors[0]
-    merged = dict(Fusion(Recipe(DARETIES(0.25, seed=3), {"zeta": 2.0}), [vector]))
+    fusion = Fusion(Recipe(DARETIES(0.25, seed=3), {"zeta": 2.0}), [vector], device)
+    merged = {name: tensor.cpu() for name, tensor in fusion}
     kept = torch.cat([tensor.flatten() != 0 for tensor in merged.values()])
     for name, tensor in merged.items():
         full = 2.0 * dense[name][2] / 0.25
@@ -172,28 +181,32 @@ def test_dare_draws_depend_on_seed_task_and_parameter_alone(vectors: list[TaskVe
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda method: type(method).__name__)
-def test_order_of_tasks_changes_no_bit(vectors: list[TaskVector], method: Method) -> None:
+def test_order_of_tasks_changes_no_bit(vectors: list[TaskVector], method: Method, device: torch.device) -> None:
     recipe = Recipe(method, COEFFICIENTS, convolutions="matrix")
-    first = dict(Fusion(recipe, vectors))
+    first = dict(Fusion(recipe, vectors, device))
     for order in itertools.permutations(vectors):
-        for name, tensor in Fusion(recipe, list(order)):
+        for name, tensor in Fusion(recipe, list(order), device):
             assert torch.equal(tensor, first[name]), name
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda method: type(method).__name__)
-def test_same_from_disk_and_again(vectors: list[TaskVector], tmp_path: Path, method: Method) -> None:
+def test_same_from_disk_and_again(
+    vectors: list[TaskVector], tmp_path: Path, method: Method, device: torch.device
+) -> None:
     for vector in vectors:
         save_task_vector(vector, tmp_path / vector.task)
     recipe = Recipe(method, COEFFICIENTS)
-    stored = Fusion(recipe, [load_task_vector(tmp_path / vector.task) for vector in vectors])
-    merged = dict(Fusion(recipe, vectors))
+    stored = Fusion(recipe, [load_task_vector(tmp_path / vector.task) for vector in vectors], device)
+    merged = dict(Fusion(recipe, vectors, device))
     for _ in range(2):
         for name, tensor in stored:
             torch.testing.assert_close(tensor, merged[name], rtol=1e-12, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("method", ALL, ids=lambda method: type(method).__name__)
-def test_missing_counts_as_zero(vectors: list[TaskVector], dense: dict[str, list[Tensor]], method: Method) -> None:
+def test_missing_counts_as_zero(
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], method: Method, device: torch.device
+) -> None:
     """Leaving a parameter out, dense or low-rank, is the same as a delta of zeros."""
     present = {vector.task: vector for vector in vectors}
     rows, columns = present["zeta"].deltas["adapted.weight"].shape
@@ -215,17 +228,18 @@ def test_missing_counts_as_zero(vectors: list[TaskVector], dense: dict[str, list
         dataclasses.replace(vector, deltas={**vector.deltas, **zeros[vector.task]}, kinds=kinds) for vector in vectors
     ]
     recipe = Recipe(method, COEFFICIENTS, convolutions="matrix")
-    with_zeros = dict(Fusion(recipe, filled))
+    with_zeros = {name: tensor.cpu() for name, tensor in Fusion(recipe, filled, device)}
+    fusion = Fusion(recipe, vectors, device)
     if isinstance(method, DARETIES):
-        assert all(torch.equal(tensor, with_zeros[name]) for name, tensor in Fusion(recipe, vectors))
+        assert all(torch.equal(tensor.cpu(), with_zeros[name]) for name, tensor in fusion)
     else:
         matrices = (*MATRICES, "conv.weight")
-        assert_merged(Fusion(recipe, vectors), with_zeros, method, dense, matrices=matrices, rtol=1e-9, atol=1e-12)
+        assert_merged(fusion, with_zeros, method, dense, matrices=matrices, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", [DRM(), TIES(0.5), IsoC()], ids=lambda method: type(method).__name__)
 def test_low_rank_and_dense_deltas_of_one_parameter_mix(
-    vectors: list[TaskVector], dense: dict[str, list[Tensor]], method: Method
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], method: Method, device: torch.device
 ) -> None:
     mixed = [
         dataclasses.replace(
@@ -237,15 +251,17 @@ def test_low_rank_and_dense_deltas_of_one_parameter_mix(
         )
         for vector in vectors
     ]
-    merged, expected = (dict(Fusion(Recipe(method), chosen)) for chosen in (mixed, vectors))
-    assert_merged(merged.items(), expected, method, dense)
+    expected = dict(Fusion(Recipe(method), vectors))
+    assert_merged(Fusion(Recipe(method), mixed, device), expected, method, dense)
 
 
-def test_one_task_with_everything_kept_is_itself(vectors: list[TaskVector], dense: dict[str, list[Tensor]]) -> None:
+def test_one_task_with_everything_kept_is_itself(
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], device: torch.device
+) -> None:
     """The merge of one task with no pruning is its finetune: a LoRA's delta included."""
     recipe = Recipe(DRM(density=1.0, rank_tol=0.0))
-    for name, tensor in Fusion(recipe, [vectors[0]]):
-        torch.testing.assert_close(tensor, dense[name][2], rtol=1e-6, atol=1e-9)
+    for name, tensor in Fusion(recipe, [vectors[0]], device):
+        torch.testing.assert_close(tensor.cpu(), dense[name][2], rtol=1e-6, atol=1e-9)
 
 
 def test_inputs_are_not_changed(vectors: list[TaskVector]) -> None:
@@ -312,13 +328,18 @@ def test_rules() -> None:
 
 @pytest.mark.parametrize("method", [TaskArithmetic(0.3), Average(), TIES(0.3), DARETIES(0.5)], ids=repr)
 def test_pieces_are_those_of_whole_parameters(
-    vectors: list[TaskVector], dense: dict[str, list[Tensor]], method: Method, monkeypatch: pytest.MonkeyPatch
+    vectors: list[TaskVector],
+    dense: dict[str, list[Tensor]],
+    method: Method,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
 ) -> None:
     """A few rows at a time, of task vectors in memory; whole parameters are compared with plain loops above."""
-    expected = dict(Fusion(Recipe(method, COEFFICIENTS), vectors))
+    expected = dict(Fusion(Recipe(method, COEFFICIENTS), vectors, device))
     monkeypatch.setattr(pieces, "PIECE", 8)
+    monkeypatch.setattr(pieces, "DEVICE_PIECE", 8)
     shapes = {parameter: tuple(deltas[0].shape) for parameter, deltas in dense.items()}
-    fusion = Fusion(Recipe(method, COEFFICIENTS), vectors, shapes=shapes, in_pieces=shapes.keys())
+    fusion = Fusion(Recipe(method, COEFFICIENTS), vectors, device, shapes=shapes, in_pieces=shapes.keys())
     fusion.calibrate()
     parts = {parameter: [merged.delta for merged in fusion.merge_in_pieces(parameter)] for parameter in shapes}
     assert len(parts["embed.weight"]) > 1
@@ -333,10 +354,11 @@ def test_a_method_on_matrices_cannot_be_given_pieces(vectors: list[TaskVector]) 
 
 
 def test_statistics_reach_the_method_and_what_has_none_is_averaged(
-    vectors: list[TaskVector], dense: dict[str, list[Tensor]]
+    vectors: list[TaskVector], dense: dict[str, list[Tensor]], device: torch.device
 ) -> None:
     """RegMean by its formula on both matrices, from factors on one of them; the rest by a mean of the same weights."""
-    merged = dict(Fusion(Recipe(RegMean(), COEFFICIENTS, convolutions="matrix"), vectors))
+    fusion = Fusion(Recipe(RegMean(), COEFFICIENTS, convolutions="matrix"), vectors, device)
+    merged = {name: tensor.cpu() for name, tensor in fusion}
     in_order = sorted(vectors, key=lambda vector: vector.task)
     for name, deltas in dense.items():
         mean = sum(c * delta for c, delta in zip(IN_ORDER, deltas, strict=True)) / sum(IN_ORDER)

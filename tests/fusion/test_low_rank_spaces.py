@@ -62,10 +62,11 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_threshold_is_over_the_matrices_that_are_merged(name: str) -> None:
+def test_the_threshold_is_over_the_matrices_that_are_merged(name: str, device: torch.device) -> None:
     """Over the parts of a fused matrix and over single experts, as these are what the method merges."""
     method, plain = METHODS[name]
-    merged = dict(Fusion(Recipe(method, COEFFICIENTS, overrides=SPLIT), task_vectors()))
+    fusion = Fusion(Recipe(method, COEFFICIENTS, overrides=SPLIT), task_vectors(), device)
+    merged = {parameter: tensor.cpu() for parameter, tensor in fusion}
     seen = seen_matrices()
     expected = reference.ties_between_bases(
         [plain(deltas) for matrices in seen.values() for deltas in matrices], IN_ORDER, 0.3
@@ -101,10 +102,10 @@ def test_convolutions_are_calibrated_as_the_matrices_that_are_merged() -> None:
 
 
 @pytest.mark.parametrize("method", [KnOTS(0.3), TIES(0.3, space="core"), DARETIES(0.6, space="core")], ids=repr)
-def test_factors_out_are_the_dense_result(method) -> None:
+def test_factors_out_are_the_dense_result(method, device) -> None:
     """With the same thresholds and draws, whether an adapter or a whole model is written."""
     names = ["query", "fused"]
-    fusion = Fusion(Recipe(method, COEFFICIENTS), task_vectors())
+    fusion = Fusion(Recipe(method, COEFFICIENTS), task_vectors(), device)
     merged = dict(fusion)
     for name, factors, error in fusion.merge_low_rank(names):
         assert factors.rank <= 9
@@ -174,13 +175,13 @@ def test_another_density_for_some_parameters_has_a_threshold_of_its_own() -> Non
 
 
 @pytest.mark.parametrize("max_bytes", [None, 0], ids=["in memory", "on disk"])
-def test_thresholds_and_merges_share_decompositions(max_bytes, tmp_path) -> None:
+def test_thresholds_and_merges_share_decompositions(max_bytes, tmp_path, device) -> None:
     """Six matrices, decomposed once for all densities, and for scaled entries and others."""
     with Decompositions(tmp_path, max_bytes) as kept:
         for method in (KnOTS(0.1), KnOTS(0.6, scale=0.5), KnOTS(0.3, scaled=False)):
             recipe = Recipe(method, COEFFICIENTS, overrides=SPLIT)
-            again = dict(Fusion(recipe, task_vectors(), decompositions=kept))
-            for name, delta in Fusion(recipe, task_vectors()):
+            again = dict(Fusion(recipe, task_vectors(), device, decompositions=kept))
+            for name, delta in Fusion(recipe, task_vectors(), device):
                 torch.testing.assert_close(again[name], delta, rtol=1e-12, atol=1e-13)
         assert kept.num_decomposed == 6
 

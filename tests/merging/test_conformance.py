@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ties
+from helpers.devices import on
 from safetensors.torch import load_file
 
 from lightning_drm.merging import (
@@ -75,12 +76,14 @@ def test_outputs_are_complete():
 
 
 @pytest.mark.parametrize(("case", "name"), OUTPUTS)
-def test_matches_published_code(case, name):
+def test_matches_published_code(case, name, device):
     golden = load_file(GOLDEN / f"{case}.safetensors")
     settings = CASES[case]
     deltas = [golden[f"delta.{task}"] for task in range(settings["num_tasks"])]
     coefficients = settings["coefficients"] if name in WITH_COEFFICIENTS else None
-    merged = method(name, settings).merge(deltas, coefficients)
+    merged = method(name, settings).merge(on(device, deltas), coefficients)
+    assert merged.device.type == device.type
+    merged = merged.cpu()
     assert merged.dtype == torch.float64
     expected = ties.settled(merged, golden[name], method(name, settings), deltas)
     assert torch.linalg.norm(merged - expected) <= 1e-6 * torch.linalg.norm(expected)
@@ -122,25 +125,25 @@ def test_later_outputs_are_complete():
 
 
 @pytest.mark.parametrize(("case", "name"), LATER_OUTPUTS)
-def test_matches_later_published_code(case, name):
+def test_matches_later_published_code(case, name, device):
     golden, settings = load_file(GOLDEN / f"{case}.safetensors"), LATER[case]
     tasks = range(settings["num_tasks"])
     deltas = [golden[f"delta.{task}"] for task in tasks]
     method, expected = LATER_METHODS[name](settings), golden[name]
     coefficients = settings["coefficients"] if name in ("regmean_weighted", "fisher_max") else None
-    statistics = [Statistics(golden[f"gram.{task}"], golden[f"fisher.{task}"]) for task in tasks]
-    merged = method.merge(deltas, coefficients, statistics=statistics)
+    statistics = [Statistics(golden[f"gram.{task}"], golden[f"fisher.{task}"]).to(device) for task in tasks]
+    merged = method.merge(on(device, deltas), coefficients, statistics=statistics).cpu()
     assert torch.linalg.norm(merged - expected) <= 1e-6 * torch.linalg.norm(expected)
     if settings["rank"] is not None and method.supports_low_rank:
         factors = [LowRank(golden[f"lora_up.{task}"], golden[f"lora_down.{task}"]) for task in tasks]
-        merged = method.merge_low_rank(factors, coefficients, statistics=statistics).dense()
+        merged = method.merge_low_rank(on(device, factors), coefficients, statistics=statistics).dense().cpu()
         assert torch.linalg.norm(merged - expected) <= 1e-6 * torch.linalg.norm(expected)
 
 
-def test_matches_published_ties_in_core_space():
+def test_matches_published_ties_in_core_space(device):
     """Of the factors as they were trained; that `TIES` balances them first is this package's own."""
     golden, settings = load_file(GOLDEN / "case_203.safetensors"), LATER["case_203"]
     factors = [LowRank(golden[f"lora_up.{task}"], golden[f"lora_down.{task}"]) for task in range(3)]
-    space = CoreSpace.of_factors(factors)
-    merged = space.delta(TIES(settings["ties_keep"], "tensor").merge(space.cores)).dense()
+    space = CoreSpace.of_factors(on(device, factors))
+    merged = space.delta(TIES(settings["ties_keep"], "tensor").merge(space.cores)).dense().cpu()
     assert torch.linalg.norm(merged - golden["core_ties"]) <= 1e-12 * torch.linalg.norm(golden["core_ties"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import reference
+from helpers.devices import on
 from merging.test_reference import error, low_rank
 from torch import Tensor
 
@@ -18,21 +19,22 @@ def products(factors: list[LowRank]) -> list[Tensor]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("ranks", [(3,), (2, 2), (4, 1, 3), (5, 5, 5, 5), (3, 0, 2)], ids=str)
-def test_ties_is_that_of_the_plain_version(shape, ranks):
+def test_ties_is_that_of_the_plain_version(shape, ranks, device):
     """Ranks add up to more than a matrix has sides in some of these, and one task has no delta at all in others."""
     factors = low_rank(shape, ranks)
     coefficients = [1.0 - 0.15 * task for task in range(len(ranks))]
-    merged = TIES(0.3, "tensor", 1.7, "core").merge_low_rank(factors, coefficients)
     expected = reference.core_ties(products(factors), coefficients, 0.3, 1.7)
-    assert error(merged.dense(), expected) < 1e-11
+    factors = on(device, factors)
+    merged = TIES(0.3, "tensor", 1.7, "core").merge_low_rank(factors, coefficients)
+    assert error(merged.dense().cpu(), expected) < 1e-11
     assert merged.rank <= min(sum(ranks), *shape)
     assert torch.equal(TIES(0.3, "tensor", 1.7, "core").merge(factors, coefficients), merged.dense())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precisions_are_computed_in_double(dtype):
+def test_lower_precisions_are_computed_in_double(dtype, device):
     factors = [delta.to(dtype) for delta in low_rank((30, 42), (4, 2, 3))]
-    merged = TIES(0.3, space="core").merge(factors)
+    merged = TIES(0.3, space="core").merge(on(device, factors)).cpu()
     assert merged.dtype == torch.float32
     assert error(merged, reference.core_ties(products(factors), density=0.3)) < 2e-7
 
@@ -97,12 +99,13 @@ def test_a_task_takes_part_whatever_its_size():
 class TestThresholdOfTheWholeModel:
     model = (low_rank((30, 42), (4, 2, 3)), low_rank((12, 9), (2, 2, 2), seed=1), low_rank((20, 20), (1, 5, 3), seed=2))
 
-    def test_it_is_over_the_cores_of_all_parameters(self):
+    def test_it_is_over_the_cores_of_all_parameters(self, device):
         coefficients = [1.0, 0.5, 2.0]
-        ready = TIES(0.3, space="core").calibrate(lambda: iter(self.model))
+        model = [on(device, factors) for factors in self.model]
+        ready = TIES(0.3, space="core").calibrate(lambda: iter(model))
         spaces = [reference.cores(products(factors)) for factors in self.model]
         expected = reference.ties_between_bases(spaces, coefficients, 0.3)
-        found = [ready.merge_low_rank(factors, coefficients).dense() for factors in self.model]
+        found = [ready.merge_low_rank(factors, coefficients).dense().cpu() for factors in model]
         for merged, plain in zip(found, expected, strict=True):
             assert error(merged, plain) < 1e-11
         alone = [TIES(0.3, space="core").merge(factors, coefficients) for factors in self.model]
@@ -140,10 +143,10 @@ class TestThresholdOfTheWholeModel:
 class TestDraws:
     factors = low_rank((30, 42), (4, 2, 3))
 
-    def test_entries_of_the_core_are_dropped_and_the_rest_is_rescaled(self):
+    def test_entries_of_the_core_are_dropped_and_the_rest_is_rescaled(self, device):
         """In the order of the core's rows, by the draws that a tensor of its shape gets from the same key."""
         delta = self.factors[0]
-        merged = DARETIES(0.5, seed=3, space="core").keyed(["task/weight"]).merge([delta])
+        merged = DARETIES(0.5, seed=3, space="core").keyed(["task/weight"]).merge(on(device, [delta])).cpu()
         U, (core,), Vh = reference.cores([delta.dense()])
         kept = DARETIES(0.5, seed=3).keyed(["task/weight"]).merge([torch.ones(core.shape)]) > 0
         assert 0 < int(kept.sum()) < kept.numel()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import reference
+from helpers.devices import allowed, on
 from merging.test_reference import dense, error, low_rank
 from torch import Tensor
 
@@ -30,27 +31,27 @@ def whole_model(model, density: float, scaled: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("density", [0.2, 0.55, 1.0])
-def test_the_threshold_is_that_of_the_whole_model(density: float, scaled: bool):
-    ready = KnOTS(density, scaled).calibrate(lambda: iter(MODEL))
+def test_the_threshold_is_that_of_the_whole_model(density: float, scaled: bool, device: torch.device):
+    ready = KnOTS(density, scaled).calibrate(lambda: (on(device, deltas) for deltas in MODEL))
     expected = whole_model(MODEL, density, scaled)
     for deltas, plain in zip(MODEL, expected, strict=True):
-        assert error(ready.merge(deltas, COEFFICIENTS), plain) < 1e-10
+        assert error(ready.merge(on(device, deltas), COEFFICIENTS).cpu(), plain) < 1e-10
     alone = [KnOTS(density, scaled).merge(deltas, COEFFICIENTS) for deltas in MODEL]
     differ = any(error(merged, plain) > 0.01 for merged, plain in zip(alone, expected, strict=True))
     assert differ == (density < 1), "a matrix alone has a threshold of its own"
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_parameters_of_all_sizes_share_a_threshold(scaled: bool):
+def test_parameters_of_all_sizes_share_a_threshold(scaled: bool, device: torch.device):
     """Bases are kept near 1, apart from a power of two; float32 cannot hold the squares of either."""
     sizes = [1e-25, 1e20, 1.0]
     model = [[(delta * size).float() for delta in products(part)] for part, size in zip(MODEL, sizes, strict=True)]
-    ready = KnOTS(0.2, scaled).calibrate(lambda: iter(model))
+    ready = KnOTS(0.2, scaled).calibrate(lambda: (on(device, deltas) for deltas in model))
     exact = [[delta.double() for delta in deltas] for deltas in model]
     expected = whole_model(exact, 0.2, scaled)
     for deltas, plain, size in zip(model, expected, sizes, strict=True):
-        merged = ready.merge(deltas, COEFFICIENTS).double()
-        assert float((merged - plain).norm()) < 1e-5 * size
+        merged = ready.merge(on(device, deltas), COEFFICIENTS).double().cpu()
+        assert float((merged - plain).norm()) < allowed(1e-5, ready, torch.float32, device) * size
     assert all(plain.any() for plain in expected) == (not scaled), "the case shows nothing"
 
 
@@ -71,16 +72,17 @@ def test_a_direction_of_a_hundred_thousandth_is_dropped_whatever_the_size():
 
 
 @pytest.mark.parametrize("scaled", [True, False])
-def test_one_basis_serves_every_setting(scaled: bool):
-    for deltas in MODEL:
+def test_one_basis_serves_every_setting(scaled: bool, device: torch.device):
+    model = [on(device, deltas) for deltas in MODEL]
+    for deltas in model:
         basis = KnOTS().prepare(deltas)
         method = KnOTS(0.6, scaled, 1.3)
         merged = method.merge_prepared(basis, COEFFICIENTS).dense()
         assert torch.equal(merged, method.merge(deltas, COEFFICIENTS))
         assert KnOTS(0.1).preparation == method.preparation
-    prepared = [KnOTS().prepare(deltas) for deltas in MODEL]
+    prepared = [KnOTS().prepare(deltas) for deltas in model]
     ready = KnOTS(0.6, scaled).calibrate_prepared(lambda: iter(prepared))
-    assert ready == KnOTS(0.6, scaled).calibrate(lambda: iter(MODEL))
+    assert ready == KnOTS(0.6, scaled).calibrate(lambda: iter(model))
 
 
 def test_ranks_sum_what_they_count():

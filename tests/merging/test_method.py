@@ -6,6 +6,7 @@ from threading import Barrier, Thread
 import pytest
 import torch
 from helpers import ties
+from helpers.devices import on
 
 from lightning_drm import merging
 from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, KnOTS, LowRank, TaskArithmetic
@@ -36,8 +37,8 @@ def test_methods_differ_by_parameters_and_class():
 
 @pytest.mark.parametrize("method", [TaskArithmetic(0.3), Average(), TIES(0.4), DARETIES(0.5, seed=2)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_pieces_are_parts_of_the_whole(method, dtype):
-    values = [delta.to(dtype) for delta in deltas(1003, num_tasks=3)]
+def test_pieces_are_parts_of_the_whole(method, dtype, device):
+    values = [delta.to(device, dtype) for delta in deltas(1003, num_tasks=3)]
     method = method.calibrate(lambda: [values])
     assert method.works_in_pieces
     keys, coefficients = ["a", "b", "c"], [1.0, 0.5, 2.0]
@@ -88,8 +89,8 @@ class TestReuse:
             {"elect_sign": False, "disjoint": False, "scale": 0.3},
         ],
     )
-    def test_one_basis_serves_every_setting(self, direction, switches):
-        inputs = deltas(20, 30)
+    def test_one_basis_serves_every_setting(self, direction, switches, device):
+        inputs = on(device, deltas(20, 30))
         basis = DRM(direction).prepare(inputs)
         method = DRM(direction, **switches)
         merged = method.merge_prepared(basis, [1.0, 0.5, 2.0]).dense()
@@ -115,16 +116,17 @@ class TestTIESCalibration:
     def whole(self):
         return [torch.cat([parameter[task].flatten() for parameter in self.model]) for task in range(3)]
 
-    def test_thresholds_are_those_of_the_flattened_model(self):
+    def test_thresholds_are_those_of_the_flattened_model(self, device):
         calls = []
 
         def stream():
             calls.append(1)
-            return iter(self.model)
+            return iter(model)
 
+        model = [on(device, parameter) for parameter in self.model]
         method = TIES(0.3).calibrate(stream)
         expected = TIES(0.3, "tensor").merge(self.whole())
-        merged = torch.cat([method.merge(parameter).flatten() for parameter in self.model])
+        merged = torch.cat([method.merge(parameter).flatten().cpu() for parameter in model])
         assert torch.equal(merged, expected)
         assert len(calls) <= 3
 
@@ -150,10 +152,10 @@ class TestTIESCalibration:
             thread.join()
         assert found[0] == found[1] == found[2] == TIES(0.3).calibrate(lambda: iter(self.model)).thresholds
 
-    def test_mixed_precision_and_factors(self):
+    def test_mixed_precision_and_factors(self, device):
         factor = LowRank(torch.ones(2, 1), torch.tensor([[0.5, 2.0]]))
         model = [[factor, torch.ones(2, 2).bfloat16()], [deltas(7)[0].double(), deltas(7)[1]]]
-        method = TIES(0.5).calibrate(lambda: iter(model))
+        method = TIES(0.5).calibrate(lambda: (on(device, deltas) for deltas in model))
         values = [factor.dense().flatten().double(), model[1][0]]
         kept = torch.cat(values).abs().sort().values[11 - round(11 * 0.5) - 1]
         assert method.thresholds[0] == kept
@@ -174,8 +176,8 @@ class TestTIESCalibration:
 
 
 class TestDARETIES:
-    def test_draws_depend_on_seed_and_key_only(self):
-        a, b, c = deltas(40, 50)
+    def test_draws_depend_on_seed_and_key_only(self, device):
+        a, b, c = on(device, deltas(40, 50))
         method = DARETIES(seed=3)
         both = method.keyed(["x/w", "y/w", "z/w"]).merge([a, b, c])
         assert torch.equal(both, method.keyed(["x/w", "y/w", "z/w"]).merge([a, b, c]))
@@ -207,9 +209,9 @@ class TestDARETIES:
         # Standard deviation of the mean of 200,000 draws at 1/4: 0.001 · 4.
         assert abs(merged.mean().item() - 1.0) < 0.02
 
-    def test_draws_are_the_same_on_every_machine(self):
+    def test_draws_are_the_same_on_every_machine(self, device):
         """The first entries kept for a fixed key: these may never change."""
-        kept = DARETIES(density=0.5).keyed(["task/weight"]).merge([torch.ones(16)]) > 0
+        kept = DARETIES(density=0.5).keyed(["task/weight"]).merge([torch.ones(16, device=device)]) > 0
         assert kept.int().tolist() == [0, 1, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 1]
 
     def test_number_of_keys_is_checked(self):

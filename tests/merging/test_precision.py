@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from helpers.devices import needs_gpu, on
 from merging.test_reference import PAIRS, dense
 from torch import Tensor
 
@@ -64,24 +65,25 @@ def test_the_first_of_several_threads_that_is_done_changes_nothing_for_the_other
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_autocast_changes_nothing(name: str):
-    method, deltas = PAIRS[name][0], dense((12, 20), 3, dtype=torch.float32)
+def test_autocast_changes_nothing(name: str, device: torch.device):
+    method, deltas = PAIRS[name][0], on(device, dense((12, 20), 3, dtype=torch.float32))
     expected = method.merge(deltas)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         assert torch.equal(method.merge(deltas), expected)
         assert torch.equal(deltas[0] @ deltas[0].T, (deltas[0] @ deltas[0].T).bfloat16()), "the case shows nothing"
 
 
-def test_prepared_deltas_are_merged_alike(setting: list[str]):
-    deltas = dense((12, 20), 3, dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_prepared_deltas_are_merged_alike(setting: list[str], device: torch.device):
+    deltas = on(device, dense((12, 20), 3, dtype=torch.float32))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         basis = DRM().prepare(deltas)
         merged = DRM().merge_prepared(basis).dense
     assert torch.equal(merged(), DRM().merge(deltas))
     assert chosen() == setting
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with TensorFloat32")
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("method", [DRM(), IsoCTS()], ids=repr)
 def test_tensorfloat32_changes_nothing(method: Method, setting: list[str]):
     deltas = [delta.cuda() for delta in dense((256, 384), 3, dtype=torch.float32)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import reference, ties
+from helpers.devices import CPU, allowed, on
 
 from lightning_drm.merging import (
     DARETIES,
@@ -87,8 +88,12 @@ def error(merged, expected):
     return float(torch.linalg.norm(merged.double() - expected) / torch.linalg.norm(expected).clamp(min=1e-30))
 
 
-def bound(method, dtype):
+def bound(method, dtype, device=CPU):
     """Largest relative error that the precision explains."""
+    return allowed(_on_cpu(method, dtype), method, dtype, device)
+
+
+def _on_cpu(method, dtype):
     eps = torch.finfo(dtype).eps
     if method.elementwise:
         return 4 * eps
@@ -97,25 +102,30 @@ def bound(method, dtype):
     return 2e-5 if dtype == torch.float32 else 1e-9  # the polar factors of bases that are nearly dependent
 
 
-def check(name, deltas, coefficients=None, *, merged=None):
-    """Compare a merge, by default that of `merge`, with the reference, but for entries that rounding decides."""
+def check(name, deltas, coefficients=None, *, merged=None, device=CPU):
+    """Compare a merge, by default that of `merge`, with the reference, but for entries that rounding decides.
+
+    It is merged on the device, and compared on the CPU.
+    """
     method, plain = PAIRS[name]
     if merged is None:
-        merged = method.merge(deltas, coefficients)
+        merged = method.merge(on(device, deltas), coefficients)
+    assert merged.device.type == device.type
     dense = [delta.dense() if isinstance(delta, LowRank) else delta.detach() for delta in deltas]
-    expected = ties.settled(merged, plain(dense, coefficients), method, dense)
-    assert error(merged, expected) < bound(method, merged.dtype)
+    found = merged.cpu()
+    expected = ties.settled(found, plain(dense, coefficients), method, dense)
+    assert error(found, expected) < bound(method, merged.dtype, device)
     return merged
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_tasks", [1, 2, 5])
 @pytest.mark.parametrize("name", PAIRS)
-def test_dense(name, num_tasks, shape):
+def test_dense(name, num_tasks, shape, device):
     deltas = dense(shape, num_tasks)
     coefficients = [1.0 - 0.15 * task for task in range(num_tasks)]
     for weights in (None, coefficients):
-        merged = check(name, deltas, weights)
+        merged = check(name, deltas, weights, device=device)
         assert merged.shape == shape
         assert merged.dtype == torch.float64
         assert merged.is_contiguous()
@@ -124,47 +134,48 @@ def test_dense(name, num_tasks, shape):
 @pytest.mark.parametrize("name", LOW_RANK)
 @pytest.mark.parametrize("shape", [(30, 42), (42, 30), (9, 40)])
 @pytest.mark.parametrize("ranks", [(3,), (2, 2), (4, 1, 3), (3, 0, 2)])
-def test_low_rank_is_the_dense_result(name, shape, ranks):
+def test_low_rank_is_the_dense_result(name, shape, ranks, device):
     method, _ = PAIRS[name]
     deltas = low_rank(shape, ranks)
     coefficients = [1.0 - 0.15 * task for task in range(len(ranks))]
-    merged = method.merge_low_rank(deltas, coefficients)
+    merged = method.merge_low_rank(on(device, deltas), coefficients)
     assert merged.shape == shape
     assert merged.rank <= sum(ranks)
-    check(name, deltas, coefficients, merged=merged.dense())
-    assert error(method.merge(deltas, coefficients), merged.dense()) < 1e-12
+    check(name, deltas, coefficients, merged=merged.dense(), device=device)
+    assert error(method.merge(on(device, deltas), coefficients), merged.dense()) < 1e-12
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_mixed_inputs(name):
-    check(name, [low_rank((14, 18), (3,))[0], *dense((14, 18), 2)])
+def test_mixed_inputs(name, device):
+    check(name, [low_rank((14, 18), (3,))[0], *dense((14, 18), 2)], device=device)
 
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_single(name, dtype):
-    merged = check(name, [delta.to(dtype) for delta in dense((16, 24), 3)])
+def test_half_precision_is_computed_in_single(name, dtype, device):
+    merged = check(name, [delta.to(dtype) for delta in dense((16, 24), 3)], device=device)
     assert merged.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_single_precision(name):
-    merged = check(name, dense((40, 64), 4, dtype=torch.float32))
+def test_single_precision(name, device):
+    merged = check(name, dense((40, 64), 4, dtype=torch.float32), device=device)
     assert merged.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_views_are_merged_and_left_alone(name):
-    deltas = [delta.T for delta in dense((24, 15), 3)]
+def test_views_are_merged_and_left_alone(name, device):
+    deltas = [delta.T for delta in on(device, dense((24, 15), 3))]
     before = [delta.clone() for delta in deltas]
-    check(name, deltas)
+    merged = PAIRS[name][0].merge(deltas)
+    check(name, on(CPU, before), merged=merged, device=device)
     assert all(torch.equal(delta, kept) for delta, kept in zip(deltas, before, strict=True))
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
-def test_factors_are_left_alone(name):
+def test_factors_are_left_alone(name, device):
     method, _ = PAIRS[name]
-    deltas = low_rank((12, 10), (2, 3))
+    deltas = on(device, low_rank((12, 10), (2, 3)))
     before = [(delta.up.clone(), delta.down.clone()) for delta in deltas]
     method.merge_low_rank(deltas, [0.5, 2.0])
     for delta, (up, down) in zip(deltas, before, strict=True):
@@ -180,30 +191,30 @@ def test_parameters_that_require_gradients(name):
 
 @pytest.mark.parametrize("shape", [(13,), (2, 3, 4, 5), ()])
 @pytest.mark.parametrize("name", ["ties", "dare_dense", "task_arithmetic", "average"])
-def test_elementwise_methods_take_any_dimensions(name, shape):
+def test_elementwise_methods_take_any_dimensions(name, shape, device):
     assert PAIRS[name][0].elementwise
-    check(name, dense(shape, 3))
+    check(name, dense(shape, 3), device=device)
 
 
-def test_larger_than_one_slice():
+def test_larger_than_one_slice(device):
     """More rows than fit into one slice, and more than one strip of the Gram matrix."""
     deltas = dense((500, 300), 4)
     for name in ("drm_h", "drm_v", "drm_individual", "ties", "iso_c"):
-        check(name, deltas, [1, 0.5, 2, 1])
+        check(name, deltas, [1, 0.5, 2, 1], device=device)
 
 
 @pytest.mark.parametrize("direction", ["horizontal", "vertical"])
-def test_a_tall_layer_is_merged_as_by_the_svd_in_doubles(direction):
+def test_a_tall_layer_is_merged_as_by_the_svd_in_doubles(direction, device):
     """A basis of more than a thousand directions, in single precision."""
     g = torch.Generator().manual_seed(0)
     shape = (1100, 400) if direction == "horizontal" else (400, 1100)
     deltas = [torch.randn(shape, generator=g) * torch.linspace(1, 0.1, shape[1]) for _ in range(3)]
     method = DRM(direction)
-    merged = method.merge(deltas)
+    merged = method.merge(on(device, deltas)).cpu()
     expected = ties.settled(merged, reference.drm(deltas, None, direction), method, deltas)
     lines = 0 if direction == "horizontal" else 1  # what an entry of the basis feeds: columns, or rows
     errors = torch.linalg.norm(merged.double() - expected, dim=lines) / torch.linalg.norm(expected, dim=lines)
-    assert errors.max() < 16 * torch.finfo(torch.float32).eps
+    assert errors.max() < allowed(16 * torch.finfo(torch.float32).eps, method, torch.float32, device)
 
 
 def test_the_default_dtype_changes_nothing():
@@ -219,9 +230,9 @@ def test_the_default_dtype_changes_nothing():
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_weak_directions_in_single_precision_stay_finite(renormalize):
+def test_weak_directions_in_single_precision_stay_finite(renormalize, device):
     """Singular values down to what float32 resolves, none of them dropped on purpose."""
     U, _, Vh = torch.linalg.svd(dense((40, 60), 1)[0], full_matrices=False)
     delta = (U * torch.logspace(0, -9, 40, dtype=torch.float64) @ Vh).float()
-    merged = DRM(rank_tol=0.0, density=1.0, renormalize=renormalize).merge([delta, delta])
+    merged = DRM(rank_tol=0.0, density=1.0, renormalize=renormalize).merge(on(device, [delta, delta])).cpu()
     torch.testing.assert_close(merged, delta, rtol=0, atol=1e-5)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.devices import on
 from torch import Tensor
 
 from lightning_drm import DRM, SVC, WUDI, Average, Fisher, LowRank, RegMean, Statistics
@@ -44,15 +45,27 @@ def wudi(deltas: list[Tensor], statistics: list[Statistics], weights: list[float
 
 
 def error(merged: Tensor, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(merged.numpy() - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(merged.cpu().numpy() - expected) / np.linalg.norm(expected))
+
+
+def merge_on(
+    device: torch.device,
+    method: Method,
+    deltas: list[Tensor],
+    coefficients: list[float] | None,
+    statistics: list[Statistics],
+) -> Tensor:
+    merged = method.merge(on(device, deltas), coefficients, statistics=[one.to(device) for one in statistics])
+    assert merged.device.type == device.type
+    return merged
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 0.95, 1.0])
 @pytest.mark.parametrize(("m", "n"), [(6, 9), (9, 6), (1, 5), (5, 1)])
-def test_regmean_is_its_formula(alpha: float, m: int, n: int):
+def test_regmean_is_its_formula(alpha: float, m: int, n: int, device: torch.device):
     deltas, statistics = made(3, m, n)
     weights = [1.0, 0.5, 2.0]
-    merged = RegMean(alpha).merge(deltas, weights, statistics=statistics)
+    merged = merge_on(device, RegMean(alpha), deltas, weights, statistics)
     assert error(merged, regmean(deltas, statistics, weights, alpha)) < 1e-12
 
 
@@ -75,19 +88,19 @@ def test_inputs_that_no_task_uses_keep_the_mean(alpha: float):
     assert error(merged, regmean(deltas, statistics, [1.0, 1.0], alpha)) < 1e-11
 
 
-def test_regmean_with_fewer_rows_than_inputs_has_the_least_change_from_the_mean():
+def test_regmean_with_fewer_rows_than_inputs_has_the_least_change_from_the_mean(device: torch.device):
     deltas, statistics = made(2, 4, 12, rows=3)
-    merged = RegMean(alpha=1.0).merge(deltas, statistics=statistics)
+    merged = merge_on(device, RegMean(alpha=1.0), deltas, None, statistics)
     assert error(merged, regmean(deltas, statistics, [1.0, 1.0], 1.0)) < 1e-9
 
 
 @pytest.mark.parametrize("ridge", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("beta", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize(("m", "n"), [(6, 9), (9, 6)])
-def test_wudi_with_inputs_is_its_formula(ridge: float, beta: float, m: int, n: int):
+def test_wudi_with_inputs_is_its_formula(ridge: float, beta: float, m: int, n: int, device: torch.device):
     deltas, statistics = made(3, m, n)
     weights = [1.0, 0.5, 2.0]
-    merged = WUDI(ridge, input_weight=beta).merge(deltas, weights, statistics=statistics)
+    merged = merge_on(device, WUDI(ridge, input_weight=beta), deltas, weights, statistics)
     assert error(merged, wudi(deltas, statistics, weights, ridge, beta)) < 1e-12
 
 
@@ -99,7 +112,7 @@ def test_wudi_without_inputs_needs_none():
 
 
 @pytest.mark.parametrize("method", WITH_GRAM, ids=repr)
-def test_low_rank_deltas_are_merged_exactly(method: Method):
+def test_low_rank_deltas_are_merged_exactly(method: Method, device: torch.device):
     _, statistics = made(3, 8, 10)
     g = torch.Generator().manual_seed(1)
     factors = [
@@ -107,7 +120,7 @@ def test_low_rank_deltas_are_merged_exactly(method: Method):
         for _ in range(3)
     ]
     dense = method.merge([factor.dense() for factor in factors], statistics=statistics)
-    low_rank = method.merge_low_rank(factors, statistics=statistics)
+    low_rank = method.merge_low_rank(on(device, factors), statistics=[one.to(device) for one in statistics])
     assert low_rank.rank <= 6
     assert error(low_rank.dense(), dense.numpy()) < 1e-8  # without a ridge, the dense solve has directions of rounding
 
@@ -137,7 +150,7 @@ def test_a_factor_on_all_coefficients_changes_nothing(method: Method):
 
 
 @pytest.mark.parametrize("norms", [None, [1.0, 5.0, 0.2]])
-def test_fisher_is_its_formula(norms: list[float] | None):
+def test_fisher_is_its_formula(norms: list[float] | None, device: torch.device):
     deltas, statistics = made(3, 5, 7)
     if norms is not None:
         statistics = [Statistics(fisher=s.fisher, fisher_norm=n) for s, n in zip(statistics, norms, strict=True)]
@@ -150,7 +163,7 @@ def test_fisher_is_its_formula(norms: list[float] | None):
                 weight = weights[task] * max(float(one.fisher[i, j]), 1e-3) / norm
                 top[i, j] += weight * float(delta[i, j])
                 bottom[i, j] += weight
-    assert error(Fisher(floor=1e-3).merge(deltas, weights, statistics=statistics), top / bottom) < 1e-14
+    assert error(merge_on(device, Fisher(floor=1e-3), deltas, weights, statistics), top / bottom) < 1e-14
 
 
 def test_fisher_takes_tensors_of_any_shape_and_tasks_that_say_nothing():
@@ -159,7 +172,7 @@ def test_fisher_takes_tensors_of_any_shape_and_tasks_that_say_nothing():
     assert torch.equal(Fisher().merge(deltas, statistics=statistics), torch.full((4,), 0.5))
 
 
-def test_a_step_around_a_method_hands_its_statistics_on():
+def test_a_step_around_a_method_hands_its_statistics_on(device: torch.device):
     deltas, statistics = made(3, 5, 7)
     method = SVC(RegMean(alpha=0.9))
     assert method.needs == "gram"
@@ -169,7 +182,7 @@ def test_a_step_around_a_method_hands_its_statistics_on():
     for u, s, v in zip(U.T, S, Vh, strict=True):
         overshoot = [max(1 / 3, float(s * v @ (d.T @ u) / (d.T @ u).square().sum())) for d in deltas]
         expected += s / (sum(overshoot) / 3) * torch.outer(u, v)
-    assert error(method.merge(deltas, statistics=statistics), expected.numpy()) < 1e-12
+    assert error(merge_on(device, method, deltas, None, statistics), expected.numpy()) < 1e-12
 
 
 def test_methods_without_needs_leave_statistics_aside():

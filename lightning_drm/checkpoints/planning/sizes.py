@@ -5,23 +5,17 @@ from math import prod
 import torch
 
 from lightning_drm.checkpoints.planning.plan import Plan
-from lightning_drm.fusion.pieces import largest_piece
+from lightning_drm.fusion import merging_bytes
 from lightning_drm.fusion.share_out import costs
-from lightning_drm.fusion.threads import num_threads
 
 _AROUND = 32 << 20  # journals, index, tokenizer, configuration and card
 
 
 def plan_costs(plan: Plan) -> dict[str, float]:
     """By name, what each tensor of a whole merged model costs, in the unit of `Method.cost`; merged ones come first."""
-    ranks: dict[str, int] = {}
-    for name in plan.kinds:
-        entries = [task.input.entries[task.names[name]] for task in plan.tasks if name in task.names]
-        if all(entry.rank for entry in entries):
-            ranks[name] = sum(entry.rank for entry in entries)
     treatments = {**plan.treatments, **dict.fromkeys(plan.kept)}
     shapes = {**plan.shapes, **{name: plan.headers[name].shape for name in plan.kept}}
-    return costs(treatments, shapes, len(plan.tasks), ranks)
+    return costs(treatments, shapes, len(plan.tasks), _ranks(plan))
 
 
 def read_bytes(plan: Plan) -> int:
@@ -55,26 +49,27 @@ def disk_bytes(plan: Plan) -> int:
     return total
 
 
+def _ranks(plan: Plan) -> dict[str, int]:
+    """By name, the sum of the deltas' inner dimensions, of the parameters whose deltas are all low-rank."""
+    ranks: dict[str, int] = {}
+    for name in plan.kinds:
+        entries = [task.input.entries[task.names[name]] for task in plan.tasks if name in task.names]
+        if all(entry.rank for entry in entries):
+            ranks[name] = sum(entry.rank for entry in entries)
+    return ranks
+
+
 def _size(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
 def memory_bytes(plan: Plan, device: torch.device) -> int:
-    """About how much memory a merge needs beside the interpreter and its libraries.
-
-    For parameters that are merged as a whole, these are two stacks of the largest one, and the method's copies of one;
-    for those that are merged in pieces, one stack for each thread, and where the pieces are experts the method's copies
-    of one, too.
+    """About how much memory a merge needs beside the interpreter and its libraries: that of one parameter, mostly.
 
     Args:
         plan: The plan.
         device: Where it will be computed.
     """
-    num_tasks, in_pieces, shapes = len(plan.tasks), plan.in_pieces, plan.shapes
-    whole = max((prod(shape) for name, shape in shapes.items() if name not in in_pieces), default=0)
-    values = [whole * (3 * num_tasks + 4)]
-    for name in in_pieces:
-        piece, threads = largest_piece(shapes[name], device), num_threads(device)
-        copies = 2 * num_tasks * prod(shapes[name][1:]) if plan.treatments[name].expert_by_expert else 0
-        values.append((piece * (num_tasks + 4) + copies) * threads)
-    return 4 * max(values)
+    return merging_bytes(
+        plan.treatments, plan.shapes, len(plan.tasks), device, ranks=_ranks(plan), in_pieces=plan.in_pieces
+    )
