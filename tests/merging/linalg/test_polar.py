@@ -45,6 +45,16 @@ def test_by_products_only_of_bases_side_by_side():
     torch.testing.assert_close(newton_schulz(basis), by_svd(basis)[0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(520, 640), (640, 520)])
+@pytest.mark.parametrize("decay", [1.0, 8.0], ids=["full rank", "nearly deficient"])
+def test_of_a_size_that_accelerators_take_by_products(device, shape, decay):
+    """Where these give up, it is the decomposition's."""
+    a, _ = matrix(*shape, dtype=torch.float32, decay=decay)
+    (expected, expected_mean), (found, mean) = polar(a), polar(a.to(device))
+    assert torch.linalg.matrix_norm(found.cpu() - expected) <= 3e-4 * torch.linalg.matrix_norm(expected)
+    torch.testing.assert_close(mean.cpu(), expected_mean)
+
+
 @pytest.mark.parametrize("exponent", [-200, 200])
 def test_by_products_only_of_any_scale(exponent):
     a, _ = matrix(20, 30, decay=1)

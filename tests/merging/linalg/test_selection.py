@@ -40,9 +40,9 @@ def test_any_singles(values, density):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("density", [1e-6, 0.1, 0.5, 0.999, 1.0])
-def test_more_than_one_chunk(dtype, density):
+def test_more_than_one_chunk(device, dtype, density):
     values = torch.randn(3 * selection.CHUNK + 17, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    assert found(values, density) == sorted_threshold(values, density)
+    assert found(values.to(device), density) == sorted_threshold(values, density)
 
 
 @pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 2), (torch.float64, 4)])
