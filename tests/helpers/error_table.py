@@ -120,5 +120,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     ]
     for room, rows in rooms.items():
         lines += ["", f"## {room}", "", "| message | said by |", "|---|---|"]
-        lines += [f"| {message} | `{file}` |" for message, file in dict.fromkeys(rows)]
+        lines += [f"| {message} | `{file}` |" for file, message in sorted({(file, message) for message, file in rows})]
     Path(path).write_text("\n".join([*lines, ""]), encoding="utf-8")
