@@ -128,11 +128,11 @@ SPOILED = {
     "one class": (rows(*["a red one,red"] * 40), "Expected two classes or more in the training split .* only 'red'"),
     "not a table": (
         b'text,label\n"a red one,red\n\xff\xfe\x00,,,,\n',
-        r"Expected rows in .*color\.csv, which cannot be read: \w",
+        r"Expected rows in .*color\.csv, which cannot be read: \S",
     ),
     "no such column": (b"words,kind\na red one,red\n", "Expected a column 'text'"),
     "a missing label": (rows(*["a red one,red", "a blue one,blue"] * 20, "a two,"), "none in column 'label'"),
-    "an empty file": (b"", r"Expected rows in .*color\.csv, which cannot be read: \w"),
+    "an empty file": (b"", r"Expected rows in .*color\.csv, which cannot be read: \S"),
 }
 
 
