@@ -135,7 +135,7 @@ def _keep_others_quiet() -> None:
     with _collector_paused():
         from transformers.utils.logging import disable_progress_bar
     # transformers' own bars take longer to read than the small steps they show.
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no types here
+    disable_progress_bar()
 
 
 @contextmanager

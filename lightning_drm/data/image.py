@@ -35,9 +35,7 @@ class ImageTask(DatasetTask):
     @cached_property
     def processor(self) -> BaseImageProcessor:
         """The image processor of `pretrained`, on PIL and numpy: the other backend needs torchvision."""
-        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            backend="pil", **self._resolved
-        )
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(backend="pil", **self._resolved)
         return processor
 
     @property

@@ -100,7 +100,7 @@ def _models(module: nn.Module) -> Iterator[PreTrainedModel]:
 
 def _output_weights(model: PreTrainedModel) -> Iterator[Tensor]:
     try:
-        layer = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        layer = model.get_output_embeddings()
     except NotImplementedError:  # so say speech and vision models
         return
     if isinstance(layer, nn.Module):

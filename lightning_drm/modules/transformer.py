@@ -220,7 +220,7 @@ class TransformerTask(LightningModule):
         self.strict_loading = not quantized_layers(self)  # their checkpoints have scales that nothing reads back
         if self.gradient_checkpointing:
             # The other form of checkpoints needs inputs with gradients, which frozen embeddings do not give.
-            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+            self.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     @override
     def configure_model(self) -> None:
@@ -242,7 +242,7 @@ class TransformerTask(LightningModule):
         """How the weights are quantized as they are loaded, as arguments of `from_pretrained`."""
         if self.quantization is None:
             return {}
-        return {"quantization_config": BitsAndBytesConfig(**self.quantization)}  # type: ignore[no-untyped-call]
+        return {"quantization_config": BitsAndBytesConfig(**self.quantization)}
 
     def _load(self, kind: Kind, num_outputs: int) -> nn.Module:
         if self.pooling != "model":

@@ -142,22 +142,25 @@ def read_merged(
     if missing:
         raise FileNotFoundError(f"{folder} holds no merged model of task {', '.join(missing)}: merge first.")
     remove_wrappers(module)
-    if (folder / CONFIG_FILE).is_file():
-        pass  # the base stays as it is
-    elif isinstance(module, SavesBackbone):
+    if not (folder / CONFIG_FILE).is_file():  # beside an adapter, the base stays as it is
+        _read_backbone(folder, module, head)
+    return {task: load_tensors(folder / "heads" / f"{task}.safetensors", "a head") for task in tasks}
+
+
+def _read_backbone(folder: Path, module: nn.Module, head: tuple[str, ...]) -> None:
+    if isinstance(module, SavesBackbone):
         try:
             module.load_backbone(folder)
         except SafetensorError as error:
             raise ValueError(f"{folder} holds a damaged model: {error}.") from error
-    else:
-        tensors = load_tensors(folder / MODEL_FILE, "a model")
-        parameters = backbone_parameters(module, head)
-        misfits = [n for n, p in parameters.items() if n not in tensors or tensors[n].shape != p.tensor.shape]
-        if misfits:
-            raise ValueError(f"{folder} was made from another model: {', '.join(misfits)} missing or of another shape.")
-        for name, parameter in parameters.items():
-            parameter.tensor.data.copy_(tensors[name])
-    return {task: load_tensors(folder / "heads" / f"{task}.safetensors", "a head") for task in tasks}
+        return
+    tensors = load_tensors(folder / MODEL_FILE, "a model")
+    parameters = backbone_parameters(module, head)
+    misfits = [n for n, p in parameters.items() if n not in tensors or tensors[n].shape != p.tensor.shape]
+    if misfits:
+        raise ValueError(f"{folder} was made from another model: {', '.join(misfits)} missing or of another shape.")
+    for name, parameter in parameters.items():
+        parameter.tensor.data.copy_(tensors[name])
 
 
 def read_statistics(folder: Path, record: Mapping[str, Any] | None) -> dict[str, dict[str, Tensor]]:

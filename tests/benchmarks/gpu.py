@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,13 +122,13 @@ def measured(key: str, model: Model, card: Card, rates: Rates | None, seconds: f
         total, lowest, plain, merging = 0.0, 0.0, 0.0, merge
         if method.elementwise:  # its passes over the model are cheap enough to be taken as they are
             of_shapes = {shape: model.deltas(shape, card.device) for shape in model.shapes}
-            total = card.measure(lambda: calibrated(method, model, of_shapes)).seconds  # noqa: B023  # called here
+            total = card.measure(partial(calibrated, method, model, of_shapes)).seconds
             method, merging = calibrated(method, model, of_shapes), Method.merge
             del of_shapes
         for shape, count in model.shapes.items():
             card.free()
             deltas, statistics = model.deltas(shape, card.device), model.statistics(shape, method, card.device)
-            found = card.measure(lambda: merging(method, deltas, statistics=statistics))  # noqa: B023
+            found = card.measure(partial(merging, method, deltas, statistics=statistics))
             total += count * found.seconds
             if found.peak_bytes is not None:
                 row.extra_gb = max(row.extra_gb or 0.0, found.peak_bytes / 1e9)
@@ -138,7 +139,7 @@ def measured(key: str, model: Model, card: Card, rates: Rates | None, seconds: f
                     row.left_out = f"plain code from {shape[0]} × {shape[1]} on"
                 else:
                     dense = [delta.dense() if isinstance(delta, LowRank) else delta for delta in deltas]
-                    plain += count * card.measure(lambda: PLAIN[name](dense), rounds=1).seconds  # noqa: B023
+                    plain += count * card.measure(partial(PLAIN[name], dense), rounds=1).seconds
         row.seconds = total
         row.floor_seconds = lowest if lowest == lowest and rates is not None else None
         row.plain_seconds = plain if name in PLAIN and not row.left_out else None

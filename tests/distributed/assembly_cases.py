@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -47,17 +49,18 @@ def never_meet(deed: str) -> None:
         Ranks.of_process_group()
 
 
-class saying_how_long:  # noqa: N801
+@contextmanager
+def saying_how_long() -> Iterator[None]:
     """Prints for how many seconds it lasted, and the error with which it ended."""
-
-    def __enter__(self) -> None:
-        self.start = time.monotonic()
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        print(time.monotonic() - self.start, flush=True)
-        if isinstance(error, ValueError):
-            print(f"lightning-drm: {error}", file=sys.stderr, flush=True)
-            os._exit(2)
+    start, failed = time.monotonic(), None
+    try:
+        yield
+    except ValueError as error:
+        failed = error
+    print(time.monotonic() - start, flush=True)
+    if failed is not None:
+        print(f"lightning-drm: {failed}", file=sys.stderr, flush=True)
+        os._exit(2)  # the other ranks' connections are not waited for
 
 
 class SlowAverage(Average):

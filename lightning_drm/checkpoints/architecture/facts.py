@@ -97,7 +97,7 @@ class Architecture:
         """Reads the structure of a model, which may be on the meta device."""
         ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         vocabulary = set()
-        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
         for layer in embeddings:
             owned = [name for name, child in model.named_modules(remove_duplicate=False) if child is layer and name]
             vocabulary |= {f"{name}.{part}" for name in owned for part in ("weight", "bias")}
@@ -155,9 +155,7 @@ def _meta_model(folder: Path, named: list[Any], num_tensors: int) -> PreTrainedM
             return model_class(config)
         if type(config) not in MODEL_MAPPING:
             return None
-        built: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
-        )
+        built: PreTrainedModel = AutoModel.from_config(config, trust_remote_code=False)
         return built
 
 
