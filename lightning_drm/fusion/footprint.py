@@ -73,9 +73,8 @@ def too_large_as_a_whole(
 
 def _whole(treatment: Treatment, shape: tuple[int, ...], num_tasks: int, rank: int | None) -> int:
     method = treatment.method
-    as_factors = rank is not None and method is not None and method.supports_low_rank
     stack = num_tasks * prod(shape)
-    if as_factors and rank is not None:
+    if rank is not None and method is not None and method.supports_low_rank:
         stack = rank * prod(shape[:-2]) * sum(shape[-2:])
     square = method.square_side(treatment.matrix_shapes(shape)[0], num_tasks, rank) if method is not None else 0
     copies = 4 * (stack + _RESULTS * prod(shape))
