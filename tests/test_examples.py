@@ -110,7 +110,12 @@ def test_later_methods_of_the_study(tmp_path: Path):
     content["trainer"]["logger"] = False
     config.write_text(yaml.safe_dump(content))
     options = [f"--folder={tmp_path / 'runs'}", f"--output={tmp_path / 'out'}", "--seeds=[0]", "--costs=false"]
-    grids = {"DRM": {"direction": ["horizontal"], "density": [0.1, 0.2]}, "RegMean": {"alpha": [0.5]}}
+    grids = {
+        "DRM": {"direction": ["horizontal"], "density": [0.1, 0.2]},
+        "RegMean": {"alpha": [0.5]},
+        "TIES": {"space": ["entries", "core"], "density": [0.4]},
+        "SVC of DRM": {"alpha": [0.5], "method.direction": ["horizontal"], "method.density": [0.1]},
+    }
     options += [f"--grids={json.dumps(grids)}", "--num_samples=8"]
     finetuning = f"--finetuning={json.dumps({'full': [str(config)]})}"
     command = [sys.executable, EXAMPLES / "study" / "later.py", *options, finetuning]
@@ -118,10 +123,11 @@ def test_later_methods_of_the_study(tmp_path: Path):
     both = pd.read_csv(tmp_path / "out" / "later_methods.csv").set_index("method")
     found = json.loads((tmp_path / "runs" / "full-0" / "report.json").read_text())["methods"]
     table, tuned = both[both["setting"] == "default"], both[both["setting"] == "tuned"]
-    assert len(table) == 22
-    assert set(tuned.index) == {"DRM-H", "RegMean"}
-    share = found["RegMean, alpha 0.5"]["normalized"]["average"]
-    assert tuned.loc["RegMean", "share"] == pytest.approx(100 * share)
+    assert len(table) == 23
+    assert set(tuned.index) == {"DRM-H", "RegMean", "TIES", "SVC of DRM-H"}
+    settings = {"RegMean": "RegMean, alpha 0.5", "SVC of DRM-H": "SVC of DRM, horizontal, density 0.1, alpha 0.5"}
+    for name, title in settings.items():
+        assert tuned.loc[name, "share"] == pytest.approx(100 * found[title]["normalized"]["average"])
     for name, title in {"DRM-H": "DRM, horizontal, density 0.2", "RegMean++": "RegMean, propagate"}.items():
         assert table.loc[name, "share"] == pytest.approx(100 * found[title]["normalized"]["average"])
     assert table.loc["DRM-H", "gap"] == 0

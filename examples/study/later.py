@@ -31,11 +31,12 @@ from run import (
     Grids,
     Run,
     as_option,
+    family,
     runs,
     tuned_methods,
 )
 
-from lightning_drm import STAR, SVC, TIES, WUDI, DCMerge, Fisher, KnOTS, LiNeS, RegMean, TaskArithmetic
+from lightning_drm import STAR, SVC, TIES, TSVM, WUDI, DCMerge, Fisher, KnOTS, LiNeS, RegMean, TaskArithmetic
 from lightning_drm.deltas import load_task_vector
 from lightning_drm.fusion import Fusion, Recipe, method_title
 from lightning_drm.merging import DRM, Method
@@ -53,6 +54,7 @@ LATER: Mapping[str, Method] = {
     "KnOTS": KnOTS(),
     "SVC of DRM-H": SVC(DRM()),
     "SVC of task arithmetic": SVC(TaskArithmetic()),
+    "SVC of TSV-M": SVC(TSVM(), alpha=1.0),  # its authors' α after TSV-M
     "LiNeS of DRM-H": LiNeS(DRM()),
     "LiNeS of task arithmetic": LiNeS(TaskArithmetic(scale=1.0)),
     "TIES, core space": TIES(space="core"),
@@ -64,7 +66,11 @@ ROWS: Mapping[str, Method] = {
     )),
     **LATER,
 }  # fmt: skip
+NAMES = {family(method): name for name, method in reversed(ROWS.items())}
+"""Of all settings of a method, the row of its defaults, which come first."""
 
+ALPHAS = [0.05, 0.125, 0.5, 1.0]
+BETAS = [0.2, 0.4, 0.7, 1.0]
 TUNED: Grids = {
     "DRM": {"direction": ["horizontal"], "density": DENSITIES, "scale": SCALES},
     "IsoC": {"scale": SCALES},
@@ -74,8 +80,14 @@ TUNED: Grids = {
     "DCMerge": {"scale": [0.4, 0.8, 1.2, 1.6, 2.0]},
     "STAR": {"eta": [20.0, 40.0, 60.0], "scale": SCALES},
     "KnOTS": {"density": DENSITIES, "scale": SCALES},
+    "TIES": {"space": ["entries", "core"], "density": DENSITIES, "scale": SCALES},
+    "SVC of DRM": {"alpha": ALPHAS, "method.direction": ["horizontal"], "method.density": DENSITIES},
+    "SVC of TaskArithmetic": {"alpha": ALPHAS},
+    "SVC of TSVM": {"alpha": ALPHAS},
+    "LiNeS of DRM": {"beta": BETAS, "method.direction": ["horizontal"]},
+    "LiNeS of TaskArithmetic": {"beta": BETAS, "method.scale": [1.0]},
 }
-"""The first three are the study's own, for comparison. `tune` does not take steps around other methods in a grid."""
+"""The first three are the study's own, for comparison; core space is searched for LoRA alone."""
 
 
 def possible(finetuning: str, fisher_samples: int) -> dict[str, Method]:
@@ -87,6 +99,16 @@ def possible(finetuning: str, fisher_samples: int) -> dict[str, Method]:
     }
 
 
+def searched(finetuning: str, grids: Grids) -> Grids:
+    """What is tuned of a kind of finetuning: full finetunes have no core space."""
+    if finetuning == "lora":
+        return grids
+    return {
+        name: {parameter: [value for value in values if value != "core"] for parameter, values in grid.items()}
+        for name, grid in grids.items()
+    }
+
+
 def work_on(run: Run, grids: Grids, num_samples: int, fisher_samples: int) -> None:
     """Finetunes with statistics, tunes on validation, and compares on the test sets."""
     options = ["--drm.statistics", "[gram]", "--drm.snapshots", "[]"]
@@ -95,14 +117,16 @@ def work_on(run: Run, grids: Grids, num_samples: int, fisher_samples: int) -> No
         fisher = ["--drm.statistics", "[fisher]", "--drm.statistics_samples", str(fisher_samples)]
         run.do("collect", *fisher, "--drm.snapshots", "[]")
     if grids:
-        search = ["--grid", json.dumps(grids), "--num_samples", str(num_samples), "--num_finalists", "1"]
-        run.do("tune", *options, *search, "--prune", "false")
+        search = ["--grid", json.dumps(searched(run.finetuning, grids)), "--num_samples", str(num_samples)]
+        run.do("tune", *options, *search, "--num_finalists", "1", "--prune", "false")
     methods = [*possible(run.finetuning, fisher_samples).values(), *_tuned(run, grids, num_samples).values()]
     run.do("compare", *options, "--split", "test", "--methods", as_option(methods))
 
 
 def _tuned(run: Run, grids: Grids, num_samples: int) -> dict[str, Method]:
-    return tuned_methods(run.folder, grids, num_samples) if grids else {}
+    """By a method's row in the tables, its best setting."""
+    found = tuned_methods(run.folder, searched(run.finetuning, grids), num_samples) if grids else {}
+    return {NAMES[name]: method for name, method in found.items()}
 
 
 def cost(folder: Path, name: str) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from lightning_drm.fusion import method_title
 from lightning_drm.fusion.recipe import class_path, plain_arguments
 from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, Method, TaskArithmetic
 from lightning_drm.storage import write_text
+from lightning_drm.tuning.nesting import Nesting
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parents[1] / "configs"
@@ -115,23 +116,27 @@ def runs(folder: Path, finetuning: Mapping[str, Sequence[Path]], seeds: Sequence
 
 
 def tuned_methods(run: Path, grids: Grids, num_samples: int) -> dict[str, Method]:
-    """By a method's name and direction, its best setting on the samples of validation that `tune` measured."""
+    """By a method's row in the tables, its best setting on the samples of validation that `tune` measured."""
     trials = pd.read_csv(run / "tune" / "trials.csv")
     trials = trials[(trials["validation samples per task"] == str(num_samples)) & (trials["state"] == "complete")]
     found = {}
     for name, grid in grids.items():
-        of_method = trials[trials["method"] == f"lightning_drm.{name}"]
-        for _, of_direction in of_method.groupby("direction", dropna=False):
-            best = of_direction.loc[of_direction["normalized average"].idxmax()]
-            method = getattr(lightning_drm, name)(**{parameter: best[parameter] for parameter in grid})
+        nesting = Nesting(tuple(getattr(lightning_drm, word) for word in name.split(" of ")))
+        of_method = trials[trials["method"] == " of ".join(f"lightning_drm.{word}" for word in name.split(" of "))]
+        words = [parameter for parameter, values in grid.items() if isinstance(values[0], str)]
+        for _, of_family in of_method.groupby(words) if words else [((), of_method)]:
+            best = of_family.loc[of_family["normalized average"].idxmax()]
+            method = nesting.made({parameter: type(values[0])(best[parameter]) for parameter, values in grid.items()})
             found[family(method)] = method
     return found
 
 
 def family(method: Method) -> str:
-    """The name of a method's row in the tables: a direction is a row of its own, other settings are not."""
-    direction = getattr(method, "direction", None)
-    return type(method).__name__ + (f"-{direction[0].upper()}" if direction else "")
+    """The name of a method's row in the tables: each direction and space has its own, other settings do not."""
+    direction, inside = (getattr(method, name, None) for name in ("direction", "method"))
+    name = type(method).__name__ + (f"-{direction[0].upper()}" if direction else "")
+    space = ", core space" if getattr(method, "space", None) == "core" else ""
+    return name + space + (f" of {family(inside)}" if inside else "")
 
 
 def as_option(methods: Sequence[Method]) -> str:

@@ -13,7 +13,10 @@ in wider steps, LiNeS' theirs. The others are this package's own, around the def
 | ``STAR`` | 0.5, 0.6, … 2.0 | ``eta``: 20, 40, 60, 80 |
 | ``KnOTS`` | 0.5, 0.6, … 1.5 | ``density``: 0.1, 0.2, … 1.0 |
 | ``RegMean`` | | ``alpha``: 0.1, 0.5, 0.7, 0.9, 0.95, 1.0 |
+| ``SVC`` | | ``alpha``: 0.1, 0.25, 0.5, 1.0 |
 | ``LiNeS`` | | ``beta``: 0.1, 0.2, … 1.0 |
+
+Those of a step around another method are the step's own. A grid of the user may name those inside, ``method.density``.
 """
 
 import inspect
@@ -28,6 +31,7 @@ from lightning_drm.merging import (
     DRM,
     METHODS,
     STAR,
+    SVC,
     TSVM,
     WUDI,
     DCMerge,
@@ -39,10 +43,11 @@ from lightning_drm.merging import (
     RegMean,
     TaskArithmetic,
 )
+from lightning_drm.tuning.nesting import Nesting
 
 Value: TypeAlias = bool | int | float | str
 Grid: TypeAlias = Mapping[str, Mapping[str, Sequence[Value]]]
-"""By method, and by hyper-parameter, the values to try."""
+"""By method, such as "SVC of DRM", and by hyper-parameter, such as ``method.density``, the values to try."""
 
 
 def _steps(first: int, last: int) -> list[Value]:
@@ -60,6 +65,7 @@ _OTHERS: Mapping[type[Method], dict[str, list[Value]]] = {
     WUDI: {"ridge": [0.01, 0.03, 0.1, 0.3, 1.0]},
     STAR: {"eta": [20.0, 40.0, 60.0, 80.0]},
     RegMean: {"alpha": [0.1, 0.5, 0.7, 0.9, 0.95, 1.0]},
+    SVC: {"alpha": [0.1, 0.25, 0.5, 1.0]},
     LiNeS: {"beta": _steps(1, 10)},
     DCMerge: {},  # its density is a constant of the authors' code
 }
@@ -95,40 +101,55 @@ def default_scales(kind: type[Method]) -> list[Value]:
 
 
 def chosen_grids(
-    configured: type[Method],
+    configured: Method,
     methods: Sequence[str] | None,
     grid: Grid | None,
     problems: list[str],
     vectors: Sequence[TaskVector] = (),
-) -> dict[type[Method], Mapping[str, Sequence[Value]]]:
+) -> dict[Nesting, Mapping[str, Sequence[Value]]]:
     """By method, the values to try.
 
     Args:
-        configured: The method that is searched if nothing is said.
+        configured: The method that is searched if nothing is said. What it goes around need not be named again.
         methods: Names of methods, or import paths, or ``["all"]``; those of the grid if left out.
         grid: Takes the place of the default grids of the methods that it names.
         problems: Where a sentence is added for whatever cannot be.
         vectors: What is merged. A method that needs statistics which these do not have is not among ``["all"]``.
     """
-    own = {kind: values for name, values in (grid or {}).items() if (kind := _kind(name, problems)) is not None}
+    known = Nesting.of(configured)
+    named = {name: _nesting(name, known, problems) for name in [*(grid or {}), *(methods or [])] if name != "all"}
+    own = {found: values for name, values in (grid or {}).items() if (found := named.get(name)) is not None}
     if methods is None:
         if grid is None:
-            return {configured: default_grid(configured)}
+            return {known: default_grid(known.outermost)}
         if not grid:
             problems.append("The grid names no method.")
         return own
     if not methods:
         problems.append("There are no methods to search.")
-    kinds: list[type[Method] | None]
     if list(methods) == ["all"]:
-        kinds = [kind for kind in METHODS if problem_of_statistics(kind(), vectors) is None]
+        every = [Nesting((kind,)) for kind in METHODS if problem_of_statistics(kind(), vectors) is None]
+        chosen = dict.fromkeys(every)
     else:
-        kinds = [_kind(name, problems) for name in methods]
-    chosen = dict.fromkeys(kind for kind in kinds if kind is not None)
+        chosen = dict.fromkeys(found for name in methods if (found := named.get(name)) is not None)
     problems += [
-        f"The grid has {kind.__name__}, which is not among the methods to search." for kind in own if kind not in chosen
+        f"The grid has {one.name}, which is not among the methods to search." for one in own if one not in chosen
     ]
-    return {kind: own.get(kind, default_grid(kind, directions=True)) for kind in chosen}
+    return {one: own.get(one, default_grid(one.outermost, directions=True)) for one in chosen}
+
+
+def _nesting(name: str, configured: Nesting, problems: list[str]) -> Nesting | None:
+    """What a name means; the configured method where it names its class."""
+    classes = tuple(kind for word in name.split(" of ") if (kind := _kind(word, problems)) is not None)
+    if len(classes) != len(name.split(" of ")):
+        return None
+    if classes == configured.classes[:1]:
+        return configured
+    found = Nesting(classes)
+    if (problem := found.problem) is not None:
+        problems.append(problem)
+        return None
+    return found
 
 
 def _kind(name: str, problems: list[str]) -> type[Method] | None:

@@ -4,16 +4,17 @@ A merged delta is linear in ``scale``, so λ is applied to what is merged alread
 that differ in numbers only: DRM-H and DRM-V are two. It has a study and a picture of its own.
 """
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import Parameter
 from itertools import product
 from typing import Literal, TypeAlias
 
 from lightning_drm.deltas import TaskVector
 from lightning_drm.fusion import Recipe, method_title, problem_of_statistics
-from lightning_drm.merging import METHODS, Method
+from lightning_drm.merging import METHODS
 from lightning_drm.tuning.grids import Grid, Value, chosen_grids, default_scales
+from lightning_drm.tuning.nesting import Nesting, arguments_of, with_arguments
 
 Params: TypeAlias = Mapping[str, float]
 """By name, the numbers of one setting of a family."""
@@ -38,10 +39,10 @@ class Family:
     @property
     def title(self) -> str:
         """What all of its settings share, as in "DRM, vertical"."""
-        method = self.recipe.method
-        defaults = type(method)(**{**method.hyperparameters(), **_defaults(type(method), self.numbers)})
+        defaults = with_arguments(self.recipe.method, _defaults(Nesting.of(self.recipe.method), self.numbers))
+        searched = {name.rpartition(".")[2] for name in self.numbers}
         words = method_title(defaults).split(", ")
-        return ", ".join(word for word in words if word.rpartition(" ")[0] not in self.numbers)
+        return ", ".join(word for word in words if word.rpartition(" ")[0] not in searched)
 
     @property
     def points(self) -> list[Params]:
@@ -57,11 +58,11 @@ class Family:
         Raises:
             ValueError: If one is out of range.
         """
-        method, own = self.recipe.method, {name: v for name, v in params.items() if not name.startswith(_COEFFICIENT)}
+        own = {name: v for name, v in params.items() if not name.startswith(_COEFFICIENT)}
         tasks = {name.removeprefix(_COEFFICIENT): v for name, v in params.items() if name.startswith(_COEFFICIENT)}
         return replace(
             self.recipe,
-            method=type(method)(**{**method.hyperparameters(), **own}),
+            method=with_arguments(self.recipe.method, own),
             coefficients={**self.recipe.coefficients, **tasks},
         )
 
@@ -99,8 +100,8 @@ def search_space(
             from its own defaults.
         tasks: The tasks.
         vectors: Their vectors, which may lack statistics that a method needs.
-        methods: Names of methods, or import paths, or ``["all"]``. If left out, those of the grid, and without a grid
-            the configured one, in its direction if it is DRM.
+        methods: Names of methods, or import paths, or ``["all"]``; of steps around others, "SVC of DRM". If left out,
+            those of the grid, and without a grid the configured one, in its direction if it is DRM.
         grid: Takes the place of the default grids of the methods that it names.
         coefficients: ``"one"`` searches one λ for all tasks, the method's ``scale``; ``"each"`` one for each task,
             among the same values.
@@ -113,15 +114,20 @@ def search_space(
         >>> (family,) = search_space(Recipe(DRM("vertical")), ["topic", "mood"])
         >>> family.title, len(family.points), family.points[1]
         ('DRM, vertical', 80, {'density': 0.1, 'scale': 0.9})
+        >>> grid = {"SVC of TIES": {"alpha": [0.5, 1.0], "method.density": [0.1, 0.2]}}
+        >>> (family,) = search_space(Recipe(), ["topic", "mood"], grid=grid)
+        >>> family.title, family.points[2]
+        ('SVC of TIES', {'alpha': 1.0, 'method.density': 0.1})
     """
     problems: list[str] = []
     families = []
-    for kind, choices in chosen_grids(type(recipe.method), methods, grid, problems, vectors).items():
-        start = recipe.method.hyperparameters() if type(recipe.method) is kind else {}
-        if found := _problems(kind, start, choices):
+    for nesting, choices in chosen_grids(recipe.method, methods, grid, problems, vectors).items():
+        start = arguments_of(recipe.method) if Nesting.of(recipe.method) == nesting else {}
+        if found := _problems(nesting, start, choices):
             problems += found
             continue
-        families += _families(replace(recipe, method=_made(kind, start, choices)), choices, tasks, coefficients)
+        method = nesting.made(_values_of(nesting, start, choices))
+        families += _families(replace(recipe, method=method), choices, tasks, coefficients)
     problems += [problem for family in families for problem in _misfits(family)]
     of_statistics = (problem_of_statistics(family.recipe.method, vectors) for family in families)
     problems += [problem for problem in of_statistics if problem is not None]
@@ -142,15 +148,15 @@ def learned_setting(recipe: Recipe, methods: Sequence[str] | None, *, by_paramet
         ValueError: If it is not one method that is linear in the coefficients, or has overrides that would be ignored.
     """
     problems: list[str] = []
-    kinds = list(chosen_grids(type(recipe.method), methods, None, problems))
-    if not problems and len(kinds) != 1:
+    nestings = list(chosen_grids(recipe.method, methods, None, problems))
+    if not problems and len(nestings) != 1:
         problems.append(
-            f"Coefficients are learned for one method at a time, got {', '.join(kind.__name__ for kind in kinds)}."
+            f"Coefficients are learned for one method at a time, got {', '.join(one.name for one in nestings)}."
         )
-    if not problems and not kinds[0].linear:
+    if not problems and not nestings[0].outermost.linear:
         linear = ", ".join(kind.__name__ for kind in METHODS if kind.linear)
         problems.append(
-            f"Coefficients are learned of methods that are linear in them, which {kinds[0].__name__} is not: give "
+            f"Coefficients are learned of methods that are linear in them, which {nestings[0].name} is not: give "
             f"--methods one of {linear}."
         )
     fixed = [repr(override.match) for override in recipe.overrides if override.coefficients]
@@ -161,13 +167,13 @@ def learned_setting(recipe: Recipe, methods: Sequence[str] | None, *, by_paramet
         )
     if problems:
         raise ValueError(" ".join(problems))
-    (kind,) = kinds
-    return recipe if type(recipe.method) is kind else replace(recipe, method=_made(kind, {}, {}))
+    (nesting,) = nestings
+    return recipe if Nesting.of(recipe.method) == nesting else replace(recipe, method=nesting.made({}))
 
 
-def _problems(kind: type[Method], start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]) -> list[str]:
+def _problems(nesting: Nesting, start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]) -> list[str]:
     """Why values cannot be tried."""
-    name, known = kind.__name__, inspect.signature(kind).parameters
+    name, known = nesting.name, nesting.parameters
     problems = []
     for parameter, values in choices.items():
         if parameter not in known:
@@ -177,16 +183,16 @@ def _problems(kind: type[Method], start: Mapping[str, Value], choices: Mapping[s
             problems.append(f"The grid of {name} gives no values for {parameter}.")
     if problems:
         return problems
-    if lacking := [p.name for p in known.values() if p.default is p.empty and p.name not in {**start, **choices}]:
+    if lacking := [n for n, p in known.items() if p.default is p.empty and n not in {**start, **choices}]:
         return [f"{name} needs values for {', '.join(lacking)} in the grid."]
-    first = _values_of(kind, start, choices)
+    first = _values_of(nesting, start, choices)
     for parameter, values in choices.items():
         for value in values:
             if not _fits(value, known[parameter].default):
                 problems.append(f"{name}: {parameter} cannot be {value!r}.")
                 continue
             try:
-                kind(**{**first, parameter: value})
+                nesting.made({**first, parameter: value})
             except ValueError as error:
                 problems.append(f"{str(error).removesuffix('.')}.")
     return problems
@@ -195,24 +201,18 @@ def _problems(kind: type[Method], start: Mapping[str, Value], choices: Mapping[s
 def _fits(value: Value, default: object) -> bool:
     """Whether a value is of the kind that a default is of."""
     if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and (isinstance(default, bool) or default is inspect.Parameter.empty)
+        return isinstance(value, bool) and (isinstance(default, bool) or default is Parameter.empty)
     if isinstance(default, float):
         return isinstance(value, int | float)
     return isinstance(value, type(default)) or not isinstance(default, int)
 
 
 def _values_of(
-    kind: type[Method], start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]
+    nesting: Nesting, start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]
 ) -> dict[str, Value]:
     """Arguments to begin with: those that are configured, and values of the grid for those without a default."""
-    known = inspect.signature(kind).parameters
-    needed = {p.name: choices[p.name][0] for p in known.values() if p.default is p.empty and p.name in choices}
+    needed = {n: choices[n][0] for n, p in nesting.parameters.items() if p.default is p.empty and n in choices}
     return {**needed, **start}
-
-
-def _made(kind: type[Method], start: Mapping[str, Value], choices: Mapping[str, Sequence[Value]]) -> Method:
-    made: Method = kind(**_values_of(kind, start, choices))
-    return made
 
 
 def _families(
@@ -220,7 +220,7 @@ def _families(
 ) -> list[Family]:
     """One family for each combination of what is not a number."""
     method = recipe.method
-    current = method.hyperparameters()
+    current = arguments_of(method)
     numbers: dict[str, tuple[float, ...]] = {}
     others: dict[str, list[Value]] = {}
     for name, values in sorted(choices.items(), key=lambda item: item[0] == "scale"):
@@ -235,7 +235,10 @@ def _families(
         current |= {"scale": 1.0} if "scale" in current else {}
         numbers |= {f"{_COEFFICIENT}{task}": lambdas for task in tasks}
     return [
-        Family(replace(recipe, method=type(method)(**{**current, **dict(zip(others, values, strict=True))})), numbers)
+        Family(
+            replace(recipe, method=with_arguments(method, {**current, **dict(zip(others, values, strict=True))})),
+            numbers,
+        )
         for values in product(*others.values())
     ]
 
@@ -252,6 +255,6 @@ def _misfits(family: Family) -> list[str]:
     return problems
 
 
-def _defaults(kind: type[Method], names: Iterable[str]) -> dict[str, object]:
-    known = inspect.signature(kind).parameters
-    return {n: known[n].default for n in names if n in known and known[n].default is not inspect.Parameter.empty}
+def _defaults(nesting: Nesting, names: Iterable[str]) -> dict[str, object]:
+    known = nesting.parameters
+    return {n: known[n].default for n in names if n in known and known[n].default is not Parameter.empty}

@@ -12,9 +12,9 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from lightning_drm.fusion.recipe import plain_arguments
 from lightning_drm.storage import writing
 from lightning_drm.tuning.judge import Judge
+from lightning_drm.tuning.nesting import arguments_of, full_name
 from lightning_drm.tuning.space import Family, Params
 from lightning_drm.tuning.trial import Trial
 
@@ -69,10 +69,10 @@ class Study:
     ) -> None:
         self.family = family
         self._num_samples = num_samples
-        arguments = plain_arguments(family.recipe.method)
-        unsearched = {name: value for name, value in arguments.items() if name not in family.numbers}
-        description = family.recipe.description([])
-        about = {**measured, **description, "init_args": unsearched, "searched": sorted(family.numbers)}
+        method = family.recipe.method
+        unsearched = {name: value for name, value in arguments_of(method).items() if name not in family.numbers}
+        about = {**measured, **family.recipe.description([]), "class_path": full_name(method)}
+        about |= {"init_args": unsearched, "searched": sorted(family.numbers)}
         about |= {"coefficients": dict(family.recipe.coefficients), "num_samples": num_samples}
         text = json.dumps(about, sort_keys=True)
         samples = "all samples" if num_samples is None else f"{num_samples} samples"

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from lightning_drm.fusion import Recipe
-from lightning_drm.fusion.recipe import class_path
+from lightning_drm.tuning.nesting import arguments_of, full_name
 from lightning_drm.tuning.space import Params
 
 
@@ -50,13 +50,13 @@ def table_of(trials: Sequence[Trial], tasks: Sequence[str]) -> pd.DataFrame:
     rows = []
     for trial in trials:
         coefficients = zip(tasks, trial.recipe.coefficients_of(tasks), strict=True)
-        row: dict[str, Any] = {"method": class_path(trial.recipe.method), **trial.recipe.method.hyperparameters()}
+        row: dict[str, Any] = {"method": full_name(trial.recipe.method), **arguments_of(trial.recipe.method)}
         row |= {f"coefficient of {task}": value for task, value in coefficients}
         row |= {f"score of {task}": trial.values.get(task) for task in tasks}
         row |= {"normalized average": trial.average, "state": "pruned" if trial.average is None else "complete"}
         row["validation samples per task"] = "all" if trial.num_samples is None else trial.num_samples
         rows.append(row)
     table = pd.DataFrame(rows)
-    hyperparameters = dict.fromkeys(name for trial in trials for name in trial.recipe.method.hyperparameters())
+    hyperparameters = dict.fromkeys(name for trial in trials for name in arguments_of(trial.recipe.method))
     rest = [name for name in table.columns if name != "method" and name not in hyperparameters]
     return table[["method", *hyperparameters, *rest]]

@@ -5,9 +5,10 @@ import re
 import pytest
 from helpers.own_method import Largest
 
-from lightning_drm import DRM, TIES, Average, IsoC, LiNeS, TaskArithmetic
+from lightning_drm import DRM, SVC, TIES, TSVM, Average, IsoC, LiNeS, TaskArithmetic
 from lightning_drm.fusion import Recipe
 from lightning_drm.tuning import SearchSettings, search_space, setting_title
+from lightning_drm.tuning.trial import Trial, table_of
 
 TASKS = ["a", "b"]
 TENTHS = [tenth / 10 for tenth in range(1, 11)]
@@ -84,8 +85,42 @@ def test_around_another_method():
     assert (found.recipe.method, given.recipe.method) == (LiNeS(TIES()), LiNeS(TIES(), 0.5))
     with pytest.raises(ValueError, match=r"LiNeS: alpha must be a number of at least 0, got -0\.5\."):
         search_space(Recipe(LiNeS(TIES())), TASKS, grid={"LiNeS": {"alpha": [-0.5, 0.5]}})
-    with pytest.raises(ValueError, match=r"LiNeS needs values for method in the grid\."):
-        search_space(Recipe(TIES()), TASKS, methods=["LiNeS"])
+
+
+def test_methods_inside_others_are_named_and_searched():
+    grid = {
+        "SVC of TSVM": {"alpha": [0.5, 1]},
+        "LiNeS of SVC of DRM": {
+            "method.method.direction": ["horizontal", "vertical"],
+            "method.alpha": [0.5],
+            "beta": [0],
+        },
+        "LiNeS of lightning_drm.TIES": {"method.density": [0.1, 0.4], "method.scale": [1, 2], "alpha": [0.25]},
+    }
+    svc, across, along, lines = search_space(Recipe(DRM(density=0.3)), TASKS, grid=grid)
+    assert [svc.setting(point).method for point in svc.points] == [SVC(TSVM(), 0.5), SVC(TSVM(), 1.0)]
+    assert [family.title for family in (svc, across, along, lines)] == [
+        "SVC of TSVM",
+        "LiNeS of SVC of DRM, horizontal, density 0.2",
+        "LiNeS of SVC of DRM, vertical, density 0.2",
+        "LiNeS of TIES",
+    ]
+    assert along.setting(along.points[0]).method == LiNeS(SVC(DRM("vertical"), 0.5), beta=0.0)
+    assert [lines.setting(point).method for point in lines.points] == [
+        LiNeS(TIES(density, scale=scale), 0.25) for density in (0.1, 0.4) for scale in (1.0, 2.0)
+    ]
+    (family,) = search_space(Recipe(TIES()), TASKS, methods=["SVC of TaskArithmetic"])
+    assert [family.setting(point).method.alpha for point in family.points] == [0.1, 0.25, 0.5, 1.0]
+    (family,) = search_space(Recipe(SVC(TIES(density=0.3))), TASKS, grid={"SVC": {"method.scale": [0.5]}})
+    assert family.setting(family.points[0]).method == SVC(TIES(0.3, scale=0.5)), "what is configured and not searched"
+
+
+def test_a_trial_shows_what_is_inside_its_method():
+    (family,) = search_space(Recipe(SVC(TIES())), ["a"], grid={"SVC": {"alpha": [0.5], "method.density": [0.1]}})
+    point = family.points[0]
+    found = table_of([Trial(family.setting(point), point, {"a": 0.9}, {"a": 0.9}, 0.9, 0.9, 50)], ["a"])
+    assert list(found)[:5] == ["method", "alpha", "method.density", "method.scope", "method.scale"]
+    assert list(found.iloc[0])[:5] == ["lightning_drm.SVC of lightning_drm.TIES", 0.5, 0.1, "global", 1.0]
 
 
 def test_one_coefficient_for_each_task():
@@ -127,6 +162,21 @@ def test_one_coefficient_for_each_task():
             ],
         ),
         ({"grid": {"TIES": {"scale": [1.0]}}, "methods": ["DRM"]}, ["The grid has TIES, which is not among"]),
+        (
+            {"methods": ["LiNeS", "TIES of DRM", "SVC of DMR", "SVC of LiNeS"]},
+            [
+                "LiNeS goes around another method: say which, as in 'LiNeS of DRM'.",
+                "TIES goes around no other method, so there is no 'TIES of DRM'.",
+                "There is no method 'DMR'",
+            ],
+        ),
+        (
+            {"grid": {"SVC of DRM": {"density": [0.1]}, "SVC of IsoC": {"alpha": [1.0]}}},
+            [
+                "SVC of DRM has no hyper-parameter 'density'; it has alpha, method.direction, method.density",
+                "SVC: method must leave singular values apart, which IsoC makes equal.",
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_all_that_cannot_be_searched_is_said_at_once(options, sentences):
