@@ -332,8 +332,9 @@ class MergeTrainer(Trainer):
             model: Template of a task's module, as for ``fit``.
             datamodule: The tasks.
             methods: Methods to search, by name, with the paper's grids (DRM in both directions); ``all`` of them; a
-                step around another method as ``SVC of DRM``. If left out, those of the grid, and without a grid the configured method, in its direction if it is DRM.
-                ``gradient`` takes one, which must be linear in the coefficients, as DRM, TIES and task arithmetic are.
+                step around another method as ``SVC of DRM``. If left out, those of the grid, and without a grid the
+                configured method, in its direction if it is DRM. ``gradient`` takes one, which must be linear in the
+                coefficients, as DRM, TIES and task arithmetic are.
             grid: By method, and by hyper-parameter, a list of the values to try. It takes the place of the method's
                 default grid. Of ``SVC of DRM``, those of DRM are ``method.density`` and so on. Not for ``gradient``.
             coefficients: Search ``one`` λ for all tasks, which is the method's ``scale``; one for ``each`` task, which
