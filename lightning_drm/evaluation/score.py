@@ -44,7 +44,7 @@ def resample(samples: SampleStates, num_resamples: int = NUM_RESAMPLES) -> list[
         num_resamples: How many sets are drawn: the same ones for every model that is tested on the same samples.
     """
     draws = np.random.RandomState(0)
-    choices = [draws.randint(len(samples), size=len(samples)).tolist() for _ in range(num_resamples)]
+    choices = [draws.randint(len(samples), size=len(samples)) for _ in range(num_resamples)]
     return samples.results(choices)
 
 

@@ -8,16 +8,25 @@ Either way a result costs no forward pass of the model. Under several processes 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_drm.data.sharing import Share
 from lightning_drm.kinds.metric_states import adds_up, alone
+
+Choice = Sequence[int] | NDArray[np.signedinteger]
+"""Numbers of samples, which may repeat."""
+
+_TOGETHER = 1 << 22
+"""How many counts of samples are in memory together."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -39,36 +48,45 @@ class SampleStates:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def results(self, choices: Sequence[Sequence[int]]) -> list[float]:
+    def results(self, choices: Sequence[Choice]) -> list[float]:
         """The metric's results on some choices of samples.
 
         Args:
-            choices: Numbers of samples, which may repeat.
+            choices: The choices.
 
         Returns:
             One number for each choice.
         """
         if not adds_up(self.metric):
             return [self._by_inputs(chosen) for chosen in choices]
-        states = {
-            name: torch.stack([sample[name] for sample in self.samples])
-            if isinstance(first, Tensor)
-            else [sample[name] for sample in self.samples]
-            for name, first in self.samples[0].items()
-        }
-        return [self._by_states(states, chosen) for chosen in choices]
+        size = max(1, _TOGETHER // len(self))
+        parts = [choices[start : start + size] for start in range(0, len(choices), size)]
+        return [result for part in parts for result in self._by_states(part)]
 
-    def _by_states(self, states: Mapping[str, Any], chosen: Sequence[int]) -> float:
-        counts = torch.bincount(torch.as_tensor(chosen), minlength=len(self))
-        for name, of_samples in states.items():
-            if isinstance(of_samples, Tensor):
-                value = torch.tensordot(counts.double(), of_samples.double(), dims=1).to(of_samples.dtype)
-            else:
-                value = [item for sample in chosen for item in of_samples[sample]]
-            setattr(self.metric, name, value)
-        return self._result()
+    def _by_states(self, choices: Sequence[Choice]) -> list[float]:
+        counts = torch.tensor(np.stack([np.bincount(chosen, minlength=len(self)) for chosen in choices]))
+        sums = {name: _sums(counts, states) for name, states in self._stacked.items()}
+        lists = [name for name in self.samples[0] if name not in sums]
+        known: dict[bytes, float] = {}  # many choices have the same sums, as of an accuracy
+        results = []
+        for number, chosen in enumerate(choices):
+            own = {name: values[number] for name, values in sums.items()}
+            key = b"".join(value.double().numpy().tobytes() for value in own.values())
+            if lists or key not in known:
+                own |= {name: [item for sample in chosen for item in self.samples[sample][name]] for name in lists}
+                for name, value in own.items():
+                    setattr(self.metric, name, value)
+                known[key] = self._result()
+            results.append(known[key])
+        return results
 
-    def _by_inputs(self, chosen: Sequence[int]) -> float:
+    @cached_property
+    def _stacked(self) -> dict[str, Tensor]:
+        """The states that are tensors, of all samples: shape (samples, …)."""
+        names = [name for name, state in self.samples[0].items() if isinstance(state, Tensor)]
+        return {name: torch.stack([sample[name] for sample in self.samples]) for name in names}
+
+    def _by_inputs(self, chosen: Choice) -> float:
         self.metric.reset()
         calls = [self.samples[sample] for sample in chosen]
         args = [_joined([call[0][place] for call in calls]) for place in range(len(calls[0][0]))]
@@ -78,6 +96,12 @@ class SampleStates:
     def _result(self) -> float:
         result = self.metric.compute()
         return float(result[self.key] if isinstance(result, Mapping) else result)
+
+
+def _sums(counts: Tensor, states: Tensor) -> Tensor:
+    """The sums over choices (R, …) of samples that each has counted, (R, S), of their states (S, …)."""
+    summed = counts.double() @ states.double().reshape(len(states), -1)
+    return summed.to(states.dtype).reshape(len(counts), *states.shape[1:])
 
 
 class SampleRecorder:

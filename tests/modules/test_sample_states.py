@@ -9,6 +9,7 @@ from torchmetrics.regression import PearsonCorrCoef, R2Score, SpearmanCorrCoef
 from torchmetrics.text import Perplexity, ROUGEScore
 
 from lightning_drm.data.sharing import Share
+from lightning_drm.modules import sample_states
 from lightning_drm.modules.sample_states import SampleRecorder
 
 NUM = 23
@@ -72,7 +73,8 @@ def recorded(metric: Metric, predictions, target, how: str, key: str | None):
 
 @pytest.mark.parametrize("how", ["update", "forward"])
 @pytest.mark.parametrize("case", CASES)
-def test_any_choice_of_samples_has_the_result_of_a_fresh_metric(case: str, how: str):
+def test_any_choice_of_samples_has_the_result_of_a_fresh_metric(case: str, how: str, monkeypatch):
+    monkeypatch.setattr(sample_states, "_TOGETHER", 2 * NUM)  # two choices at a time
     make, batches, key = CASES[case]
     predictions, target = batches()
     metric = make()
@@ -80,7 +82,12 @@ def test_any_choice_of_samples_has_the_result_of_a_fresh_metric(case: str, how: 
     assert samples is not None
     assert len(samples) == NUM
     draws = np.random.RandomState(0)
-    choices = [list(range(NUM)), *(draws.randint(NUM, size=NUM).tolist() for _ in range(5)), [3, 3, 8, 1]]
+    choices = [
+        list(range(NUM)),
+        list(range(NUM))[::-1],
+        *(draws.randint(NUM, size=NUM).tolist() for _ in range(5)),
+        [3, 3, 8, 1],
+    ]
     for chosen, result in zip(choices, samples.results(choices), strict=True):
         fresh = make()
         fresh.update(picked(predictions, chosen), picked(target, chosen))
