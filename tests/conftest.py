@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import offline  # noqa: F401  (first of all)
 from helpers.devices import DEVICES
 from torch import Tensor
 
