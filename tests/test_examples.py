@@ -116,7 +116,7 @@ def test_later_methods_of_the_study(tmp_path: Path):
         "TIES": {"space": ["entries", "core"], "density": [0.4]},
         "SVC of DRM": {"alpha": [0.5], "method.direction": ["horizontal"], "method.density": [0.1]},
     }
-    options += [f"--grids={json.dumps(grids)}", "--num_samples=8"]
+    options += [f"--grids={json.dumps(grids)}", "--num_samples=8", "--learned=[labels]"]
     finetuning = f"--finetuning={json.dumps({'full': [str(config)]})}"
     command = [sys.executable, EXAMPLES / "study" / "later.py", *options, finetuning]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=400)
@@ -124,7 +124,8 @@ def test_later_methods_of_the_study(tmp_path: Path):
     found = json.loads((tmp_path / "runs" / "full-0" / "report.json").read_text())["methods"]
     table, tuned = both[both["setting"] == "default"], both[both["setting"] == "tuned"]
     assert len(table) == 23
-    assert set(tuned.index) == {"DRM-H", "RegMean", "TIES", "SVC of DRM-H"}
+    learned = "Task arithmetic, λ learned from labels"
+    assert set(tuned.index) == {"DRM-H", "RegMean", "TIES", "SVC of DRM-H", learned}
     settings = {"RegMean": "RegMean, alpha 0.5", "SVC of DRM-H": "SVC of DRM, horizontal, density 0.1, alpha 0.5"}
     for name, title in settings.items():
         assert tuned.loc[name, "share"] == pytest.approx(100 * found[title]["normalized"]["average"])

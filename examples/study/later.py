@@ -4,7 +4,8 @@
 
 The finetunes are those of run.py, with statistics of their training data, in run folders of their own. Methods are
 measured with their defaults and, where they have a λ or the like of their own, tuned on the samples of validation that
-run.py tunes on. Stop the script and start it again: it goes on where it was.
+run.py tunes on. The coefficients of task arithmetic are learned, too, for each task and parameter. Stop the script and
+start it again: it goes on where it was.
 """
 
 import csv
@@ -41,6 +42,7 @@ from lightning_drm.deltas import load_task_vector
 from lightning_drm.fusion import Fusion, Recipe, method_title
 from lightning_drm.merging import DRM, Method
 from lightning_drm.storage import write_text
+from lightning_drm.tuning.objective import Objective
 
 LATER: Mapping[str, Method] = {
     "WUDI": WUDI(),
@@ -66,7 +68,7 @@ ROWS: Mapping[str, Method] = {
     )),
     **LATER,
 }  # fmt: skip
-NAMES = {family(method): name for name, method in reversed(ROWS.items())}
+NAMES = {family(method): name for name, method in reversed([*ROWS.items()])}
 """Of all settings of a method, the row of its defaults, which come first."""
 
 ALPHAS = [0.05, 0.125, 0.5, 1.0]
@@ -90,6 +92,12 @@ TUNED: Grids = {
 """The first three are the study's own, for comparison; core space is searched for LoRA alone."""
 
 
+LEARNED: Mapping[Objective, str] = {
+    "labels": "Task arithmetic, λ learned from labels",
+    "entropy": "Task arithmetic, λ learned without labels",
+}
+
+
 def possible(finetuning: str, fisher_samples: int) -> dict[str, Method]:
     """The methods that merge what a kind of finetuning leaves, and the statistics that are collected."""
     return {
@@ -109,13 +117,18 @@ def searched(finetuning: str, grids: Grids) -> Grids:
     }
 
 
-def work_on(run: Run, grids: Grids, num_samples: int, fisher_samples: int) -> None:
-    """Finetunes with statistics, tunes on validation, and compares on the test sets."""
+def work_on(run: Run, grids: Grids, num_samples: int, fisher_samples: int, learned: Sequence[Objective]) -> None:
+    """Finetunes with statistics, learns coefficients and tunes on validation, and compares on the test sets."""
     options = ["--drm.statistics", "[gram]", "--drm.snapshots", "[]"]
     run.do("fit", *options, "--base_batches", "0")
     if fisher_samples:
         fisher = ["--drm.statistics", "[fisher]", "--drm.statistics_samples", str(fisher_samples)]
         run.do("collect", *fisher, "--drm.snapshots", "[]")
+    for objective in learned:
+        search = ["--search", "gradient", "--methods", "TaskArithmetic", "--objective", objective]
+        run.do("tune", *options, *search, "--learning_rate", "0.01", "--max_steps", "100")
+        if not (file := _learned(run, objective)).is_file():  # what is tuned next takes its place in the report
+            write_text(file, json.dumps(json.loads((run.folder / "report.json").read_text())["tuned"]))
     if grids:
         search = ["--grid", json.dumps(searched(run.finetuning, grids)), "--num_samples", str(num_samples)]
         run.do("tune", *options, *search, "--num_finalists", "1", "--prune", "false")
@@ -127,6 +140,10 @@ def _tuned(run: Run, grids: Grids, num_samples: int) -> dict[str, Method]:
     """By a method's row in the tables, its best setting."""
     found = tuned_methods(run.folder, searched(run.finetuning, grids), num_samples) if grids else {}
     return {NAMES[name]: method for name, method in found.items()}
+
+
+def _learned(run: Run, objective: Objective) -> Path:
+    return run.folder / f"learned-{objective}.json"
 
 
 def cost(folder: Path, name: str) -> tuple[float, float]:
@@ -169,22 +186,28 @@ def _allocated() -> int:
 
 
 def write_table(
-    todo: Sequence[Run], output: Path, grids: Grids, num_samples: int, fisher_samples: int, *, costs: bool
+    todo: Sequence[Run],
+    output: Path,
+    grids: Grids,
+    num_samples: int,
+    fisher_samples: int,
+    learned: Sequence[Objective],
+    *,
+    costs: bool,
 ) -> None:
     """Writes later_methods.csv and .md: the share of the finetunes' test scores, and the cost of a merge if asked."""
     output.mkdir(parents=True, exist_ok=True)
     lines, table = ["# The methods that came later", ""], []
     for finetuning in dict.fromkeys(run.finetuning for run in todo):
         own = [run for run in todo if run.finetuning == finetuning]
-        tuned = [_tuned(run, grids, num_samples) for run in own]
-        settings = {
-            "default": {name: [method] * len(own) for name, method in possible(finetuning, fisher_samples).items()},
-            "tuned": {name: [methods[name] for methods in tuned] for name in tuned[0]},
+        settings: dict[str, list[dict[str, float]]] = {
+            "default": [_shares(run, possible(finetuning, fisher_samples)) for run in own],
+            "tuned": [_shares(run, _tuned(run, grids, num_samples), learned) for run in own] if grids else [],
         }
-        for setting, methods in settings.items():
-            if not methods:
+        for setting, shares in settings.items():
+            if not shares:
                 continue
-            rows = [[finetuning, setting, *row] for row in _rows(own, methods)]
+            rows = [[finetuning, setting, *row] for row in _rows(shares)]
             if setting == "default":
                 rows = [[*row, *_cost(own[0], row[2], costs)] for row in rows]
             lines += [f"## {finetuning}, {setting}", "", *_as_table(rows, costs and setting == "default"), ""]
@@ -196,22 +219,25 @@ def write_table(
         writer.writerows(table)
 
 
-def _rows(todo: Sequence[Run], methods: Mapping[str, Sequence[Method]]) -> list[list[Any]]:
+def _shares(run: Run, methods: Mapping[str, Method], learned: Sequence[Objective] = ()) -> dict[str, float]:
+    """By row, the share of the finetunes' test scores that a run's merge keeps."""
+    compared = json.loads((run.folder / "report.json").read_text())["methods"]
+    found = {name: compared[method_title(method)] for name, method in methods.items()}
+    found |= {LEARNED[objective]: json.loads(_learned(run, objective).read_text()) for objective in learned}
+    return {name: one["normalized"]["average"] for name, one in found.items()}
+
+
+def _rows(shares: Sequence[Mapping[str, float]]) -> list[list[Any]]:
     """By method, best first: its share of the finetunes' scores, and the points to DRM-H, each with its interval.
 
     Args:
-        todo: The runs.
-        methods: By row, the method of each run.
+        shares: Of each run, by row, the share.
     """
-    found = [json.loads((run.folder / "report.json").read_text())["methods"] for run in todo]
-    shares = {
-        name: [of_run[method_title(one)]["normalized"]["average"] for of_run, one in zip(found, of_runs, strict=True)]
-        for name, of_runs in methods.items()
-    }
+    table = {name: [of_run[name] for of_run in shares] for name in shares[0]}
     rows = []
-    for name in sorted(shares, key=lambda name: -sum(shares[name])):
-        share = mean(shares[name])
-        gap = mean([a - b for a, b in zip(shares[name], shares[OWN], strict=True)])
+    for name in sorted(table, key=lambda name: -sum(table[name])):
+        share = mean(table[name])
+        gap = mean([a - b for a, b in zip(table[name], table[OWN], strict=True)])
         rows.append([name, share.value, share.half, gap.value, gap.half])
     return rows
 
@@ -242,6 +268,7 @@ def later(
     grids: Grids = TUNED,
     num_samples: int = TUNING_SAMPLES,
     fisher_samples: int = 64,
+    learned: Sequence[Objective] = ("labels", "entropy"),
     costs: bool = True,
 ) -> None:
     """Runs what is missing, and writes the table.
@@ -256,12 +283,13 @@ def later(
         num_samples: How many validation samples of each task measure a setting.
         fisher_samples: How many training samples of each task give Fisher information, each of which takes a backward
             pass for each class; 0 leaves Fisher out.
+        learned: By what the coefficients of task arithmetic are learned; rows among those that are tuned.
         costs: Whether the time and memory of a merge by each method are measured.
     """
     todo = [run for name in finetuning for run in runs(folder, {name: finetuning[name]}, seeds, workers)]
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda run: work_on(run, grids, num_samples, fisher_samples), todo))
-    write_table(todo, output, grids, num_samples, fisher_samples, costs=costs)
+        list(pool.map(lambda run: work_on(run, grids, num_samples, fisher_samples, learned), todo))
+    write_table(todo, output, grids, num_samples, fisher_samples, learned, costs=costs)
     print(f"The table: {output}/later_methods.md")
 
 
