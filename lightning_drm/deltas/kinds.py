@@ -70,13 +70,15 @@ def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
 
 
 def transposed_names(module: nn.Module, parameters: Mapping[str, "Parameter"]) -> set[str]:
-    """The names of the matrices that their layers store (in, out), as a Conv1D does.
+    """The names of the matrices that their layers store (in, out), as a Conv1D does, and some experts.
 
     Args:
         module: A task's module.
         parameters: Its parameters.
     """
     stored = {id(layer.weight) for layer in module.modules() if isinstance(layer, Conv1D)}
+    of_experts = [layer for layer in module.modules() if getattr(layer, "is_transposed", False)]
+    stored |= {id(weight) for layer in of_experts for weight in layer.parameters(recurse=False) if weight.ndim == 3}
     return {name for name, parameter in parameters.items() if id(parameter.tensor) in stored}
 
 

@@ -33,7 +33,7 @@ from lightning_drm.fusion.pieces import pieces
 from lightning_drm.fusion.recipe import Recipe
 from lightning_drm.fusion.task_deltas import Piece, TaskDeltas
 from lightning_drm.fusion.threads import num_threads, side_by_side
-from lightning_drm.merging import Delta, LiNeS, LowRank, Method
+from lightning_drm.merging import Delta, LiNeS, LowRank, Method, Statistics
 from lightning_drm.merging.inputs import check_result
 from lightning_drm.merging.linalg.selection import Reduce, identity
 
@@ -182,7 +182,7 @@ class Fusion:
             turned = method.acts_on_inputs and name in self._transposed
             deltas = self.deltas.read(name)
             try:
-                keyed = self._informed(method, name).keyed(self._keys(name))
+                keyed = method.informed(self._statistics(method, name)).keyed(self._keys(name))
                 merged = keyed.merge_low_rank(
                     [delta.T for delta in deltas] if turned else deltas, self.treatments[name].coefficients
                 )
@@ -232,20 +232,21 @@ class Fusion:
             return Merged(name, torch.zeros(deltas[0].shape, device=self.device), deltas, rows)
         try:
             merged = merge_parameter(
-                self._informed(method, name),
+                method,
                 deltas,
                 treatment,
                 keys=self._keys(name),
                 start=rows.start * prod(deltas[0].shape[1:]) if rows is not None else 0,
                 transposed=name in self._transposed,
+                statistics=self._statistics(method, name),
                 merge=Method.merge if self._decompositions is None else self._decompositions.merging(name),
             )
         except ValueError as error:
             raise self.deltas.explained(error, name) from error
         return Merged(name, merged, deltas, rows)
 
-    def _informed(self, method: Method, name: str) -> Method:
-        return method if method.needs is None else method.informed(self.deltas.statistics(name, method.needs))
+    def _statistics(self, method: Method, name: str) -> list[Statistics]:
+        return [] if method.needs is None else self.deltas.statistics(name, method.needs)
 
     def _unscaled(self, names: Sequence[str]) -> Iterator[Merged]:
         """What the method makes of whole parameters; the next one is read ahead."""

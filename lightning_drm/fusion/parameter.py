@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_drm.fusion.recipe import Split, Treatment, split_sizes
-from lightning_drm.merging import Delta, LowRankStack, Method
+from lightning_drm.merging import Delta, LowRankStack, Method, Statistics
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.merging.scaling import peak
 
@@ -24,6 +24,7 @@ def merge_parameter(
     keys: Sequence[str],
     start: int = 0,
     transposed: bool,
+    statistics: Sequence[Statistics] = (),
     merge: Merge = Method.merge,
 ) -> Tensor:
     """Merges the deltas of one parameter, or of a piece of it.
@@ -38,6 +39,7 @@ def merge_parameter(
         keys: N names that random draws are tied to; those of an expert or a part have its number, too.
         start: How many entries of the parameter come before the piece.
         transposed: Whether a matrix is stored (in, out), so that its parts are columns.
+        statistics: What a method that needs statistics is told of the parameter, one for each task.
         merge: Merges one matrix, or one tensor entry by entry.
 
     Returns:
@@ -47,13 +49,15 @@ def merge_parameter(
         ValueError: If the method refuses the deltas, or nothing is left of a matrix that tasks changed.
     """
     if not treatment.expert_by_expert:
-        return _merge_one(method.keyed(keys, start=start), deltas, treatment, keys, transposed, merge)
+        known = method.informed(statistics).keyed(keys, start=start)
+        return _merge_one(known, deltas, treatment, keys, transposed, merge)
     merged = torch.zeros(deltas[0].shape, device=deltas[0].device)
     first = start // max(1, prod(deltas[0].shape[1:]))
     for index, of_expert in enumerate(experts(deltas)):
         try:
             own = _numbered(keys, first + index)
-            one = _merge_one(method.keyed(own), of_expert, treatment, own, transposed, merge)
+            known = method.informed([one.of_expert(first + index) for one in statistics]).keyed(own)
+            one = _merge_one(known, of_expert, treatment, own, transposed, merge)
         except ValueError as error:
             raise ValueError(f"expert {index}: {error}") from error
         merged = merged.to(one.dtype)

@@ -21,7 +21,7 @@ class Statistics:
     """Statistics of one task for one parameter; what was not collected is ``None``.
 
     Attributes:
-        gram: Mean of x xᵀ over the inputs x of the layer, (n, n) for a weight (m, n).
+        gram: Mean of x xᵀ over the inputs x of the layer, (n, n) for a weight (m, n); (E, n, n) for E experts.
         fisher: Diagonal Fisher information, in the shape of the parameter.
         fisher_norm: Euclidean norm of the task's Fisher information over its whole model; that of ``fisher`` alone if
             left out.
@@ -34,6 +34,11 @@ class Statistics:
     def to(self, device: torch.device | str) -> Self:
         """The same on a device."""
         gram, fisher = (None if tensor is None else tensor.to(device) for tensor in (self.gram, self.fisher))
+        return type(self)(gram, fisher, self.fisher_norm)
+
+    def of_expert(self, index: int) -> Self:
+        """Those of one expert, of those of all experts of a layer."""
+        gram, fisher = (None if tensor is None else tensor[index] for tensor in (self.gram, self.fisher))
         return type(self)(gram, fisher, self.fisher_norm)
 
 

@@ -104,21 +104,26 @@ class InputGrams:
             own = self._sums[name] = _Sum(name, inputs)
         elif own.leader != name:
             raise CalledApartError(name)
-        own.add(self._counted(name, inputs))
+        rows, counts = inputs.reshape(-1, inputs.shape[-1]), self.counted(name, inputs)
+        own.add(rows if counts is None else rows[counts])
         self._last = inputs, inputs._version, own
 
-    def _counted(self, name: str, inputs: Tensor) -> Tensor:
-        """The inputs as rows, without those of padding."""
-        rows = inputs.reshape(-1, inputs.shape[-1])
+    def counted(self, name: str, inputs: Tensor) -> Tensor | None:
+        """Which of a layer's inputs count, those of padding do not: a mask (positions,), or ``None`` for all.
+
+        Args:
+            name: The name of the layer's weight.
+            inputs: Its inputs (…, n).
+        """
         fitting = {
             stack: mask
             for stack, mask in self.padding.items()
-            if mask.numel() == len(rows) and (inputs.ndim == 2 or mask.shape[-1] == inputs.shape[-2])
+            if mask.numel() == inputs.shape[:-1].numel() and (inputs.ndim == 2 or mask.shape[-1] == inputs.shape[-2])
         }
         if not fitting:
-            return rows
+            return None
         stack = "decoder" if _reads_decoder(name) else "encoder"
-        return rows[fitting.get(stack, next(iter(fitting.values()))).reshape(-1)]
+        return fitting.get(stack, next(iter(fitting.values()))).reshape(-1)
 
 
 def _reads_decoder(name: str) -> bool:

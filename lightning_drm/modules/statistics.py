@@ -2,8 +2,9 @@ r"""Statistics of a task's data, from batches that go through the task's own mod
 
 **Gram matrices** of the inputs of each linear layer, :math:`G = \frac{1}{R} \sum_i x_i x_i^T` over all R inputs
 (RegMean, arXiv 2212.09849). Labels are not used. The published code counts the positions of padding, too; here they are
-left out unless asked for. Cost: one forward pass, R n² for each set of inputs, and n² of memory for each; where these
-have no room together, there are several passes.
+left out unless asked for. Each expert of a layer has its own inputs and its own matrix (see `expert_grams.py`). Cost:
+one forward pass, R n² for each set of inputs, and n² of memory for each; where these have no room together, there are
+several passes.
 
 **Diagonal Fisher information**, :math:`F = \frac{1}{N} \sum_x \sum_y p(y|x)\,(\partial \log p(y|x))^2`, over all N
 examples x and all classes y, by the model's own probabilities (Fisher merging, arXiv 2111.09832). Cost: one backward
@@ -16,6 +17,7 @@ batches of their own, and all get the sums.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -25,6 +27,7 @@ from lightning_drm.deltas import backbone_layers, backbone_parameters
 from lightning_drm.deltas.compiled import eagerly
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.kinds import IGNORE_INDEX, LABELS
+from lightning_drm.modules.expert_grams import ExpertGrams, inputs_of_experts, routes
 from lightning_drm.modules.input_grams import LINEAR, CalledApartError, InputGrams
 from lightning_drm.modules.measurement import run_forward
 from lightning_drm.modules.protocol import class_logits, classify
@@ -40,19 +43,20 @@ def gram_matrices(
     max_bytes: int | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Gram matrices of the inputs of a module's linear layers.
+    """Gram matrices of the inputs of a module's linear layers and experts.
 
     Args:
         module: A task's module, trained.
         head: Names of its head.
-        names: The parameters whose layers count; what is no linear layer's weight is left out.
+        names: The parameters whose layers count; what is no weight of a linear layer or of experts is left out.
         batches: This rank's batches, on the module's device; they may be gone through several times.
         count_padding: Whether the positions of padding count.
         max_bytes: How much memory the sums may take together, of one pass; each has at least one layer's.
         ranks: The processes.
 
     Returns:
-        Matrices (n, n) in float32 on the CPU by the name of the first layer that has them, and that name by parameter.
+        Matrices (n, n) in float32 on the CPU, (experts, n, n) of experts, by the name of the first parameter that has
+        them, and that name by parameter.
 
     Raises:
         ValueError: If no rank has a batch.
@@ -60,7 +64,7 @@ def gram_matrices(
     layers = {
         name: layer
         for name, layer in backbone_layers(module, head).items()
-        if name in names and name.endswith("weight") and isinstance(layer, LINEAR)
+        if name in names and ((name.endswith("weight") and isinstance(layer, LINEAR)) or _has_experts(name, layer))
     }
     matrices: dict[str, Tensor] = {}
     leaders: dict[str, str] = {}
@@ -68,8 +72,7 @@ def gram_matrices(
         found, own = _one_pass(module, some, batches, count_padding, ranks)
         leaders |= own
         for name in dict.fromkeys(own.values()):
-            size = _num_inputs(layers[name])
-            total, num_rows = found.get(name, (torch.zeros(size, size, dtype=torch.float64), 0))
+            total, num_rows = found.get(name, (torch.zeros(_shape(name, layers[name]), dtype=torch.float64), 0))
             count = torch.tensor([float(num_rows)], dtype=torch.float64)
             matrices[name] = (ranks.sum(total.cpu()) / ranks.sum(count)).float()
         del found
@@ -126,20 +129,24 @@ def _one_pass(
     module: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], count_padding: bool, ranks: Ranks
 ) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:
     """The sums of some layers by leader, and the leader by layer, on which the ranks agree."""
+    with_experts = {name: layer for name, layer in layers.items() if _has_experts(name, layer)}
+    linear = {name: layer for name, layer in layers.items() if name not in with_experts}
     for sharing in (True, False):
-        with InputGrams(layers, sharing=sharing) as grams, _evaluating(module), torch.no_grad():
+        grams = InputGrams(linear, sharing=sharing)
+        of_experts = ExpertGrams(with_experts, grams.counted)
+        with grams, of_experts, _evaluating(module), torch.no_grad():
             try:
                 for batch in batches:
                     grams.padding = {} if count_padding else _padding(batch, layers)
                     run_forward(module, batch)
-                leaders: dict[str, str] | None = grams.leaders()
+                leaders: dict[str, str] | None = {**grams.leaders(), **{name: name for name in of_experts.sums()}}
             except CalledApartError:
                 leaders = None
         known = ranks.gather(leaders)
         if None not in known and all(other in ({}, max(known, key=len)) for other in known):
             if not any(known) and layers:
                 raise ValueError("There are no batches to take Gram matrices from.")
-            return grams.sums(), cast(dict[str, str], max(known, key=len))
+            return {**grams.sums(), **of_experts.sums()}, cast(dict[str, str], max(known, key=len))
     raise AssertionError("layers that share nothing are never called apart, and ranks have the same layers")
 
 
@@ -148,7 +155,7 @@ def _passes(layers: Mapping[str, nn.Module], max_bytes: int | None) -> Iterator[
     some: dict[str, nn.Module] = {}
     taken = 0
     for name, layer in layers.items():
-        size = 8 * _num_inputs(layer) ** 2
+        size = 8 * prod(_shape(name, layer))
         if some and max_bytes is not None and taken + size > max_bytes:
             yield some
             some, taken = {}, 0
@@ -158,11 +165,17 @@ def _passes(layers: Mapping[str, nn.Module], max_bytes: int | None) -> Iterator[
         yield some
 
 
-def _num_inputs(layer: nn.Module) -> int:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features
-    weight = cast(Tensor, layer.weight)
-    return weight.shape[0]
+def _has_experts(name: str, layer: nn.Module) -> bool:
+    return routes(layer, name.rpartition(".")[2])
+
+
+def _shape(name: str, layer: nn.Module) -> tuple[int, ...]:
+    """Of the Gram matrix, or matrices, of a parameter's inputs."""
+    if _has_experts(name, layer):
+        number, size = inputs_of_experts(layer, name.rpartition(".")[2])
+        return number, size, size
+    size = layer.in_features if isinstance(layer, nn.Linear) else len(cast(Tensor, layer.weight))
+    return size, size
 
 
 def _padding(batch: Any, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

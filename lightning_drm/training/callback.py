@@ -64,8 +64,8 @@ class DRMMergeCallback(Callback):
         merge_at_snapshots: When all tasks are finetuned, merge the snapshots of each step that all of them have, and
             log ``merge/snapshot/<task>`` and ``merge/snapshot/average``, measured on the validation sets, at that step.
             Only with `MergeTrainer`, on one device, as it knows the data of all tasks.
-        statistics: Statistics of the training data to collect when a fit ends: ``gram`` (the inputs of linear layers,
-            for RegMean and WUDI), ``fisher`` (for Fisher). What the method needs is collected anyway.
+        statistics: Statistics of the training data to collect when a fit ends: ``gram`` (the inputs of linear layers
+            and experts, for RegMean and WUDI), ``fisher`` (for Fisher). What the method needs is collected anyway.
         statistics_samples: From how many training samples of each task; the method's own ``num_samples``, or 256, if
             left out.
         count_padding: Whether the positions of padding count in Gram matrices, as in RegMean's published code.

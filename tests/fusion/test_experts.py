@@ -1,6 +1,7 @@
 """Experts in one 3-D weight: a method on matrices merges each alone; what works entry by entry, all at once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,24 @@ from helpers import reference, ties
 from helpers.devices import on
 from torch import Tensor
 
-from lightning_drm.deltas import TaskVector
+from lightning_drm.deltas import Collected, TaskStatistics, TaskVector
 from lightning_drm.fusion import Fusion, Override, Recipe, pieces
 from lightning_drm.fusion.share_out import costs
-from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, LowRankStack, Method, TaskArithmetic
+from lightning_drm.merging import (
+    DARETIES,
+    DRM,
+    TIES,
+    TSVM,
+    WUDI,
+    Average,
+    IsoC,
+    IsoCTS,
+    LowRankStack,
+    Method,
+    RegMean,
+    Statistics,
+    TaskArithmetic,
+)
 from lightning_drm.merging.low_rank import densify
 
 NAME, SHAPE, TASKS = "mlp.experts.gate_up_proj", (5, 8, 6), ["a", "b", "c"]
@@ -28,6 +43,10 @@ MATRIX_METHODS = {
 
 def vectors_of(deltas: Sequence[Tensor | LowRankStack], kind: str = "experts") -> list[TaskVector]:
     return [TaskVector(task, {NAME: delta}, {NAME: kind}, {}, {}) for task, delta in zip(TASKS, deltas, strict=True)]
+
+
+def turned(stack: Tensor | LowRankStack) -> Tensor | LowRankStack:
+    return stack.T if isinstance(stack, LowRankStack) else stack.mT
 
 
 @pytest.fixture
@@ -58,6 +77,36 @@ def test_each_expert_is_a_matrix_of_its_own(
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-7, atol=1e-9)
         alone = [stack.matrix(index) if isinstance(stack, LowRankStack) else stack[index] for stack in stacks]
         assert torch.equal(found, method.merge(on(device, alone), IN_ORDER))
+
+
+@pytest.mark.parametrize("method", [RegMean(), WUDI(input_weight=1.0)], ids=repr)
+@pytest.mark.parametrize("in_out", [False, True], ids=["out, in", "in, out"])
+@pytest.mark.parametrize("deltas", ["dense", "low_rank"])
+def test_each_expert_has_its_own_statistics(
+    method: Method, in_out: bool, deltas: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of two experts each change nothing."""
+    stacks = request.getfixturevalue(deltas)
+    inputs = [torch.randn(5, 12, 6, dtype=torch.float64) for _ in TASKS]
+    grams = [one.mT @ one / 12 for one in inputs]
+    vectors = [
+        replace(vector, statistics=TaskStatistics({NAME: gram}, {"gram": {NAME: NAME}}, {"gram": Collected()}))
+        for vector, gram in zip(
+            vectors_of([turned(stack) if in_out else stack for stack in stacks]), grams, strict=True
+        )
+    ]
+    options = {"transposed": {NAME} if in_out else frozenset()}
+    whole = dict(Fusion(Recipe(method, COEFFICIENTS), vectors, **options))[NAME]
+    monkeypatch.setattr(pieces, "PIECE", 2 * 8 * 6)
+    shape = tuple(whole.shape)
+    fusion = Fusion(Recipe(method, COEFFICIENTS), vectors, shapes={NAME: shape}, in_pieces={NAME}, **options)
+    fusion.calibrate()
+    assert torch.equal(torch.cat([merged.delta for merged in fusion.merge_in_pieces(NAME)]), whole)
+    for index, found in enumerate(whole):
+        matrices = [densify(stack)[index] for stack in stacks]
+        statistics = [Statistics(gram=gram[index]) for gram in grams]
+        expected = method.merge(matrices, IN_ORDER, statistics=statistics)
+        torch.testing.assert_close(found.T if in_out else found, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("method", [TIES(0.3), DARETIES(0.5), TaskArithmetic(0.3), Average()], ids=repr)

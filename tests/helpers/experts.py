@@ -1,7 +1,7 @@
 """Tiny mixtures of experts, finetunes of them, and what a merge of their experts must be."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from helpers import reference, ties
@@ -90,3 +90,59 @@ def assert_merged(found: Tensor, matrices: Sequence[Tensor], tolerance: float, n
 
 def is_experts(name: str) -> bool:
     return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+
+def gram_matrices_by_hand(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What goes into each expert's weights, multiplied out token by token, over the number of tokens that count."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    layers = {name: layer for name, layer in model.named_modules() if name.endswith("mlp.experts")}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.__setitem__(name, inputs[:2]))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    counting = batch["attention_mask"].flatten().nonzero().flatten().tolist()
+    found: dict[str, Tensor] = {}
+    for name, (hidden, chosen) in seen.items():
+        for place in counting:
+            for expert in chosen[place].tolist():
+                token = hidden[place].double()
+                for part, x in (("gate_up_proj", token), ("down_proj", _after_gate(layers[name], expert, token))):
+                    total = found.setdefault(f"{name}.{part}", x.new_zeros(NUM_EXPERTS, len(x), len(x)))
+                    total[expert] += torch.outer(x, x) / len(counting)
+    return found
+
+
+def _after_gate(layer: nn.Module, expert: int, token: Tensor) -> Tensor:
+    """What goes into an expert's second product, as the architecture's paper or code has it."""
+    weight = layer.gate_up_proj[expert].detach().double()
+    if type(layer).__name__ != "GptOssExperts":
+        gate, up = (weight @ token).chunk(2)
+        return nn.functional.silu(gate) * up
+    product = weight.T @ token + layer.gate_up_proj_bias[expert].detach().double()
+    gate, up = product[0::2].clamp(max=7.0), product[1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def tokens(seed: int, size: int = 6, length: int = 7) -> dict[str, Tensor]:
+    """Token numbers with padding at the end."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, length + 1, (size,), generator=g)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return {"input_ids": torch.randint(1, 40, (size, length), generator=g) * mask, "attention_mask": mask}
+
+
+class Reads(nn.Module):
+    """A mixture of experts in a module of one's own, which classifies texts by their last logits."""
+
+    head_names = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def classify(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.model(**batch).logits[:, -1], torch.zeros(len(batch["input_ids"]), dtype=torch.long)

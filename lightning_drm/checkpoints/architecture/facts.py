@@ -14,11 +14,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.pytorch_utils import Conv1D
 
 from lightning_drm.checkpoints.architecture.alignment import Alignment
 from lightning_drm.checkpoints.architecture.experts import ExpertFiles, ExpertPart
-from lightning_drm.deltas import Kind, backbone_parameters, guess_kind
+from lightning_drm.deltas import Kind, backbone_parameters, guess_kind, transposed_names
 from lightning_drm.storage.json_files import field as field_of
 from lightning_drm.storage.json_files import read_object, shown
 
@@ -102,9 +101,9 @@ class Architecture:
             owned = [name for name, child in model.named_modules(remove_duplicate=False) if child is layer and name]
             vocabulary |= {f"{name}.{part}" for name in owned for part in ("weight", "bias")}
         vocabulary |= {ties[name] for name in vocabulary & ties.keys()}
-        transposed = {f"{name}.weight" for name, child in model.named_modules() if isinstance(child, Conv1D)}
-        transposed |= _experts_stored_in_out(model)
-        kinds = {name: parameter.kind for name, parameter in backbone_parameters(model, []).items()}
+        parameters = backbone_parameters(model, [])
+        transposed = transposed_names(model, parameters)
+        kinds = {name: parameter.kind for name, parameter in parameters.items()}
         saved = ExpertFiles.of_model(model, [name for name, kind in kinds.items() if kind == "experts"])
         kinds |= dict.fromkeys(sorted(saved.whole), "experts")
         has_tokens = model.get_input_embeddings() is not None
@@ -192,14 +191,6 @@ def _backbone_prefix(model: PreTrainedModel) -> str:
         sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
         prefix = max(sizes, key=lambda name: sizes[name])
     return f"{prefix}."
-
-
-def _experts_stored_in_out(model: PreTrainedModel) -> set[str]:
-    """Names of the 3-D weights of experts that are stored (E, in, out), as transformers marks them."""
-    layers = [(name, child) for name, child in model.named_modules() if getattr(child, "is_transposed", False)]
-    return {
-        f"{name}.{own}" for name, child in layers for own, p in child.named_parameters(recurse=False) if p.ndim == 3
-    }
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
