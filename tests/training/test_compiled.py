@@ -185,22 +185,29 @@ class CompilesLater(ValidatedTask):
         self.backbone.compile(backend="eager")
 
 
+def run_of(folder: Path, template: Callable[[], L.LightningModule]) -> VectorsRun:
+    run = VectorsRun(folder)
+    L.seed_everything(0)
+    run.trainer(DRM(), snapshots=[3]).fit(template(), datamodule=run.data)
+    return run
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> VectorsRun:
+    return run_of(tmp_path_factory.mktemp("plain"), ValidatedTask)
+
+
 @pytest.mark.parametrize("way", ["submodule", "whole", "configure_model"])
-def test_all_of_a_merge_trainers_run(way: str, tmp_path: Path):
+def test_all_of_a_merge_trainers_run(way: str, plain_run: VectorsRun, tmp_path: Path):
     templates = {
         "submodule": lambda: submodule(ValidatedTask()),
         "whole": lambda: compiled(ValidatedTask()),
         "configure_model": CompilesLater,
     }
-    runs = {name: VectorsRun(tmp_path / name) for name in ("plain", "other")}
-    for run, template in ((runs["plain"], ValidatedTask), (runs["other"], templates[way])):
-        L.seed_everything(0)
-        trainer = run.trainer(DRM(), snapshots=[3])
-        trainer.fit(template(), datamodule=run.data)
-    assert_same_files(runs["other"].folder, runs["plain"].folder)
-    ours, theirs = (run.report()["scores"] for run in (runs["other"], runs["plain"]))
+    run = run_of(tmp_path / "run", templates[way])
+    assert_same_files(run.folder, plain_run.folder)
+    ours, theirs = (one.report()["scores"] for one in (run, plain_run))
     assert ours == theirs
-    run = runs["other"]
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("deltas.safetensors")}
     other = CompilesLater if way == "configure_model" else ValidatedTask
     run.trainer(DRM()).fit(other(), datamodule=run.data)  # everything is done
@@ -233,21 +240,37 @@ class ModelCompiled(TransformerTask):
         self.model = compiled(self.model)
 
 
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    """A tiny BERT, and a file of texts for each task."""
+    folder = tmp_path_factory.mktemp("texts")
+    base = save_tiny_bert(folder / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return base, {name: save_texts(folder / f"{name}.csv", words, 0) for name, words in KINDS.items()}
+
+
+def fitted_to_texts(kind: type[TransformerTask], lora: bool, texts: tuple[str, dict[str, str]], folder: Path) -> Path:
+    base, files = texts
+    data = MultiTaskDataModule({name: TextTask(file, base, batch_size=16) for name, file in files.items()})
+    merge = DRMMergeCallback(data.task_names, DRM(), folder, statistics=["gram"])
+    trainer = MergeTrainer(callbacks=[merge], max_steps=6, limit_val_batches=0, **QUIET)
+    L.seed_everything(0)
+    adapters = LoraConfig(r=2, target_modules=["query", "dense"]) if lora else None
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    trainer.fit(kind(base, pooling="mean", lora=adapters, optimizer=optimizer), datamodule=data)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+def plain_texts_run(request: pytest.FixtureRequest, texts, tmp_path_factory) -> tuple[bool, Path]:
+    """Whether it is LoRA, and the folder of a run that compiles nothing."""
+    return request.param, fitted_to_texts(TransformerTask, request.param, texts, tmp_path_factory.mktemp("run"))
+
+
 @pytest.mark.parametrize("kind", [EncoderCompiled, ModelCompiled])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_transformers_model(kind: type[TransformerTask], lora: bool, tmp_path: Path):
-    base = save_tiny_bert(tmp_path / "base", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    texts = {name: save_texts(tmp_path / f"{name}.csv", words, 0) for name, words in KINDS.items()}
-    merged = []
-    for number, chosen in enumerate((TransformerTask, kind)):
-        data = MultiTaskDataModule({name: TextTask(text, base, batch_size=16) for name, text in texts.items()})
-        merge = DRMMergeCallback(data.task_names, DRM(), tmp_path / str(number), statistics=["gram"])
-        trainer = MergeTrainer(callbacks=[merge], max_steps=6, limit_val_batches=0, **QUIET)
-        L.seed_everything(0)
-        adapters = LoraConfig(r=2, target_modules=["query", "dense"]) if lora else None
-        optimizer = partial(torch.optim.AdamW, lr=1e-3)
-        trainer.fit(chosen(base, pooling="mean", lora=adapters, optimizer=optimizer), datamodule=data)
-        merged.append(BertModel.from_pretrained(tmp_path / str(number) / "merged").state_dict())
-    assert_same_files(tmp_path / "1", tmp_path / "0", rtol=1e-4, atol=1e-6)
-    for name, tensor in merged[0].items():
-        torch.testing.assert_close(merged[1][name], tensor, rtol=1e-4, atol=1e-6)
+def test_a_transformers_model(kind: type[TransformerTask], plain_texts_run: tuple[bool, Path], texts, tmp_path: Path):
+    lora, plain = plain_texts_run
+    fitted_to_texts(kind, lora, texts, tmp_path)
+    assert_same_files(tmp_path, plain, rtol=1e-4, atol=1e-6)
+    ours, theirs = (BertModel.from_pretrained(folder / "merged").state_dict() for folder in (tmp_path, plain))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6)
