@@ -39,7 +39,7 @@ def merge_parameter(
         keys: N names that random draws are tied to; those of an expert or a part have its number, too.
         start: How many entries of the parameter come before the piece.
         transposed: Whether a matrix is stored (in, out), so that its parts are columns.
-        statistics: What a method that needs statistics is told of the parameter, one for each task.
+        statistics: Those of the parameter, one for each task, for a method that needs them.
         merge: Merges one matrix, or one tensor entry by entry.
 
     Returns:

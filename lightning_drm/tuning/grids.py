@@ -16,7 +16,8 @@ in wider steps, LiNeS' theirs. The others are this package's own, around the def
 | ``SVC`` | | ``alpha``: 0.1, 0.25, 0.5, 1.0 |
 | ``LiNeS`` | | ``beta``: 0.1, 0.2, … 1.0 |
 
-Those of a step around another method are the step's own. A grid of the user may name those inside, ``method.density``.
+A step around another method is searched by its own grid. A grid of the user's may name what is inside, too, as in
+``method.density``.
 """
 
 import inspect
@@ -116,8 +117,9 @@ def chosen_grids(
         problems: Where a sentence is added for whatever cannot be.
         vectors: What is merged. A method that needs statistics which these do not have is not among ``["all"]``.
     """
-    known = Nesting.of(configured)
-    named = {name: _nesting(name, known, problems) for name in [*(grid or {}), *(methods or [])] if name != "all"}
+    known, every = Nesting.of(configured), list(methods or []) == ["all"]
+    names = [*(grid or {}), *([] if every else methods or [])]
+    named = {name: _nesting(name, known, problems) for name in names}
     own = {found: values for name, values in (grid or {}).items() if (found := named.get(name)) is not None}
     if methods is None:
         if grid is None:
@@ -127,9 +129,8 @@ def chosen_grids(
         return own
     if not methods:
         problems.append("There are no methods to search.")
-    if list(methods) == ["all"]:
-        every = [Nesting((kind,)) for kind in METHODS if problem_of_statistics(kind(), vectors) is None]
-        chosen = dict.fromkeys(every)
+    if every:
+        chosen = dict.fromkeys(Nesting((kind,)) for kind in METHODS if problem_of_statistics(kind(), vectors) is None)
     else:
         chosen = dict.fromkeys(found for name in methods if (found := named.get(name)) is not None)
     problems += [

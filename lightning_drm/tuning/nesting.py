@@ -1,7 +1,7 @@
 """Methods inside methods: a step such as SVC or LiNeS goes around another method, and both have hyper-parameters.
 
-Those inside are named with a dot, ``method.density``, as their place in a configuration is. A method's kind is told as
-its title tells it: "SVC of DRM".
+Those inside have names with a dot, ``method.density``, for their place in a configuration. The method itself goes by the
+name that its title has, "SVC of DRM".
 """
 
 import inspect

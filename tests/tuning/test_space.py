@@ -138,6 +138,7 @@ def test_one_coefficient_for_each_task():
     [
         ({"methods": ["DMR"]}, ["There is no method 'DMR'; the methods are DRM, TIES, DARETIES, TaskArithmetic"]),
         ({"methods": []}, ["There are no methods to search."]),
+        ({"methods": ["all", "DRM"]}, ["There is no method 'all'"]),
         ({"grid": {}}, ["The grid names no method."]),
         ({"grid": {"DRM": {"density": []}}}, ["The grid of DRM gives no values for density."]),
         (
