@@ -1,7 +1,7 @@
 """Methods inside methods: a step such as SVC or LiNeS goes around another method, and both have hyper-parameters.
 
-Those inside have names with a dot, ``method.density``, for their place in a configuration. The method itself goes by the
-name that its title has, "SVC of DRM".
+Those inside have names with a dot, ``method.density``, for their place in a configuration. The method goes by the name
+that its title has, "SVC of DRM".
 """
 
 import inspect
