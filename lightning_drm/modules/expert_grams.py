@@ -18,8 +18,8 @@ from torch.nn import functional
 FIRST, SECOND = ("gate_up_proj", "up_proj"), "down_proj"
 
 
-def routes(layer: nn.Module, parameter: str) -> bool:
-    """Whether a layer's parameter is a weight of experts as transformers' interface of experts has them.
+def is_weight_of_experts(layer: nn.Module, parameter: str) -> bool:
+    """Whether a layer's parameter is a weight of experts that transformers' interface for experts computes.
 
     Args:
         layer: The layer.
@@ -78,7 +78,7 @@ class ExpertGrams:
         for name in names.values():
             self._num_rows[name] = self._num_rows.get(name, 0) + (len(rows) if counts is None else int(counts.sum()))
         for expert in sorted(set(chosen.flatten().tolist())):
-            if expert >= len(getattr(layer, SECOND)):  # how a router says that nothing is to be computed here
+            if expert >= len(getattr(layer, SECOND)):  # a router's word for experts of another process
                 continue
             taken = (chosen == expert).any(-1) & (counts if counts is not None else True)
             for parameter, name in names.items():

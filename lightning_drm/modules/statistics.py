@@ -27,7 +27,7 @@ from lightning_drm.deltas import backbone_layers, backbone_parameters
 from lightning_drm.deltas.compiled import eagerly
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.kinds import IGNORE_INDEX, LABELS
-from lightning_drm.modules.expert_grams import ExpertGrams, inputs_of_experts, routes
+from lightning_drm.modules.expert_grams import ExpertGrams, inputs_of_experts, is_weight_of_experts
 from lightning_drm.modules.input_grams import LINEAR, CalledApartError, InputGrams
 from lightning_drm.modules.measurement import run_forward
 from lightning_drm.modules.protocol import class_logits, classify
@@ -64,7 +64,7 @@ def gram_matrices(
     layers = {
         name: layer
         for name, layer in backbone_layers(module, head).items()
-        if name in names and ((name.endswith("weight") and isinstance(layer, LINEAR)) or _has_experts(name, layer))
+        if name in names and ((name.endswith("weight") and isinstance(layer, LINEAR)) or _is_of_experts(name, layer))
     }
     matrices: dict[str, Tensor] = {}
     leaders: dict[str, str] = {}
@@ -129,7 +129,7 @@ def _one_pass(
     module: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], count_padding: bool, ranks: Ranks
 ) -> tuple[dict[str, tuple[Tensor, int]], dict[str, str]]:
     """The sums of some layers by leader, and the leader by layer, on which the ranks agree."""
-    with_experts = {name: layer for name, layer in layers.items() if _has_experts(name, layer)}
+    with_experts = {name: layer for name, layer in layers.items() if _is_of_experts(name, layer)}
     linear = {name: layer for name, layer in layers.items() if name not in with_experts}
     for sharing in (True, False):
         grams = InputGrams(linear, sharing=sharing)
@@ -165,13 +165,13 @@ def _passes(layers: Mapping[str, nn.Module], max_bytes: int | None) -> Iterator[
         yield some
 
 
-def _has_experts(name: str, layer: nn.Module) -> bool:
-    return routes(layer, name.rpartition(".")[2])
+def _is_of_experts(name: str, layer: nn.Module) -> bool:
+    return is_weight_of_experts(layer, name.rpartition(".")[2])
 
 
 def _shape(name: str, layer: nn.Module) -> tuple[int, ...]:
     """Of the Gram matrix, or matrices, of a parameter's inputs."""
-    if _has_experts(name, layer):
+    if _is_of_experts(name, layer):
         number, size = inputs_of_experts(layer, name.rpartition(".")[2])
         return number, size, size
     size = layer.in_features if isinstance(layer, nn.Linear) else len(cast(Tensor, layer.weight))
