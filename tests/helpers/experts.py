@@ -123,8 +123,8 @@ def _after_gate(layer: nn.Module, expert: int, token: Tensor) -> Tensor:
         gate, up = (weight @ token).chunk(2)
         return nn.functional.silu(gate) * up
     product = weight.T @ token + layer.gate_up_proj_bias[expert].detach().double()
-    gate, up = product[0::2].clamp(max=7.0), product[1::2].clamp(-7.0, 7.0)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    gate, up = product[0::2].clamp(max=layer.limit), product[1::2].clamp(-layer.limit, layer.limit)
+    return (up + 1) * gate * torch.sigmoid(layer.alpha * gate)
 
 
 def tokens(seed: int, size: int = 6, length: int = 7) -> dict[str, Tensor]:
