@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import offline  # noqa: F401  (first of all)
 from helpers.devices import DEVICES
 from torch import Tensor
 

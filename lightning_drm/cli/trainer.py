@@ -26,18 +26,6 @@ _LIGHTNINGS_OWN = {"model", "datamodule", "ckpt_path", "weights_only"}
 _OF_FIT = ("only", "retrain", "resume", "keep_going", "base_batches")
 
 
-SKIPPED = {
-    "fit": {*_LIGHTNINGS_OWN, "train_dataloaders", "val_dataloaders"},
-    "collect": {"model", "datamodule"},
-    "merge": {"model", "datamodule"},
-    "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
-    "compare": {"model", "datamodule"},
-    "tune": {"model", "datamodule"},
-    "analyze": {"model", "datamodule"},
-}
-"""By subcommand, the arguments of the Trainer's method that are none of its options."""
-
-
 class _Parser(OneSentence, LightningArgumentParser):
     """Lightning's parser, which says what is wrong in one sentence."""
 
@@ -50,8 +38,6 @@ class MergeCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
-        words = sys.argv[1:] if args is None else args
-        self._named = words[0] if isinstance(words, list) and words else None
         super().__init__(
             model_class=LightningModule,
             datamodule_class=MultiTaskDataModule,
@@ -75,11 +61,18 @@ class MergeCLI(LightningCLI):
         parser.set_defaults({"drm.method": {"class_path": "lightning_drm.DRM"}, "drm.dirpath": "runs/drm"})
         parser.link_arguments("data.tasks", "drm.tasks", compute_fn=list)
 
-    @override  # Lightning calls it on the object
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that is named, for which alone a parser is made: all seven would take half a second."""
-        named = self._named
-        return {named: SKIPPED[named]} if named in SKIPPED else SKIPPED
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {*_LIGHTNINGS_OWN, "train_dataloaders", "val_dataloaders"},
+            "collect": {"model", "datamodule"},
+            "merge": {"model", "datamodule"},
+            "test": {*_LIGHTNINGS_OWN, "dataloaders", "verbose"},
+            "compare": {"model", "datamodule"},
+            "tune": {"model", "datamodule"},
+            "analyze": {"model", "datamodule"},
+        }
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -108,6 +101,21 @@ def _words(args: list[str]) -> list[str]:
     return lists_in_brackets(with_own_configs(args), "--methods")
 
 
+def _cli_of(args: ArgsType) -> type[MergeCLI]:
+    """The command line with the subcommand that is named first, if one is: parsers of all seven take half a second."""
+    words, known = sys.argv[1:] if args is None else args, MergeCLI.subcommands()
+    if not isinstance(words, list) or not words or words[0] not in known:
+        return MergeCLI
+
+    class OneSubcommand(MergeCLI):
+        @staticmethod
+        @override
+        def subcommands() -> dict[str, set[str]]:
+            return {words[0]: known[words[0]]}
+
+    return OneSubcommand
+
+
 def run(args: ArgsType = None) -> None:
     """Runs the subcommand.
 
@@ -118,7 +126,7 @@ def run(args: ArgsType = None) -> None:
         ValueError: If something does not fit together, for Lightning or for this package.
     """
     try:
-        MergeCLI(args)
+        _cli_of(args)(args)
     except Interrupted as ended:
         if is_writer():
             print(f"lightning-drm: {ended}", file=sys.stderr)

@@ -19,7 +19,7 @@ from lightning_drm.cli.trainer import MergeCLI
 @cache
 def run_parser() -> ArgumentParser:
     """The parser of the subcommands that work on one configuration: it takes longer to build than to use."""
-    return capture_parser(lambda: MergeCLI([]))
+    return capture_parser(lambda: MergeCLI(["merge"]))
 
 
 def parse(words: Sequence[str]) -> Namespace:

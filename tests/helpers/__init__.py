@@ -1,4 +1,4 @@
-"""Imported before anything of a hub: tests ask none, but where they start one of their own.
+"""What tests share. No test asks a hub, unless it starts one of its own.
 
 Without a connection, a hub's client would try again for half a minute before it says so.
 """
