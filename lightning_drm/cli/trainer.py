@@ -106,12 +106,13 @@ def _cli_of(args: ArgsType) -> type[MergeCLI]:
     words, known = sys.argv[1:] if args is None else args, MergeCLI.subcommands()
     if not isinstance(words, list) or not words or words[0] not in known:
         return MergeCLI
+    named = {words[0]: known[words[0]]}
 
     class OneSubcommand(MergeCLI):
         @staticmethod
         @override
         def subcommands() -> dict[str, set[str]]:
-            return {words[0]: known[words[0]]}
+            return named
 
     return OneSubcommand
 
