@@ -74,10 +74,8 @@ def measure(
 def _score(module: MultiTaskModule, task: str, value: float) -> Score:
     samples, resampled = module.samples(task), list[float]()
     if samples is not None:
-        everything = [np.arange(len(samples))]
-        again = samples.results(everything)[0]
         start = time.perf_counter()
-        samples.results(everything)  # once more, as the first time prepares what all choices share
+        again = samples.results([np.arange(len(samples))])[0]
         seconds = time.perf_counter() - start
         # Of a metric whose samples do not make its result again, other sets of samples would say nothing either.
         if isclose(again, value, rel_tol=1e-3):

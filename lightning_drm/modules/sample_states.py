@@ -7,8 +7,7 @@ Either way a result costs no forward pass of the model. Under several processes 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ _TOGETHER = 1 << 22
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class SampleStates:
     """What a metric needs of each sample of a test set, in the set's order.
 
@@ -44,6 +43,12 @@ class SampleStates:
     metric: Metric
     samples: Sequence[Any]
     key: str | None = None
+    _stacked: dict[str, Tensor] = field(init=False, repr=False)  # states that are tensors, of shape (samples, …)
+
+    def __post_init__(self) -> None:
+        first = self.samples[0] if adds_up(self.metric) else {}
+        names = [name for name, state in first.items() if isinstance(state, Tensor)]
+        self._stacked = {name: torch.stack([sample[name] for sample in self.samples]) for name in names}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -79,12 +84,6 @@ class SampleStates:
                 known[key] = self._result()
             results.append(known[key])
         return results
-
-    @cached_property
-    def _stacked(self) -> dict[str, Tensor]:
-        """The states that are tensors, of all samples: shape (samples, …)."""
-        names = [name for name, state in self.samples[0].items() if isinstance(state, Tensor)]
-        return {name: torch.stack([sample[name] for sample in self.samples]) for name in names}
 
     def _by_inputs(self, chosen: Choice) -> float:
         self.metric.reset()
