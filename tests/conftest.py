@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.devices import DEVICES
 from torch import Tensor
 
+from helpers.devices import DEVICES
 from lightning_drm.deltas import Collected, TaskStatistics, TaskVector
 from lightning_drm.deltas.parameters import Kind
 from lightning_drm.fusion import pieces

@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+
+import lightning_drm
 from helpers.pages import ROOT, blocks, commands, named_files
 from helpers.parsers import parse
 from helpers.tiny import save_run_config
-
-import lightning_drm
 from lightning_drm.analysis import STANDARD
 from lightning_drm.cli.main import main
 from lightning_drm.merging import METHODS, Method

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+
 from helpers.tiny import save_run_config
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from benchmarks import gpu
 from benchmarks.gpu_cases import MODELS, methods_for
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from helpers import notebooks
 from transformers import BertConfig, BertModel
+
+from helpers import notebooks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))

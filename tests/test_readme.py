@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.pages import ROOT, blocks, named_files
 
+from helpers.pages import ROOT, blocks, named_files
 from lightning_drm.cli.trainer import MergeCLI
 
 README = ROOT / "README.md"

@@ -4,11 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from helpers import three_tasks as three
 from helpers.run import Run
 from helpers.three_tasks import ThreeTasks
 from helpers.tiny import save_run_config
-
 from lightning_drm.cli.main import main
 
 OF_DELTAS = ("pruning_profile", "sign_agreement", "spectrum", "alignment")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+
 from helpers.studied import Sets
 from helpers.three_tasks import CLASSES, ThreeTasks
 from helpers.tiny import QUIET, VectorTask
-
 from lightning_drm import DRM, Average, DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.analysis.ablation import Ablation
 from lightning_drm.evaluation import StoredFinding

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from helpers.analyzed import TASKS, deltas, table
 from helpers.run import Run
-
 from lightning_drm import DRM
 
 

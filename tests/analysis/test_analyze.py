@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.run import Run
 
+from helpers.run import Run
 from lightning_drm.analysis import STANDARD, chosen_analyses
 from lightning_drm.cli.main import main
 from lightning_drm.evaluation import read_findings

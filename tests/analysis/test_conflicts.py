@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.three_tasks import CLASSES, ThreeTasks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError
 
+from helpers.three_tasks import CLASSES, ThreeTasks
 from lightning_drm import DRM, DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.analysis.conflicts import Conflicts
 from lightning_drm.evaluation import StoredFinding

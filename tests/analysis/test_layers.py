@@ -2,8 +2,8 @@
 
 import pandas as pd
 import pytest
-from helpers.three_tasks import CLASSES, ThreeTasks
 
+from helpers.three_tasks import CLASSES, ThreeTasks
 from lightning_drm import DRM
 from lightning_drm.analysis.layers import CHANGE, Layers, grouped
 

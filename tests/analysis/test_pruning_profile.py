@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from helpers.analyzed import deltas, table
-from helpers.run import Run
 from numpy.typing import NDArray
 
+from helpers.analyzed import deltas, table
+from helpers.run import Run
 from lightning_drm import DRM
 from lightning_drm.analysis.pruning_profile import PruningProfile, dropped_shares
 

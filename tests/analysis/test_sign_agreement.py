@@ -5,9 +5,9 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+
 from helpers.analyzed import TASKS, deltas, table
 from helpers.run import Run
-
 from lightning_drm.analysis.sign_agreement import agreement, agreement_by_chance, count_votes
 
 

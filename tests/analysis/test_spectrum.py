@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
 from helpers.analyzed import TASKS, deltas, table
 from helpers.run import Run
-
 from lightning_drm import LowRank
 from lightning_drm.analysis.spectrum import Spectra
 

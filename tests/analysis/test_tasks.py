@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.three_tasks import CLASSES, ThreeTasks
 from scipy.special import betainc
 
+from helpers.three_tasks import CLASSES, ThreeTasks
 from lightning_drm import DRM, TIES, Average, TaskArithmetic
 from lightning_drm.analysis.tasks import NORMALIZED, Tasks, paired_test, subsets
 from lightning_drm.fusion import method_title

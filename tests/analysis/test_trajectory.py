@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.three_tasks import CLASSES, SNAPSHOT, ThreeTasks
 
+from helpers.three_tasks import CLASSES, SNAPSHOT, ThreeTasks
 from lightning_drm import DRM
 from lightning_drm.analysis.trajectory import Trajectory
 

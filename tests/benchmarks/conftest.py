@@ -9,6 +9,7 @@ of its own holds at most beyond its inputs.
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.timing import Run, interleaved
 
 

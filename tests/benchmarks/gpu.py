@@ -32,7 +32,6 @@ from benchmarks.card import Card, Rates
 from benchmarks.gpu_cases import LARGEST_PLAIN, MODELS, PLAIN, Model, calibrated, floor, merge, methods_for
 from helpers import ties
 from helpers.devices import CPU, on
-
 from lightning_drm.merging import DRM, TIES, KnOTS, LowRank, Method
 
 CORNER = 640  # rows and columns that are compared: more than any method leaves to the host

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from benchmarks import published
-from benchmarks.card import Rates
 from torch import Tensor
 
+from benchmarks import published
+from benchmarks.card import Rates
 from lightning_drm.merging import (
     DARETIES,
     DRM,

@@ -25,7 +25,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.llama import LLAMA
-
 from lightning_drm.deltas import Parameter, backbone_parameters
 from lightning_drm.fusion import Recipe, merging_bytes, too_large_as_a_whole
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+
 from benchmarks import published
 from benchmarks.floor import Floor
 from benchmarks.memory import extra_share
 from benchmarks.timing import interleaved, make_deltas
 from helpers import reference
-
 from lightning_drm.merging import DRM, TSVM, IsoC, LowRank
 
 BLOCK = {(768, 768): 4, (768, 3072): 1, (3072, 768): 1}  # one ViT-B/32 block: shape -> how many

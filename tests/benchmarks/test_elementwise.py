@@ -1,8 +1,8 @@
 """TIES and task arithmetic on models of 100 million parameters × 8 tasks."""
 
 import torch
-from benchmarks import published
 
+from benchmarks import published
 from lightning_drm.merging import TIES, TaskArithmetic
 
 NUM_TASKS = 8

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from benchmarks.floor import Floor
-from benchmarks.timing import interleaved, make_deltas
 from torch import Tensor
 
+from benchmarks.floor import Floor
+from benchmarks.timing import interleaved, make_deltas
 from lightning_drm import DRM, STAR, SVC, WUDI, DCMerge, KnOTS, RegMean, Statistics, TaskArithmetic
 from lightning_drm.merging import Method
 

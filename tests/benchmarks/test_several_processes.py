@@ -12,8 +12,9 @@ import sys
 
 import pytest
 import torch
-from benchmarks.timing import make_deltas
 from safetensors.torch import load_file, save_file
+
+from benchmarks.timing import make_deltas
 
 NUM_TASKS = 8
 NUM_BLOCKS = 4  # an even number: three quarters of a block are one layer, which one process merges

@@ -1,8 +1,8 @@
 """How evenly the parameters of Llama-3.1-8B are shared out over ranks, for eight tasks; computed, nothing is merged."""
 
 import pytest
-from benchmarks.llama import llama_parameters
 
+from benchmarks.llama import llama_parameters
 from lightning_drm import DRM, TIES, IsoC
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.fusion.share_out import balance, costs

@@ -6,8 +6,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import yaml
-from helpers.tiny import quiet_trainer
 
+from helpers.tiny import quiet_trainer
 from lightning_drm import DRMMergeCallback, TransformerTask
 from lightning_drm.data import QuickstartTask
 

@@ -1,7 +1,6 @@
 """The merging part of `tune`: an 80-point grid with and without what its settings share."""
 
 from benchmarks.timing import interleaved, make_deltas
-
 from lightning_drm.deltas import TaskVector
 from lightning_drm.fusion import Decompositions, Recipe
 from lightning_drm.fusion.fuse import Fusion

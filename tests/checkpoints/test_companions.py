@@ -6,11 +6,11 @@ import stat
 from pathlib import Path
 
 import pytest
-from helpers import models
-from helpers.tiny import save_tiny_bert
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from helpers import models
+from helpers.tiny import save_tiny_bert
 from lightning_drm import Average, merge_checkpoints
 
 OWN = {"config.json", "tokenizer.json", "tokenizer_config.json"}

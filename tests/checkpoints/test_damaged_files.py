@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import models, mutations
-from helpers.limits import time_limit
-from helpers.mutations import Mutation
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
+from helpers import models, mutations
+from helpers.limits import time_limit
+from helpers.mutations import Mutation
 from lightning_drm.cli.main import main
 from lightning_drm.deltas import TaskVector, backbone_parameters, hash_tensor, hashed_file, save_task_vector
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from checkpoints.merge_on_ranks import merge_all
 from helpers import experts, models
 from helpers.ranks import end_codes, start_ranks
-from safetensors.torch import load_file, save_file
-
 from lightning_drm import DRM, TIES, Average, IsoC, MergeSession, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, plan_costs, table
 from lightning_drm.cli.main import main

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import hub, models
 from safetensors.torch import load, load_file
+
+from helpers import hub, models
 
 pytestmark = pytest.mark.processes
 SHELL = Path(__file__).with_name("merges_of_a_shell.py")

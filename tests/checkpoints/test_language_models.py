@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_language import save_tiny_llama, save_tiny_t5
 from safetensors.torch import load_file
 
+from helpers.tiny_language import save_tiny_llama, save_tiny_t5
 from lightning_drm import DRM, MergeSession, TransformerTask, merge_checkpoints
 from lightning_drm.kinds import Kind, Language, SequenceToSequence
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import models
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from helpers import models
 from lightning_drm import TaskArithmetic, TransformerTask, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan
 from lightning_drm.fusion import Recipe

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from helpers import models, reference
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from helpers import models, reference
 from lightning_drm import DARETIES, TIES, KnOTS, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan
 from lightning_drm.fusion import Recipe

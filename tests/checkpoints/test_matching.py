@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from helpers import models
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import BertForMaskedLM, BertForSequenceClassification, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from helpers import models
 from lightning_drm import Average, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.architecture.alignment import Alignment
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan

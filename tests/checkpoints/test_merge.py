@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import models, reference, ties
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from helpers import models, reference, ties
 from lightning_drm import DARETIES, DRM, TIES, Average, IsoC, TaskArithmetic, merge_checkpoints
 from lightning_drm.fusion import Override, Recipe
 

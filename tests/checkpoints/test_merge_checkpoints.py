@@ -7,11 +7,11 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from helpers import models
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lightning_drm
+from helpers import models
 from lightning_drm import TIES, LiNeS, RegMean, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.checkpoints.reading import TensorHeader, Tensors, readers

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import models
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
+from helpers import models
 from lightning_drm import TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan
 from lightning_drm.fusion import Recipe

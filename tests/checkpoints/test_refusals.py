@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from helpers import models
-from helpers.limits import time_limit
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
+from helpers import models
+from helpers.limits import time_limit
 from lightning_drm import DARETIES, DRM, Average, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, refuse
 from lightning_drm.checkpoints.reading.module_patterns import matched_keys

@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from checkpoints.merge_on_ranks import merge_all
 from helpers import models
 from helpers.devices import needs_gpu
 from helpers.ranks import SRUN, end_codes, slurm_job, start_ranks
-from safetensors.torch import load_file, save_file
-
 from lightning_drm import DARETIES, DRM, TIES, KnOTS, LiNeS, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.cli import checkpoints

@@ -12,9 +12,9 @@ from threading import Lock
 
 import pytest
 import torch
-from helpers import models
 from safetensors.torch import load_file, save_file
 
+from helpers import models
 from lightning_drm import DRM, TIES, merge_checkpoints
 from lightning_drm.checkpoints.reading import TensorHeader
 from lightning_drm.checkpoints.writing.shards import ShardWriter

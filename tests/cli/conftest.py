@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from helpers import models
 from helpers.run import Run
 from helpers.tiny import save_run_config
-
 from lightning_drm.cli.main import main
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.parsers import run_parser
 
+from helpers.parsers import run_parser
 from lightning_drm.cli.arguments import file_merge_parser, own_defaults, refuse_lost_options
 from lightning_drm.cli.main import main
 from lightning_drm.cli.overview import SUBCOMMANDS

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.own_method import Largest
 from safetensors.torch import load_file, save_file
 
+from helpers.own_method import Largest
 from lightning_drm import DRM, IsoC, LiNeS, TaskArithmetic, merge_checkpoints
 from lightning_drm.cli.main import main
 from lightning_drm.fusion import Override, Recipe

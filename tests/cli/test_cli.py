@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.run import Run
-from helpers.tiny import KINDS
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from helpers.run import Run
+from helpers.tiny import KINDS
 from lightning_drm.cli.main import main
 from lightning_drm.training import settings
 

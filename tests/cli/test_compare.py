@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from helpers.mistakes import METHODS, said
 from helpers.run import Run
-
 from lightning_drm.cli.main import main
 
 CONFIGURED, TIES = "DRM, horizontal, density 0.2", "TIES, density 0.2"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from helpers.faults import can_mount, largest_file, read_only_disk, small_disk
 from helpers.run import Run
 from helpers.tiny import save_run_config
-
 from lightning_drm.cli.main import main
 from lightning_drm.training.run_folder import RunFolder
 

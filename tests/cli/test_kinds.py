@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from helpers.kinds import questions, save_rows, tagged_sentences, texts_with_a_color, texts_with_pets
 from helpers.tiny import save_tiny_bert
 

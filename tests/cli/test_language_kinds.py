@@ -16,10 +16,10 @@ import datasets
 import pytest
 import torch
 import yaml
-from helpers.tiny_language import COLORS, PETS, save_answers, save_counting, save_tiny_llama, save_tiny_t5
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
+from helpers.tiny_language import COLORS, PETS, save_answers, save_counting, save_tiny_llama, save_tiny_t5
 from lightning_drm import load_merged
 from lightning_drm.cli.main import main
 from lightning_drm.data import LanguageTask, SequenceTask

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.run import Run
 
 import lightning_drm
+from helpers.run import Run
 from lightning_drm.cli.main import is_file_merge, main
 from lightning_drm.cli.overview import OVERVIEW, SUBCOMMANDS
 from lightning_drm.cli.trainer import MergeCLI

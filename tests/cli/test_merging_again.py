@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.run import Run
 
+from helpers.run import Run
 from lightning_drm.cli.main import main
 
 REPORT_FILES = ("report.json", "report.md", "report.png", "report.svg", "report.html")

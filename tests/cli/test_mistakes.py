@@ -8,11 +8,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import yaml
+from torch import nn
+
 from helpers.mistakes import METHODS, said
 from helpers.run import Run
 from helpers.tiny import Vectors, VectorTask
-from torch import nn
-
 from lightning_drm import DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.cli.main import main
 

@@ -12,11 +12,11 @@ import datasets
 import pytest
 import torch
 import yaml
-from helpers.paper import CONFIGS, HUB, MODELS, PAPER, STEPS, TinyHub, shipped_config
 from jsonargparse._util import import_object
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from helpers.paper import CONFIGS, HUB, MODELS, PAPER, STEPS, TinyHub, shipped_config
 from lightning_drm import load_merged
 from lightning_drm.cli.main import main
 from lightning_drm.deltas import head_state

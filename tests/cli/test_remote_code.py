@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from helpers.tiny import save_run_config, save_tiny_bert
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
+from helpers.tiny import save_run_config, save_tiny_bert
 from lightning_drm import TransformerTask
 from lightning_drm.cli.main import main
 from lightning_drm.data import TextTask

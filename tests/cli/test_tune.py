@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers.run import Run
-from helpers.signals import own_environment
 from safetensors.torch import load_file
 from transformers import BertModel
 
+from helpers.run import Run
+from helpers.signals import own_environment
 from lightning_drm.cli.main import main
 from lightning_drm.evaluation.page_commands import commands
 

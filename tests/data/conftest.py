@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import datasets
 import pytest
+
 from helpers.sample_rows import make_rows
 
 

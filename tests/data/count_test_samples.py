@@ -6,12 +6,12 @@ from pathlib import Path
 
 import datasets
 import torch
-from helpers.sample_rows import BASE
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from helpers.sample_rows import BASE
 from lightning_drm.data import MultiTaskDataModule, TextTask
 from lightning_drm.modules import MultiTaskModule
 

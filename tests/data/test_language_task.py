@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from helpers.tiny_language import NUMBERS, save_counting, save_tiny_llama, tokenizer
 
+from helpers.tiny_language import NUMBERS, save_counting, save_tiny_llama, tokenizer
 from lightning_drm.data import LanguageTask
 
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from helpers.kinds import questions, save_rows
-from helpers.tiny import save_tiny_bert
 from transformers import AutoTokenizer
 
+from helpers.kinds import questions, save_rows
+from helpers.tiny import save_tiny_bert
 from lightning_drm.data import MultipleChoiceTask
 from lightning_drm.kinds import Regression
 

@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from helpers.sample_rows import BASE
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
+from helpers.sample_rows import BASE
 from lightning_drm.data import ImageTask, MultiTaskDataModule, QuickstartTask, TextTask
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.sample_rows import BASE
 from safetensors import safe_open
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.dummy import DummyClassifier
 
+from helpers.sample_rows import BASE
 from lightning_drm.data import QuickstartTask, QuickstartWordsTask
 from lightning_drm.data.quickstart import emoji_language
 from lightning_drm.data.quickstart import source as quickstart_source

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from helpers import hub
 from helpers.sample_rows import BASE
 from helpers.tiny import save_tiny_bert
-
 from lightning_drm import TransformerTask
 from lightning_drm.data import ImageTask, TextTask
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import KINDS, Vectors, save_texts, save_tiny_bert
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from helpers.tiny import KINDS, Vectors, save_texts, save_tiny_bert
 from lightning_drm import MultiTaskDataModule
 from lightning_drm.data import SampledData, TextTask, halves, require_validation_sets
 

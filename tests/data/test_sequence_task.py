@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_language import COLORS, save_answers, save_tiny_t5
 
+from helpers.tiny_language import COLORS, save_answers, save_tiny_t5
 from lightning_drm.data import SequenceTask
 
 

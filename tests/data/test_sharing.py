@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from data import count_test_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
+from data import count_test_samples
 from lightning_drm.data.sharing import Share, exactness_problem, num_replicas
 
 

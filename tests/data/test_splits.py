@@ -2,8 +2,8 @@ from collections import Counter
 
 import datasets
 import pytest
-from helpers.sample_rows import make_rows
 
+from helpers.sample_rows import make_rows
 from lightning_drm.data.splits import complete, limit
 from lightning_drm.kinds.classification import encode_classes as encode_labels
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+
 from helpers.sample_rows import BASE, make_rows
 from helpers.tiny_language import save_tiny_llama
-
 from lightning_drm import TransformerTask
 from lightning_drm.data import TextTask
 

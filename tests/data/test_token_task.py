@@ -5,10 +5,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from helpers.kinds import TAGS, save_rows, tagged_sentences
-from helpers.tiny import save_tiny_bert
 from transformers import AutoTokenizer, GPT2Tokenizer
 
+from helpers.kinds import TAGS, save_rows, tagged_sentences
+from helpers.tiny import save_tiny_bert
 from lightning_drm.data import TokenTask
 from lightning_drm.kinds import IGNORE_INDEX, MultiLabel
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import experts
-from helpers.devices import CPU
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
+from helpers import experts
+from helpers.devices import CPU
 from lightning_drm.deltas import load_task_vector, remove_wrappers, save_task_vector
 from lightning_drm.deltas.collect import Base
 from lightning_drm.deltas.task_vector import TaskVector

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from helpers import experts
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -20,6 +19,7 @@ from transformers import (
     ViTModel,
 )
 
+from helpers import experts
 from lightning_drm.deltas import backbone_parameters, guess_kind
 
 LLAMA = {

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.devices import CPU
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -20,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import BertModel, GPT2Config, GPT2Model
 
+from helpers.devices import CPU
 from lightning_drm.deltas import Base, TaskVector, remove_wrappers
 from lightning_drm.merging import LowRank
 

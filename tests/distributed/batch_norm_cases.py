@@ -12,13 +12,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from helpers.on_cpu import FSDPOnCPU
-from helpers.tiny import quiet_trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.on_cpu import FSDPOnCPU
+from helpers.tiny import quiet_trainer
 from lightning_drm import Average, DRMMergeCallback, MergeTrainer, MultiTaskDataModule, MultiTaskModule
 from lightning_drm.deltas.sharded import whole
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from helpers.on_cpu import FSDPOnCPU
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
+from helpers.on_cpu import FSDPOnCPU
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import Average, DRMMergeCallback
 from lightning_drm.deltas.sharded import whole
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.devices import require_gpus
 from helpers.tiny import COLORS, save_texts, save_tiny_bert
 

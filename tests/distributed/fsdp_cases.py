@@ -11,13 +11,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from helpers.on_cpu import FSDPOnCPU
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from helpers.on_cpu import FSDPOnCPU
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import Average, DRMMergeCallback, MultiTaskModule
 from lightning_drm.deltas import head_state
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import Average, DRMMergeCallback
 
 

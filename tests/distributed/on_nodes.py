@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from distributed.together import copy_of_alone, merge_again, run
 
 

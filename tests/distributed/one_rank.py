@@ -15,11 +15,11 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.distributed as dist
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import DRM, DRMMergeCallback
 from lightning_drm.distributed.ranks import Ranks
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import Average, DRMMergeCallback
 from lightning_drm.deltas.sharded import whole
 from lightning_drm.merging.low_rank import densify

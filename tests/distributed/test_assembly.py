@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+
 from distributed.assembly_cases import AWAY, merge_late, never_meet, never_start
 from helpers import models
 from helpers.ranks import end_codes, start_ranks
-
 from lightning_drm import Average, merge_checkpoints
 
 pytestmark = pytest.mark.processes

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from distributed.compared import largest_difference, require_average_of_stored
 from distributed.together import SNAPSHOT, STRATEGIES
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.processes
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from helpers.ranks import SRUN, slurm_job
 
 pytestmark = pytest.mark.processes

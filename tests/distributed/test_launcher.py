@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.devices import require_gpus
 from safetensors.torch import load_file
+
+from helpers.devices import require_gpus
 
 pytestmark = pytest.mark.processes
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
+
 from distributed.compared import largest_difference, require_average_of_stored
 from helpers import models
 from helpers.nodes import CABLE, PROCESSES, Node, NoNodesError, torchrun, two_nodes
 from helpers.tiny import save_run_config
-from safetensors.torch import load_file
 
 pytestmark = pytest.mark.processes
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import VectorTask
 from safetensors.torch import load_file
 
+from helpers.tiny import VectorTask
 from lightning_drm import Average, DRMMergeCallback
 
 pytestmark = pytest.mark.processes

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.conftest import Launch
-from distributed.training_forms import TASKS, Counting, save_base
 from safetensors.torch import load_file
 
+from distributed.conftest import Launch
+from distributed.training_forms import TASKS, Counting, save_base
 from lightning_drm import DRM, MergeSession
 
 pytest.importorskip("bitsandbytes")

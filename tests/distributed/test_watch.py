@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+
 from distributed.watch_cases import work_again, work_together
 from helpers.ranks import end_codes, start_ranks
-
 from lightning_drm.distributed import watch
 
 pytestmark = pytest.mark.processes

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from helpers.on_cpu import FSDPOnCPU
-from helpers.tiny import COLORS, Tokens
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers.models.bert.modeling_bert import BertLayer
 
+from helpers.on_cpu import FSDPOnCPU
+from helpers.tiny import COLORS, Tokens
 from lightning_drm import (
     DARETIES,
     DRM,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import DRM, DRMMergeCallback
 from lightning_drm.deltas.quantized import keep_as_stored
 

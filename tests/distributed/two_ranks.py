@@ -17,12 +17,12 @@ from unittest import mock
 import lightning as L
 import torch
 import torch.distributed as dist
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import Average, DRMMergeCallback, MultiTaskModule
 from lightning_drm.deltas import TaskVector
 from lightning_drm.deltas.hashed_file import HashedFile

@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from helpers.scores import ACCURACY, scores
 
+from helpers.scores import ACCURACY, scores
 from lightning_drm.evaluation import Comparison, Score
 from lightning_drm.kinds import MetricInfo
 

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
-from helpers.scores import scores
 
+from helpers.scores import scores
 from lightning_drm.evaluation import (
     Comparison,
     Finding,

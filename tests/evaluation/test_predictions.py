@@ -3,10 +3,10 @@
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import Vectors, VectorTask
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.tiny import Vectors, VectorTask
 from lightning_drm import MultiTaskDataModule, MultiTaskModule
 from lightning_drm.evaluation import Predictions, RecordPredictions, measure
 from lightning_drm.kinds import Regression

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import save_tiny_bert
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from helpers.tiny import save_tiny_bert
 from lightning_drm import TransformerTask
 from lightning_drm.evaluation import linear_probe
 from lightning_drm.kinds import IGNORE_INDEX, Choice, Tokens

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.scores import scores
 from PIL import Image
 from rich.console import Console
 
+from helpers.scores import scores
 from lightning_drm.evaluation import (
     Comparison,
     Score,

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.scores import scores
 
+from helpers.scores import scores
 from lightning_drm.evaluation import Comparison, add_section, write_report
 from lightning_drm.kinds import MetricInfo
 

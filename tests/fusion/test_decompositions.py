@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.devices import CPU
 from torch import Tensor
 
+from helpers.devices import CPU
 from lightning_drm.deltas import TaskVector
 from lightning_drm.fusion import Decompositions, Fusion, Override, Recipe, merge_side_by_side
 from lightning_drm.merging import DRM, TIES, Delta, IsoC, LowRank, Method, TaskArithmetic

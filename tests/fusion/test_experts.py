@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import reference, ties
-from helpers.devices import on
 from torch import Tensor
 
+from helpers import reference, ties
+from helpers.devices import on
 from lightning_drm.deltas import Collected, TaskStatistics, TaskVector
 from lightning_drm.fusion import Fusion, Override, Recipe, pieces
 from lightning_drm.fusion.share_out import costs

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import reference, ties
 from torch import Tensor
 
+from helpers import reference, ties
 from lightning_drm.deltas import TaskVector, load_task_vector, save_task_vector
 from lightning_drm.fusion import Fusion, Recipe, pieces
 from lightning_drm.merging import (

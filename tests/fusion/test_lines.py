@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
-from helpers import reference
 from torch import Tensor
 
+from helpers import reference
 from lightning_drm.deltas import Kind, TaskVector
 from lightning_drm.fusion import Decompositions, Fusion, Override, Recipe, merge_side_by_side
 from lightning_drm.fusion.blocks import depths, towers

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import reference
 from torch import Tensor
 
+from helpers import reference
 from lightning_drm.deltas import TaskVector
 from lightning_drm.fusion import Decompositions, Fusion, Override, Recipe, pieces
 from lightning_drm.merging import DARETIES, SVC, TIES, KnOTS, LowRank, LowRankStack

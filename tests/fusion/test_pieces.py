@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from helpers import models
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from helpers import models
 from lightning_drm import DARETIES, DRM, TIES, Average, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy, make_plan, memory_bytes
 from lightning_drm.fusion import Override, Recipe

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from helpers.own_method import Largest
 
 import lightning_drm
+from helpers.own_method import Largest
 from lightning_drm.fusion import Recipe
 from lightning_drm.fusion.model_card import model_card
 from lightning_drm.merging import Method, TaskArithmetic

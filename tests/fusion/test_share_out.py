@@ -3,8 +3,8 @@
 import random
 
 import pytest
-from benchmarks.llama import llama_parameters
 
+from benchmarks.llama import llama_parameters
 from lightning_drm import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, KnOTS
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.fusion.share_out import Balance, balance, costs, share_out

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pandas as pd
-from helpers.run import Run
 from numpy.typing import NDArray
 
+from helpers.run import Run
 from lightning_drm.deltas import TaskVector, load_task_vector
 
 TASKS = ["color", "pet"]  # as deltas are ordered, by name

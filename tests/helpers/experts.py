@@ -4,7 +4,6 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from helpers import reference, ties
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -19,6 +18,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from helpers import reference, ties
 from lightning_drm import DRM
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.tiny import QUIET, VectorTask
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.tiny import QUIET, VectorTask
 from lightning_drm import DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.training.candidates import RunCandidates
 

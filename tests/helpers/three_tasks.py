@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from helpers.tiny import Vectors, VectorTask
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from helpers.tiny import Vectors, VectorTask
 from lightning_drm import DRM, DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.analysis import Analysis
 from lightning_drm.evaluation import StoredFinding

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from helpers import reference
 from torch import Tensor
 
+from helpers import reference
 from lightning_drm.merging import DARETIES, DRM, TIES, KnOTS, Method
 
 DOUBLE = torch.finfo(torch.float64).eps

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from helpers.tiny import quiet_trainer
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,6 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from helpers.tiny import quiet_trainer
 from lightning_drm import TransformerTask
 from lightning_drm.data.task import DatasetTask
 

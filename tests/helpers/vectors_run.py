@@ -7,9 +7,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from helpers.tiny import Vectors, VectorTask
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.tiny import Vectors, VectorTask
 from lightning_drm import DRM, DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.merging import Method
 

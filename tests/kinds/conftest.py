@@ -4,8 +4,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from helpers.tiny_language import COLORS, save_answers, save_counting, save_tiny_llama, save_tiny_t5
 
+from helpers.tiny_language import COLORS, save_answers, save_counting, save_tiny_llama, save_tiny_t5
 from lightning_drm.data import LanguageTask, SequenceTask
 
 

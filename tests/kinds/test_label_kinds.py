@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
-from helpers.sample_rows import BASE
 
+from helpers.sample_rows import BASE
 from lightning_drm.data import TextTask
 from lightning_drm.kinds import MultiLabel, Regression
 

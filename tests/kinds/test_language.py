@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import tiny_language
-from helpers.tiny import quiet_trainer
 from peft import LoraConfig
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
+from helpers import tiny_language
+from helpers.tiny import quiet_trainer
 from lightning_drm import TransformerTask
 from lightning_drm.data import LanguageTask
 from lightning_drm.deltas import Base, backbone_parameters

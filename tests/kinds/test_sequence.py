@@ -6,12 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import tiny_language
-from helpers.tiny import quiet_trainer
-from kinds.test_text_metrics import plain_rouge
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
+from helpers import tiny_language
+from helpers.tiny import quiet_trainer
+from kinds.test_text_metrics import plain_rouge
 from lightning_drm import MultiTaskModule, TransformerTask
 from lightning_drm.data import SequenceTask
 from lightning_drm.deltas import Base, backbone_parameters

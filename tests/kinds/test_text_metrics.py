@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from helpers.tiny_language import WORDS
 from torchmetrics import Metric
 
+from helpers.tiny_language import WORDS
 from lightning_drm.kinds import ExactMatch, MetricInfo, Rouge, TaskMetrics, TokenAccuracy
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ties
-from helpers.devices import on
 from safetensors.torch import load_file
 
+from helpers import ties
+from helpers.devices import on
 from lightning_drm.merging import (
     DRM,
     STAR,

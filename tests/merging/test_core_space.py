@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers import reference
-from helpers.devices import on
-from merging.test_reference import error, low_rank
 from torch import Tensor
 
+from helpers import reference
+from helpers.devices import on
 from lightning_drm.merging import DARETIES, SVC, TIES, Average, LowRank, Method
+from merging.test_reference import error, low_rank
 
 CORE = [TIES(0.3, space="core"), TIES(0.3, "tensor", space="core"), DARETIES(0.6, space="core")]
 SHAPES = [(30, 42), (42, 30), (9, 40), (40, 5), (6, 6)]

@@ -1,6 +1,7 @@
 """A GPU merges what the CPU does, by every method and at sizes that its solvers treat differently."""
 
 import pytest
+
 from benchmarks.gpu import allowed_off, off_the_cpu
 from benchmarks.gpu_cases import Model, methods_for
 from helpers.devices import CUDA, needs_gpu

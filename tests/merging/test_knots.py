@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers import reference
-from helpers.devices import allowed, on
-from merging.test_reference import dense, error, low_rank
 from torch import Tensor
 
+from helpers import reference
+from helpers.devices import allowed, on
 from lightning_drm.merging import DRM, TIES, KnOTS, LowRank
+from merging.test_reference import dense, error, low_rank
 
 MODEL = ([*dense((12, 20), 3)], low_rank((30, 14), (4, 2, 3)), [*dense((25, 6), 3, seed=1)])
 COEFFICIENTS = [1.0, 0.5, 2.0]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging.test_reference import dense, low_rank
 
 from lightning_drm.merging import DRM, SVC, TIES, Average, LiNeS, LowRank, LowRankStack, TaskArithmetic
+from merging.test_reference import dense, low_rank
 
 GOLDEN = json.loads((Path(__file__).parent / "conformance" / "index_2.json").read_text())
 CASES = {case: settings["lines"] for case, settings in GOLDEN.items() if "lines" in settings}

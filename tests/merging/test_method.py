@@ -5,9 +5,9 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+
 from helpers import ties
 from helpers.devices import on
-
 from lightning_drm import merging
 from lightning_drm.merging import DARETIES, DRM, TIES, TSVM, Average, IsoC, IsoCTS, KnOTS, LowRank, TaskArithmetic
 from lightning_drm.merging import METHODS as KINDS

@@ -4,11 +4,11 @@ import threading
 
 import pytest
 import torch
-from helpers.devices import needs_gpu, on
-from merging.test_reference import PAIRS, dense
 from torch import Tensor
 
+from helpers.devices import needs_gpu, on
 from lightning_drm.merging import DRM, IsoCTS, Method
+from merging.test_reference import PAIRS, dense
 
 
 def chosen() -> list[str]:

@@ -1,10 +1,10 @@
 """What the algebra promises, on inputs that hypothesis makes up: tall, wide, 1 × n, rank deficient, with zero tasks."""
 
 import torch
-from helpers import ties
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import ties
 from lightning_drm.merging import (
     DARETIES,
     DRM,

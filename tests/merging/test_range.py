@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers import reference, ties
-from helpers.devices import allowed, on
-from merging.test_reference import LOW_RANK, PAIRS, bound, dense, low_rank
 from torch import Tensor
 
+from helpers import reference, ties
+from helpers.devices import allowed, on
 from lightning_drm.merging import DRM, TSVM, Average, IsoC, LowRank, Method, TaskArithmetic
+from merging.test_reference import LOW_RANK, PAIRS, bound, dense, low_rank
 
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 SIZES = [

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from helpers import reference, ties
 from helpers.devices import CPU, allowed, on
-
 from lightning_drm.merging import (
     DARETIES,
     DRM,

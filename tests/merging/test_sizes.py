@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from helpers import ties
 from helpers.devices import on
 from merging.test_reference import PAIRS, bound, dense, error

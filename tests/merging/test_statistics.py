@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers.devices import on
 from torch import Tensor
 
+from helpers.devices import on
 from lightning_drm import DRM, SVC, WUDI, Average, Fisher, LowRank, RegMean, Statistics
 from lightning_drm.merging import Method
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from merging.test_reference import dense, low_rank
 
 from lightning_drm.merging import DARETIES, DRM, STAR, SVC, TIES, Average, IsoC, IsoCTS, TaskArithmetic
+from merging.test_reference import dense, low_rank
 
 
 def test_the_inner_method_is_calibrated_on_the_whole_model():

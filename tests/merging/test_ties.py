@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import reference, ties
 
+from helpers import reference, ties
 from lightning_drm.merging import DRM, TIES
 
 NOISE = 1e-5

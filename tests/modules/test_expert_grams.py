@@ -7,9 +7,9 @@ import copy
 
 import pytest
 import torch
-from helpers import experts
 from torch import nn
 
+from helpers import experts
 from lightning_drm.modules import gram_matrices
 
 LAYERS = [f"model.layers.{layer}.mlp.experts.{part}" for layer in (0, 1) for part in ("gate_up_proj", "down_proj")]

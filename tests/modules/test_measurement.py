@@ -5,12 +5,12 @@ import math
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassF1Score
 
+from helpers.tiny import quiet_trainer
 from lightning_drm.data.sharing import Share
 from lightning_drm.kinds import MetricInfo, TaskMetrics
 from lightning_drm.modules import MultiTaskModule

@@ -3,12 +3,12 @@
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import quiet_trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassF1Score
 
+from helpers.tiny import quiet_trainer
 from lightning_drm import DRMMergeCallback, TransformerTask
 from lightning_drm.modules import MultiTaskModule
 from lightning_drm.modules.reused_layers import reuse_layers

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import save_tiny_bert
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model, T5Config, T5ForConditionalGeneration
 
+from helpers.tiny import save_tiny_bert
 from lightning_drm import TransformerTask
 from lightning_drm.kinds import Choice, Kind, Regression, Tokens
 from lightning_drm.modules import fisher_information, gram_matrices

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import save_tiny_bert
-from helpers.tiny_language import save_tiny_llama, save_tiny_t5
 from peft import LoraConfig
 from torch import nn
 from transformers import GenerationConfig, LlamaForCausalLM, LlamaModel
 
+from helpers.tiny import save_tiny_bert
+from helpers.tiny_language import save_tiny_llama, save_tiny_t5
 from lightning_drm import MultiTaskModule, TransformerTask
 from lightning_drm.deltas import Base, backbone_parameters
 from lightning_drm.kinds import Language, SequenceToSequence

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.faults import largest_file
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
+from helpers.faults import largest_file
 from lightning_drm.storage import WriteError, write_tensors, written_whole
 
 FORK = multiprocessing.get_context("fork")

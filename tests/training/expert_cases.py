@@ -4,13 +4,13 @@ import copy
 from pathlib import Path
 
 import torch
-from helpers import experts
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from helpers import experts
 from lightning_drm import MergeSession
 from lightning_drm.distributed.launch import started_together
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from safetensors.torch import save_file
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import DRM, DRMMergeCallback, merge_checkpoints
 
 

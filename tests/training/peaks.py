@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from benchmarks.peak_memory import Parts
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from benchmarks.peak_memory import Parts
 from lightning_drm import DRM, MergeSession
 
 CPU, TASKS = torch.device("cpu"), ["a", "b", "c"]

@@ -8,11 +8,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import quiet_trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.tiny import quiet_trainer
 from lightning_drm import (
     DRM,
     Average,

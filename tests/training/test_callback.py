@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import reference, ties
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
 from peft import LoraConfig, inject_adapter_in_model
 from torch.multiprocessing.spawn import ProcessRaisedException
 
+from helpers import reference, ties
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import DRM, TIES, Average, DRMMergeCallback, MultiTaskModule, TaskArithmetic
 from lightning_drm.fusion import Override
 from lightning_drm.training.strategies import refuse_strategy

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import QUIET, Vectors, VectorTask
 from torch import nn
 from torch.utils.data import DataLoader
 
+from helpers.tiny import QUIET, Vectors, VectorTask
 from lightning_drm import DRM, TIES, Average, DRMMergeCallback, MergeTrainer, MultiTaskDataModule, TaskArithmetic
 from lightning_drm.training.candidates import RunCandidates
 from lightning_drm.training.run import Run

@@ -11,11 +11,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import KINDS, quiet_trainer, save_texts, save_tiny_bert
 from lightning import Callback, LightningModule, Trainer
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from helpers.tiny import KINDS, quiet_trainer, save_texts, save_tiny_bert
 from lightning_drm import Average, DRMMergeCallback, MultiTaskDataModule, RegMean, TransformerTask
 from lightning_drm.data import TextTask
 from lightning_drm.deltas import backbone_layers, backbone_parameters

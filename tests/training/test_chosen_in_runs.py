@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import Vectors, VectorTask
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from helpers.tiny import Vectors, VectorTask
 from lightning_drm import Average, DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 
 SEEDS = {"one": 0, "two": 1}

@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
@@ -18,6 +17,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import Average, DRMMergeCallback
 
 DECAY = 0.8

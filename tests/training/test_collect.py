@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.training.run_folder import RunFolder
 

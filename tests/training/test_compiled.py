@@ -8,13 +8,13 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import KINDS, QUIET, Vectors, VectorTask, quiet_trainer, save_texts, save_tiny_bert
-from helpers.vectors_run import ValidatedTask, VectorsRun
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertModel
 
+from helpers.tiny import KINDS, QUIET, Vectors, VectorTask, quiet_trainer, save_texts, save_tiny_bert
+from helpers.vectors_run import ValidatedTask, VectorsRun
 from lightning_drm import (
     DRM,
     Average,

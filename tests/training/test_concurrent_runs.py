@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers.tiny import save_run_config
 
+from helpers.tiny import save_run_config
 from lightning_drm.cli.main import main
 
 pytestmark = pytest.mark.processes

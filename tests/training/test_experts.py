@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers import experts, reference
 from helpers.ranks import end_codes, start_ranks
-from torch import Tensor, nn
-from training.expert_cases import TASKS, check, sharded
-
 from lightning_drm import WUDI, MergeSession, RegMean
 from lightning_drm.fusion import Override
+from training.expert_cases import TASKS, check, sharded
 
 PATIENCE = 120.0
 

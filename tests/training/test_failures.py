@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.tiny import Vectors, VectorTask, save_run_config
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.tiny import Vectors, VectorTask, save_run_config
 from lightning_drm import DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.cli.main import main
 from lightning_drm.training.run_folder import RunFolder

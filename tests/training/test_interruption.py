@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from helpers.signals import SignalAt, let_interrupt, own_environment, run_cli
 from helpers.tiny import save_run_config
 

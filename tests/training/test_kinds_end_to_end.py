@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.kinds import questions, save_rows, tagged_sentences
-from helpers.loaded import assert_loads
-from helpers.tiny import save_tiny_bert
 from huggingface_hub import ModelCard
 from lightning import seed_everything
 from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTImageProcessor, ViTModel
 
+from helpers.kinds import questions, save_rows, tagged_sentences
+from helpers.loaded import assert_loads
+from helpers.tiny import save_tiny_bert
 from lightning_drm import Average, DRMMergeCallback, MergeTrainer, MultiTaskDataModule, TransformerTask
 from lightning_drm.data import ImageTask, MultipleChoiceTask, TokenTask
 from lightning_drm.kinds import MultiLabel, Regression

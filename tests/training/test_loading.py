@@ -7,13 +7,13 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.loaded import assert_loads
-from helpers.tiny import KINDS, Vectors, VectorTask, quiet_trainer, save_texts, save_tiny_bert
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
+from helpers.loaded import assert_loads
+from helpers.tiny import KINDS, Vectors, VectorTask, quiet_trainer, save_texts, save_tiny_bert
 from lightning_drm import DRMMergeCallback, MultiTaskDataModule, TaskArithmetic, TransformerTask, load_merged
 from lightning_drm.data import TextTask
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from benchmarks import peak_memory
 from benchmarks.peak_memory import Parts, Peaks
-
 from lightning_drm.fusion import Recipe
 
 pytestmark = pytest.mark.processes

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -13,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import Average, DRMMergeCallback, MergeSession, MergeTrainer, MultiTaskDataModule
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.training.strategies import refuse_strategy

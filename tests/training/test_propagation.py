@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.vectors_run import TASKS, ValidatedTask, VectorsRun
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from helpers.vectors_run import TASKS, ValidatedTask, VectorsRun
 from lightning_drm import DRM, SVC, Average, LiNeS, MergeSession, RegMean
 from lightning_drm.deltas import Collected
 from lightning_drm.fusion import Recipe

@@ -8,8 +8,6 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import QUIET, quiet_trainer
-from helpers.tiny_language import NUMBERS, PETS, save_counting, save_tiny_llama
 from lightning.pytorch.strategies import FSDPStrategy
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -17,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from helpers.tiny import QUIET, quiet_trainer
+from helpers.tiny_language import NUMBERS, PETS, save_counting, save_tiny_llama
 from lightning_drm import (
     DRM,
     TIES,

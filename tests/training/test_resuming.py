@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.signals import SignalAt, run_cli
-from helpers.tiny import KINDS, save_run_config
 from safetensors.torch import load_file
 
+from helpers.signals import SignalAt, run_cli
+from helpers.tiny import KINDS, save_run_config
 from lightning_drm.cli.main import main
 
 pytestmark = pytest.mark.processes

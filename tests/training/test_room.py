@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.devices import needs_gpu
-from helpers.tiny import VectorTask
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from helpers.devices import needs_gpu
+from helpers.tiny import VectorTask
 from lightning_drm import MergeSession
 from lightning_drm.distributed.ranks import ALONE
 from lightning_drm.fusion import device_memory

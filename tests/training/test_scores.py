@@ -7,11 +7,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import QUIET, Vectors, VectorTask
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError
 from torchmetrics.classification import MulticlassF1Score
 
+from helpers.tiny import QUIET, Vectors, VectorTask
 from lightning_drm import DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.kinds import TaskMetrics
 from lightning_drm.training.run_folder import RunFolder

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import Vectors, VectorTask
 from lightning import Fabric
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from helpers.tiny import Vectors, VectorTask
 from lightning_drm import DRM, TIES, Average, LiNeS, MergeSession, TaskArithmetic
 from lightning_drm.fusion import Override, Recipe
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.on_cpu import FSDPOnCPU
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -16,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from helpers.on_cpu import FSDPOnCPU
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
 from lightning_drm import DRM, DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.deltas import load_task_vector
 from lightning_drm.training.run_folder import RunFolder

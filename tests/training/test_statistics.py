@@ -7,13 +7,13 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from helpers.tiny import Vectors, VectorTask, quiet_trainer
-from helpers.vectors_run import TASKS, ValidatedTask, VectorsRun
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from helpers.tiny import Vectors, VectorTask, quiet_trainer
+from helpers.vectors_run import TASKS, ValidatedTask, VectorsRun
 from lightning_drm import DRM, TIES, WUDI, Average, DRMMergeCallback, Fisher, MergeSession, RegMean
 from lightning_drm.deltas import STATISTICS_FILE, load_statistics, load_task_vector
 from lightning_drm.distributed.ranks import Ranks

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from helpers.tiny import QUIET
-
 from lightning_drm.training.task_fit import TaskFit
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+
 from helpers.studied import StudiedRun, make_data
 from helpers.tiny import VectorTask
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.own_method import Largest
-from helpers.vectors_run import TASKS, ValidatedTask, VectorsRun
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
+from helpers.own_method import Largest
+from helpers.vectors_run import TASKS, ValidatedTask, VectorsRun
 from lightning_drm import DARETIES, DRM, TIES, Average, IsoC, LiNeS, TaskArithmetic
 from lightning_drm.evaluation import read_findings
 from lightning_drm.fusion import Override

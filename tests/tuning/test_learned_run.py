@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers.studied import TASKS, StudiedRun, make_data
-from helpers.tiny import VectorTask
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset
 
+from helpers.studied import TASKS, StudiedRun, make_data
+from helpers.tiny import VectorTask
 from lightning_drm import DRM, IsoC, TaskArithmetic
 from lightning_drm.fusion import Override
 from lightning_drm.tuning import CoefficientFit

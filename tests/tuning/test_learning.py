@@ -7,12 +7,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import VectorTask
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.tiny import VectorTask
 from lightning_drm.modules import MultiTaskModule, batch_norms
 from lightning_drm.tuning import MONITOR, CoefficientFit, Parts, loss_of
 

@@ -6,9 +6,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import VectorTask
 from torch import Tensor, nn
 
+from helpers.tiny import VectorTask
 from lightning_drm.kinds import Choice, Classification, Kind, Language, MultiLabel, Regression, Tokens
 from lightning_drm.tuning import loss_of, problem_of
 

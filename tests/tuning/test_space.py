@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from helpers.own_method import Largest
 
+from helpers.own_method import Largest
 from lightning_drm import DRM, SVC, TIES, TSVM, Average, IsoC, LiNeS, TaskArithmetic
 from lightning_drm.fusion import Recipe
 from lightning_drm.tuning import SearchSettings, search_space, setting_title

@@ -8,11 +8,11 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from torch import Tensor
+
 from helpers import reference
 from helpers.studied import TASKS, StudiedRun, make_data
 from helpers.tiny import VectorTask
-from torch import Tensor
-
 from lightning_drm import DRM, LiNeS, MultiTaskDataModule
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.training.candidates import RunCandidates

@@ -5,9 +5,9 @@ import json
 import pandas as pd
 import pytest
 import yaml
+
 from helpers.studied import TASKS, StudiedRun
 from helpers.tiny import VectorTask
-
 from lightning_drm import DRM
 
 GRID = {"DRM": {"density": [0.2, 0.6], "scale": [0.8, 1.2, 30.0]}, "TaskArithmetic": {"scale": [0.5, 1.0]}}

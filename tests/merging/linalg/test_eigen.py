@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+
 from helpers import ties
 from helpers.matrices import matrix
-
 from lightning_drm.merging import DRM
 from lightning_drm.merging.linalg.eigen import eigen
 from lightning_drm.merging.linalg.spectral import gram

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.matrices import matrix
 
+from helpers.matrices import matrix
 from lightning_drm.merging.linalg.spectral import gram, thin_svd
 
 
