@@ -58,8 +58,23 @@ def method_title(method: Method) -> str:
         elif isinstance(value, bool) and value != defaults[name]:
             words.append(plain if value else f"no {plain}")
         elif name == "density" or value != defaults[name]:
-            words.append(f"{plain} {value:g}" if isinstance(value, float) else f"{plain} {value}")
+            words.append(argument_title(name, value))
     return ", ".join(words)
+
+
+def argument_title(name: str, value: object) -> str:
+    """A hyper-parameter and its value, as a method's title has them.
+
+    Args:
+        name: The hyper-parameter.
+        value: Its value.
+
+    Example:
+        >>> argument_title("rank_tol", 0.01)
+        'rank tol 0.01'
+    """
+    plain = name.replace("_", " ")
+    return f"{plain} {value:g}" if isinstance(value, float) else f"{plain} {value}"
 
 
 def facts_on_kinds(

@@ -120,7 +120,13 @@ def chosen_grids(
     known, every = Nesting.of(configured), list(methods or []) == ["all"]
     names = [*(grid or {}), *([] if every else methods or [])]
     named = {name: _nesting(name, known, problems) for name in names}
-    own = {found: values for name, values in (grid or {}).items() if (found := named.get(name)) is not None}
+    own: dict[Nesting, Mapping[str, Sequence[Value]]] = {}
+    for name, values in (grid or {}).items():
+        if (found := named[name]) is None:
+            continue
+        if found in own:
+            problems.append(f"The grid has {found.name} twice.")
+        own[found] = values
     if methods is None:
         if grid is None:
             return {known: default_grid(known.outermost)}
@@ -132,7 +138,7 @@ def chosen_grids(
     if every:
         chosen = dict.fromkeys(Nesting((kind,)) for kind in METHODS if problem_of_statistics(kind(), vectors) is None)
     else:
-        chosen = dict.fromkeys(found for name in methods if (found := named.get(name)) is not None)
+        chosen = dict.fromkeys(found for name in methods if (found := named[name]) is not None)
     problems += [
         f"The grid has {one.name}, which is not among the methods to search." for one in own if one not in chosen
     ]

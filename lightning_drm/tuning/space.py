@@ -11,7 +11,7 @@ from itertools import product
 from typing import Literal, TypeAlias
 
 from lightning_drm.deltas import TaskVector
-from lightning_drm.fusion import Recipe, method_title, problem_of_statistics
+from lightning_drm.fusion import Recipe, argument_title, method_title, problem_of_statistics
 from lightning_drm.merging import METHODS
 from lightning_drm.tuning.grids import Grid, Value, chosen_grids, default_scales
 from lightning_drm.tuning.nesting import Nesting, arguments_of, with_arguments
@@ -39,10 +39,10 @@ class Family:
     @property
     def title(self) -> str:
         """What all of its settings share, as in "DRM, vertical"."""
-        defaults = with_arguments(self.recipe.method, _defaults(Nesting.of(self.recipe.method), self.numbers))
-        searched = {name.rpartition(".")[2] for name in self.numbers}
-        words = method_title(defaults).split(", ")
-        return ", ".join(word for word in words if word.rpartition(" ")[0] not in searched)
+        method = with_arguments(self.recipe.method, _defaults(Nesting.of(self.recipe.method), self.numbers))
+        values = {name: value for name, value in arguments_of(method).items() if name in self.numbers}
+        searched = {argument_title(name.rpartition(".")[2], value) for name, value in values.items()}
+        return ", ".join(word for word in method_title(method).split(", ") if word not in searched)
 
     @property
     def points(self) -> list[Params]:

@@ -109,6 +109,12 @@ def test_methods_inside_others_are_named_and_searched():
     assert [lines.setting(point).method for point in lines.points] == [
         LiNeS(TIES(density, scale=scale), 0.25) for density in (0.1, 0.4) for scale in (1.0, 2.0)
     ]
+    grid = {"LiNeS of SVC of TIES": {"alpha": ["auto", 0.5], "method.alpha": [0.1, 0.2]}}
+    found, given = search_space(Recipe(), TASKS, grid=grid)
+    assert (found.title, given.title) == (
+        "LiNeS of SVC of TIES, density 0.2",
+        "LiNeS of SVC of TIES, density 0.2, alpha 0.5",
+    )
     (family,) = search_space(Recipe(TIES()), TASKS, methods=["SVC of TaskArithmetic"])
     assert [family.setting(point).method.alpha for point in family.points] == [0.1, 0.25, 0.5, 1.0]
     (family,) = search_space(Recipe(SVC(TIES(density=0.3))), TASKS, grid={"SVC": {"method.scale": [0.5]}})
@@ -139,6 +145,7 @@ def test_one_coefficient_for_each_task():
         ({"methods": ["DMR"]}, ["There is no method 'DMR'; the methods are DRM, TIES, DARETIES, TaskArithmetic"]),
         ({"methods": []}, ["There are no methods to search."]),
         ({"methods": ["all", "DRM"]}, ["There is no method 'all'"]),
+        ({"grid": {"TIES": {"scale": [1.0]}, "lightning_drm.TIES": {"scale": [2.0]}}}, ["The grid has TIES twice."]),
         ({"grid": {}}, ["The grid names no method."]),
         ({"grid": {"DRM": {"density": []}}}, ["The grid of DRM gives no values for density."]),
         (
