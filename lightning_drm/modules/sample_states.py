@@ -72,18 +72,19 @@ class SampleStates:
         counts = torch.tensor(np.stack([np.bincount(chosen, minlength=len(self)) for chosen in choices]))
         sums = {name: _sums(counts, states) for name, states in self._stacked.items()}
         lists = [name for name in self.samples[0] if name not in sums]
-        known: dict[bytes, float] = {}  # many choices have the same sums, as of an accuracy
+        if lists or not sums:
+            different = places = np.arange(len(choices))
+        else:  # many choices have the same sums, as of an accuracy
+            table = torch.cat([values.double().reshape(len(choices), -1) for values in sums.values()], dim=1)
+            _, different, places = np.unique(table.numpy(), axis=0, return_index=True, return_inverse=True)
         results = []
-        for number, chosen in enumerate(choices):
-            own = {name: values[number] for name, values in sums.items()}
-            key = b"".join(value.double().numpy().tobytes() for value in own.values())
-            if lists or key not in known:
-                own |= {name: [item for sample in chosen for item in self.samples[sample][name]] for name in lists}
-                for name, value in own.items():
-                    setattr(self.metric, name, value)
-                known[key] = self._result()
-            results.append(known[key])
-        return results
+        for number in different.tolist():
+            for name, values in sums.items():
+                setattr(self.metric, name, values[number])
+            for name in lists:
+                setattr(self.metric, name, [item for sample in choices[number] for item in self.samples[sample][name]])
+            results.append(self._result())
+        return [results[place] for place in places.reshape(-1).tolist()]
 
     def _by_inputs(self, chosen: Choice) -> float:
         self.metric.reset()

@@ -44,13 +44,11 @@ class RunCandidates(Candidates):
 
     def __enter__(self) -> Self:
         self._decompositions.__enter__()
-        gc.freeze()  # what is there already stays: `scores` need not look through it for models that are done
         return self
 
     def __exit__(self, *error: object) -> None:
         self._decompositions.__exit__(*error)
         self._unit = None
-        gc.unfreeze()
 
     @property
     @override
