@@ -1,13 +1,17 @@
 """What tests of several folders share. Processes that a test starts find this package and the tests' helpers."""
 
+import functools
 import os
 import re
+import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities import registry
 from torch import Tensor
 
 from helpers.devices import DEVICES
@@ -21,6 +25,9 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 if WORKERS > 1:  # they share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+
+# Each Trainer looks through all installed packages for callbacks, which takes it longer than a small fit's step.
+registry.entry_points = functools.cache(registry.entry_points)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -47,6 +54,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.en
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where it is computed: tests that ask for it run on the CPU, and on a GPU where there is one."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def few_resampled_sets() -> Iterator[None]:
+    """Where intervals, which are tested elsewhere, would cost most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["lightning_drm.evaluation.measure"], "NUM_RESAMPLES", 50)
+        yield
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The report's figure: per task one bar each for base, individual and merged model, with intervals."""
 
 from collections.abc import Sequence
+from math import nan
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -45,20 +46,22 @@ def _draw(comparison: Comparison, axes: Axes, groups: Sequence[str], *, percent:
     colors = dict(zip(ROWS, matplotlib.colormaps["viridis"]([0.85, 0.5, 0.15]), strict=True))
     factor = 100 if percent else 1
     for offset, row in enumerate(ROWS):
-        label: str | None = row
+        places, values, errors = [], [], []
         for index, group in enumerate(groups):
             value, interval = comparison.scores[row][group], comparison.intervals[row][group]
             if value is None:
                 continue
-            place, low, high = index + (offset - 1) * _WIDTH, *(interval or (value, value))
-            axes.bar(place, factor * value, _WIDTH, label=label, color=colors[row])
-            label = None
-            if interval is not None:
-                errors = [[factor * max(0, value - low)], [factor * max(0, high - value)]]
-                axes.errorbar(place, factor * value, errors, color="0.3", linewidth=0.8, capsize=2)
+            low, high = interval or (value, value)
+            places.append(index + (offset - 1) * _WIDTH)
+            values.append(factor * value)
+            errors.append((factor * max(0, value - low), factor * max(0, high - value)) if interval else (nan, nan))
             number = f"{100 * value:.1f}" if percent else f"{value:.3g}"
-            top = (place, factor * max(value, high, 0))
+            top = (places[-1], factor * max(value, high, 0))
             axes.annotate(number, top, (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        if values:
+            axes.bar(places, values, _WIDTH, label=row, color=colors[row])
+            down, up = zip(*errors, strict=True)
+            axes.errorbar(places, values, (down, up), fmt="none", ecolor="0.3", elinewidth=0.8, capsize=2)
     axes.set_xticks(range(len(groups)), [_name(comparison, group) for group in groups], fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -43,9 +43,8 @@ def resample(samples: SampleStates, num_resamples: int = NUM_RESAMPLES) -> list[
         samples: Each sample's part in the metric.
         num_resamples: How many sets are drawn: the same ones for every model that is tested on the same samples.
     """
-    draws = np.random.RandomState(0)
-    choices = [draws.randint(len(samples), size=len(samples)) for _ in range(num_resamples)]
-    return samples.results(choices)
+    draws = np.random.RandomState(0).randint(len(samples), size=(num_resamples, len(samples)))
+    return samples.results(list(draws))
 
 
 def percentile_interval(results: Sequence[float]) -> Interval:

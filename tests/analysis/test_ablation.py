@@ -1,6 +1,5 @@
 """The ablation's merges are those of DRM with one argument changed, whatever the configuration."""
 
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -114,9 +113,9 @@ def test_options_out_of_range_are_refused():
         Ablation(directions=[])
 
 
-def test_published_changes_stand_beside_measured_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.usefixtures("few_resampled_sets")
+def test_published_changes_stand_beside_measured_ones(tmp_path: Path):
     """Of a run with all tasks of the paper's table, and a model whose ablation it has."""
-    monkeypatch.setattr(sys.modules["lightning_drm.evaluation.measure"], "NUM_RESAMPLES", 50)  # most of the time
     tasks = ["paws", "qasc", "quartz", "story_cloze", "wiki_qa", "winogrande"]
     data = MultiTaskDataModule({task: Sets(seed) for seed, task in enumerate(tasks)})
     ablation = Ablation(directions=["horizontal"], rank_drops=[])

@@ -5,7 +5,6 @@ An overlay replaces where models and data are, sizes, and numbers of steps. All 
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import datasets
@@ -30,18 +29,14 @@ FINETUNED = {  # two tasks of each configuration, so that every task of the pape
     "t5_large": ["wiki_qa", "winogrande"],
     "llama31_8b_lora": ["cola", "mnli"],
 }
+pytestmark = pytest.mark.usefixtures("few_resampled_sets")
+
 NUM_CLASSES = {"qasc": 8, "mnli": 3}  # as on the hub; that of images is a size, 3 here
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> TinyHub:
     return TinyHub(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture(autouse=True)
-def _few_resampled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Intervals are tested elsewhere; here they would cost most of the time."""
-    monkeypatch.setattr(sys.modules["lightning_drm.evaluation.measure"], "NUM_RESAMPLES", 50)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,7 +3,6 @@
 import io
 import shutil
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from lightning_drm import DARETIES, DRM, TIES, Average, IsoC, LiNeS, TaskArithme
 from lightning_drm.evaluation import read_findings
 from lightning_drm.fusion import Override
 from lightning_drm.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("few_resampled_sets")
 
 METHODS = [
     "DRM, horizontal, density 0.2",
@@ -51,12 +52,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> VectorsRun:
 def copied(finished: VectorsRun, tmp_path: Path) -> VectorsRun:
     """The same, to write into."""
     return VectorsRun(shutil.copytree(finished.folder, tmp_path / "run"))
-
-
-@pytest.fixture(autouse=True)
-def _few_resampled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Intervals are tested elsewhere; here they cost most of the time."""
-    monkeypatch.setattr(sys.modules["lightning_drm.evaluation.measure"], "NUM_RESAMPLES", 50)
 
 
 def test_scores_are_those_of_merge_and_test(copied: VectorsRun):
