@@ -39,6 +39,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return LoadFileScheduling(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts processes or attacks is slow, so that one word leaves out all that is."""
+    for item in items:
+        if item.get_closest_marker("processes") or item.get_closest_marker("attacks"):
+            item.add_marker("slow")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """`pytest -m gpu` needs nothing that the package itself does not: a file that imports more has no such test."""
     if config.getoption("markexpr") != "gpu" or collection_path.suffix != ".py":

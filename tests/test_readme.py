@@ -28,6 +28,7 @@ def test_every_subcommand_named_exists():
     assert named <= set(MergeCLI.subcommands())
 
 
+@pytest.mark.slow
 def test_the_python_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture):
     monkeypatch.chdir(tmp_path)
     (block,) = blocks(README, "python")

@@ -77,6 +77,7 @@ def test_each_expert_is_merged_alone(name, layout, form, small_pieces, tmp_path)
     assert all(share > 0.3 for share in result.survived.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["adapter", "checkpoint"])
 @pytest.mark.parametrize("targets", [experts.TARGETS, experts.TARGETS[1:], ["gate_up_proj", "down_proj"]])
 @pytest.mark.parametrize("layout", ["own", "fused"])

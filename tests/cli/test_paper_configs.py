@@ -74,6 +74,7 @@ def test_every_task_is_read_as_the_hub_has_it(name: str, hub: TinyHub):
             assert all(len(re.findall(r"word\d+", text)) >= 5 for text in texts), task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_fit_merge_and_test(name: str, hub: TinyHub, tmp_path: Path, capsys: pytest.CaptureFixture):
     tasks = FINETUNED[name]

@@ -33,6 +33,8 @@ CLASSES = {
     "surname_language": ["Croatian", "Dutch", "English", "Finnish", "French", "German", "Italian", "Spanish"],
     "verse_genre": ["gospels", "history", "law", "letters", "prophets", "wisdom"],
 }
+pytestmark = pytest.mark.slow  # it reads all rows of all tasks
+
 OTHER_KINDS = ["word_rating", "emoji_languages", "capital_letters"]
 ROWS = {
     ("news_topic", "train"): (1783, "e2642b741f94b714"),

@@ -197,6 +197,7 @@ def plain_run(tmp_path_factory: pytest.TempPathFactory) -> VectorsRun:
     return run_of(tmp_path_factory.mktemp("plain"), ValidatedTask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["submodule", "whole", "configure_model"])
 def test_all_of_a_merge_trainers_run(way: str, plain_run: VectorsRun, tmp_path: Path):
     templates = {
@@ -266,6 +267,7 @@ def plain_texts_run(request: pytest.FixtureRequest, texts, tmp_path_factory) -> 
     return request.param, fitted_to_texts(TransformerTask, request.param, texts, tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EncoderCompiled, ModelCompiled])
 def test_a_transformers_model(kind: type[TransformerTask], plain_texts_run: tuple[bool, Path], texts, tmp_path: Path):
     lora, plain = plain_texts_run

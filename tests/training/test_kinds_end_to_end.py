@@ -20,7 +20,7 @@ from lightning_drm import Average, DRMMergeCallback, MergeTrainer, MultiTaskData
 from lightning_drm.data import ImageTask, MultipleChoiceTask, TokenTask
 from lightning_drm.kinds import MultiLabel, Regression
 
-pytestmark = pytest.mark.usefixtures("few_resampled_sets")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_resampled_sets")]
 
 on_both_ways = pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 

@@ -83,6 +83,7 @@ def merged_delta(folder: Path, run: Path, method: object) -> None:
         torch.testing.assert_close(product, method.merge(dense), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_of_transformer_tasks(way: str, base: str, tmp_path: Path):
     data, run = texts(tmp_path, base), tmp_path / "run"
