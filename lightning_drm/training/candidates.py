@@ -1,7 +1,6 @@
 """Models that are tried out: merged in memory, measured, and thrown away. Nothing is written."""
 
 import copy
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Self
@@ -16,6 +15,7 @@ from lightning_drm.evaluation import Candidates, Deltas, Predictions, RecordPred
 from lightning_drm.fusion import Decompositions, Recipe, free_bytes
 from lightning_drm.merging.low_rank import densify
 from lightning_drm.modules import MultiTaskModule
+from lightning_drm.training.letting_go import let_go
 from lightning_drm.training.progress import merging_bar
 from lightning_drm.training.run import Run
 
@@ -150,7 +150,7 @@ class RunCandidates(Candidates):
         data = self.data(model.task_names)
         found = self._run.scoring.measure(model, data, label, split=self.split, intervals=intervals)
         del model
-        gc.collect()  # a Trainer and its module refer to each other: hundreds of models would stay for a while
+        let_go()
         self._run.interruptible.check()
         return found
 

@@ -9,7 +9,6 @@
 """
 
 import copy
-import gc
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from lightning_drm.modules import MultiTaskModule, batch_norms
 from lightning_drm.storage import write_json
 from lightning_drm.storage.json_files import read_object
 from lightning_drm.training.halved import BATCH_SIZE, Endless, Halved
+from lightning_drm.training.letting_go import let_go
 from lightning_drm.training.run import Run
 from lightning_drm.training.training_batches import TrainingBatches
 from lightning_drm.tuning import (
@@ -169,7 +169,7 @@ def _learn(
     coefficients = dict(zip(names, rows if settings.by_parameter else rows * len(names), strict=True))
     learned = Learned(coefficients, tasks, has_part, fit.checks, samples.sizes)
     del fit, model, trainer
-    gc.collect()  # a Trainer and its module refer to each other, and the parts are as large as all models together
+    let_go()  # the parts are as large as all models together
     return learned
 
 

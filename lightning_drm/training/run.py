@@ -1,6 +1,5 @@
 """One call of `MergeTrainer`: what it works with, how its tasks are measured, and how it reports."""
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from lightning_drm.training.chosen_weights import Weights, callbacks_of, ends_wi
 from lightning_drm.training.collect_statistics import collect_statistics, training_samples
 from lightning_drm.training.figure_log import log_figures
 from lightning_drm.training.interruption import Interruptible
+from lightning_drm.training.letting_go import let_go
 from lightning_drm.training.merged_card import add_scores
 from lightning_drm.training.propagation import propagated
 from lightning_drm.training.run_folder import RunFolder
@@ -89,7 +89,7 @@ class Run:
         how = f"finetuned in {seconds:.0f} s" if seconds is not None else "finetuned before, measured now"
         self.say(f"{task}: {score}, {how}")
         del module
-        gc.collect()  # a Trainer and its module refer to each other, and would stay until the collector's next turn
+        let_go()
         base = self.scoring.base(task, base_batches)
         self.interruptible.check()
         if is_writer():

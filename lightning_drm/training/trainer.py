@@ -41,7 +41,7 @@ from lightning_drm.training.failures import Failures
 from lightning_drm.training.finished import finished_tasks, require_done, require_merged_as_configured
 from lightning_drm.training.foreign import problem_of_class
 from lightning_drm.training.interruption import Interruptible
-from lightning_drm.training.letting_go import only_new_garbage
+from lightning_drm.training.letting_go import cheap_collections
 from lightning_drm.training.progress import TaskProgressBar
 from lightning_drm.training.run import Run, is_writer
 from lightning_drm.training.run_folder import RunFolder
@@ -463,7 +463,7 @@ class MergeTrainer(Trainer):
             if self.world_size > 1:
                 follow_nccl()  # on CPUs, the training's process group is gloo, too
             self.strategy.setup_environment()
-            with watched(session.join(self.world_size), _ADVICE), only_new_garbage():
+            with watched(session.join(self.world_size), _ADVICE), cheap_collections():
                 return function()
 
         launcher = self.strategy.launcher
