@@ -17,13 +17,15 @@ def alone(metric: Metric) -> Metric:
     """
     copy = metric.clone()
     copy.reset()
-    copy.distributed_available_fn = _nobody
-    copy.compute_with_cache = False
+    for one in copy.modules():  # some metrics have others inside
+        if isinstance(one, Metric):
+            one.distributed_available_fn = _nobody
+            one.compute_with_cache = False
     return copy
 
 
 def adds_up(metric: Metric) -> bool:
-    """Whether all states are sums over samples, or lists of what samples gave.
+    """Whether a metric has states, and all of them are sums over samples, or lists of what samples gave.
 
     Args:
         metric: The metric.
@@ -33,7 +35,7 @@ def adds_up(metric: Metric) -> bool:
         >>> adds_up(MeanSquaredError()), adds_up(PearsonCorrCoef())
         (True, False)
     """
-    return all(
+    return bool(metric._reductions) and all(
         isinstance(metric._defaults[name], list) or reduction is dim_zero_sum
         for name, reduction in metric._reductions.items()
     )

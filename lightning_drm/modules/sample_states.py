@@ -25,7 +25,7 @@ Choice = Sequence[int] | NDArray[np.signedinteger]
 """Numbers of samples, which may repeat."""
 
 _TOGETHER = 1 << 22
-"""How many counts of samples are in memory together."""
+"""How many counts of samples, or entries of summed states, are in memory together."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -64,7 +64,8 @@ class SampleStates:
         """
         if not adds_up(self.metric):
             return [self._by_inputs(chosen) for chosen in choices]
-        size = max(1, _TOGETHER // len(self))
+        entries = sum(states[0].numel() for states in self._stacked.values())
+        size = max(1, _TOGETHER // max(len(self), entries))
         parts = [choices[start : start + size] for start in range(0, len(choices), size)]
         return [result for part in parts for result in self._by_states(part)]
 

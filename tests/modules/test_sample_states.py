@@ -5,8 +5,9 @@ import pytest
 import torch
 from torchmetrics import AUROC, MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
-from torchmetrics.regression import PearsonCorrCoef, R2Score, SpearmanCorrCoef
+from torchmetrics.regression import MeanAbsoluteError, PearsonCorrCoef, R2Score, SpearmanCorrCoef
 from torchmetrics.text import Perplexity, ROUGEScore
+from torchmetrics.wrappers import ClasswiseWrapper
 
 from lightning_drm.data.sharing import Share
 from lightning_drm.modules import sample_states
@@ -53,6 +54,12 @@ CASES = {
     "spearman": (SpearmanCorrCoef, number_batches, None),
     "r2": (R2Score, number_batches, None),
     "perplexity": (lambda: Perplexity(ignore_index=-100), token_batches, None),
+    "one class of several": (
+        lambda: ClasswiseWrapper(MulticlassF1Score(4, average=None)),
+        class_batches,
+        "multiclassf1score_2",
+    ),
+    "a sum of metrics": (lambda: MeanSquaredError() + 0.5 * MeanAbsoluteError(), number_batches, None),
     "rouge": (lambda: ROUGEScore(rouge_keys=("rouge1", "rougeL")), text_batches, "rougeL_fmeasure"),
 }
 
