@@ -17,7 +17,8 @@ from lightning_drm.merging import Need, Statistics
 
 STATISTICS_FILE = "statistics.safetensors"
 
-_FORMAT = "lightning_drm.statistics/1"
+_FORMAT = "lightning_drm.statistics/2"
+_WITHOUT_EXPERTS = "lightning_drm.statistics/1"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def load_statistics(folder: Path, deltas: str | None) -> TaskStatistics | None:
         deltas: Fingerprint of the task's deltas.
 
     Returns:
-        The statistics; ``None`` if there are none of these deltas.
+        The statistics; ``None`` if there are none of these deltas, or only those that an earlier version took.
 
     Raises:
         ValueError: If the file is damaged.
@@ -125,6 +126,8 @@ def load_statistics(folder: Path, deltas: str | None) -> TaskStatistics | None:
         return None
     file = HashedFile(path, "statistics", "remove the file, and collect the statistics again")
     try:
+        if file.metadata.get("format") == _WITHOUT_EXPERTS:
+            return None  # so that they are collected again, with those of experts
         if file.metadata.get("format") != _FORMAT:
             raise ValueError("its format is another")
         if json.loads(file.metadata["deltas"]) != deltas:

@@ -78,9 +78,21 @@ def _whole(treatment: Treatment, shape: tuple[int, ...], num_tasks: int, rank: i
         stack = rank * prod(shape[:-2]) * sum(shape[-2:])
     square = method.square_side(treatment.matrix_shapes(shape)[0], num_tasks, rank) if method is not None else 0
     copies = 4 * (stack + _RESULTS * prod(shape))
-    return 4 * 2 * stack + max(copies, 3 * 8 * square**2)
+    return 4 * 2 * stack + max(copies, 3 * 8 * square**2) + _statistics(treatment, shape, num_tasks)
 
 
 def _in_pieces(treatment: Treatment, shape: tuple[int, ...], num_tasks: int, device: torch.device) -> int:
     copies = 2 * num_tasks * prod(shape[1:]) if treatment.expert_by_expert else 0
-    return 4 * (largest_piece(shape, device) * (num_tasks + 4) + copies) * num_threads(device)
+    entries = largest_piece(shape, device)
+    piece = (entries // prod(shape[1:]), *shape[1:])
+    own = 4 * (entries * (num_tasks + 4) + copies) + _statistics(treatment, piece, num_tasks)
+    return own * num_threads(device)
+
+
+def _statistics(treatment: Treatment, shape: tuple[int, ...], num_tasks: int) -> int:
+    """Of a piece of so many rows, or of all of a parameter. Inputs are taken to be the larger side of an expert."""
+    if treatment.method is None or treatment.method.needs is None:
+        return 0
+    if treatment.method.needs == "fisher":
+        return 4 * num_tasks * prod(shape)
+    return 4 * num_tasks * (shape[0] * max(shape[1:]) ** 2 if treatment.expert_by_expert else shape[-1] ** 2)

@@ -238,15 +238,15 @@ class Fusion:
                 keys=self._keys(name),
                 start=rows.start * prod(deltas[0].shape[1:]) if rows is not None else 0,
                 transposed=name in self._transposed,
-                statistics=self._statistics(method, name),
+                statistics=self._statistics(method, name, rows),
                 merge=Method.merge if self._decompositions is None else self._decompositions.merging(name),
             )
         except ValueError as error:
             raise self.deltas.explained(error, name) from error
         return Merged(name, merged, deltas, rows)
 
-    def _statistics(self, method: Method, name: str) -> list[Statistics]:
-        return [] if method.needs is None else self.deltas.statistics(name, method.needs)
+    def _statistics(self, method: Method, name: str, rows: slice | None = None) -> list[Statistics]:
+        return [] if method.needs is None else self.deltas.statistics(name, method.needs, rows)
 
     def _unscaled(self, names: Sequence[str]) -> Iterator[Merged]:
         """What the method makes of whole parameters; the next one is read ahead."""

@@ -39,7 +39,7 @@ def merge_parameter(
         keys: N names that random draws are tied to; those of an expert or a part have its number, too.
         start: How many entries of the parameter come before the piece.
         transposed: Whether a matrix is stored (in, out), so that its parts are columns.
-        statistics: Those of the parameter, one for each task, for a method that needs them.
+        statistics: Those of the parameter, or of the piece, one for each task, for a method that needs them.
         merge: Merges one matrix, or one tensor entry by entry.
 
     Returns:
@@ -56,7 +56,7 @@ def merge_parameter(
     for index, of_expert in enumerate(experts(deltas)):
         try:
             own = _numbered(keys, first + index)
-            known = method.informed([one.of_expert(first + index) for one in statistics]).keyed(own)
+            known = method.informed([one.of_expert(index) for one in statistics]).keyed(own)
             one = _merge_one(known, of_expert, treatment, own, transposed, merge)
         except ValueError as error:
             raise ValueError(f"expert {index}: {error}") from error

@@ -62,10 +62,16 @@ class TaskDeltas:
         """What `read` gives for one piece after another; a thread reads the next one ahead."""
         return read_ahead(self.read(name, rows) for name, rows in pieces)
 
-    def statistics(self, name: str, need: Need) -> list[Statistics]:
-        """What a method needs of a parameter from every task, on the device: of a parameter of which all have such."""
+    def statistics(self, name: str, need: Need, rows: slice | None = None) -> list[Statistics]:
+        """What a method needs of a parameter from every task, on the device: of a parameter of which all have such.
+
+        Args:
+            name: Which parameter.
+            need: What the method needs.
+            rows: Which rows of it; all if left out.
+        """
         found = [vector.statistics.read(name, need) for vector in self._vectors if vector.statistics is not None]
-        return [one.to(self.device) for one in found]
+        return [(one if rows is None else one.of_rows(rows)).to(self.device) for one in found]
 
     def present(self, name: str) -> dict[str, Delta]:
         """By task, the deltas of a parameter as they are stored, from those tasks that have one."""

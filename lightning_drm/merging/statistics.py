@@ -36,6 +36,13 @@ class Statistics:
         gram, fisher = (None if tensor is None else tensor.to(device) for tensor in (self.gram, self.fisher))
         return type(self)(gram, fisher, self.fisher_norm)
 
+    def of_rows(self, rows: slice) -> Self:
+        """Those of some rows of a parameter, which are experts where it has those of a layer, as views."""
+        gram, fisher = self.gram, self.fisher
+        if gram is not None and gram.ndim == 3:
+            gram = gram[rows]  # all rows of a matrix have the same inputs
+        return type(self)(gram, None if fisher is None else fisher[rows], self.fisher_norm)
+
     def of_expert(self, index: int) -> Self:
         """Those of one expert, of those of all experts of a layer."""
         gram, fisher = (None if tensor is None else tensor[index] for tensor in (self.gram, self.fisher))

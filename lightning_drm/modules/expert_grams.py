@@ -3,7 +3,7 @@ r"""Gram matrices of what goes into each expert of a layer: sums of :math:`x x^T
 transformers keeps the experts of a layer in two weights of three dimensions, and a router says which inputs x each one
 gets. A hook sees the inputs of ``gate_up_proj`` (or ``up_proj``); those of ``down_proj`` are what the first product and
 the gate make of them, which is computed once more here, as no layer is called with them. Sums are divided by the number
-of all inputs of the layer, so that an expert that a task seldom uses weighs little in that task.
+of all inputs of the layer, so that RegMean gives an expert that a task seldom uses little weight in that task.
 
 Cost, beside the forward pass: the first product once more, and what a sum costs (see `input_grams.py`) for each expert.
 """

@@ -102,6 +102,7 @@ def test_each_expert_has_its_own_statistics(
     fusion = Fusion(Recipe(method, COEFFICIENTS), vectors, shapes={NAME: shape}, in_pieces={NAME}, **options)
     fusion.calibrate()
     assert torch.equal(torch.cat([merged.delta for merged in fusion.merge_in_pieces(NAME)]), whole)
+    assert [one.gram.shape for one in fusion.deltas.statistics(NAME, "gram", slice(2, 4))] == [(2, 6, 6)] * len(TASKS)
     for index, found in enumerate(whole):
         matrices = [densify(stack)[index] for stack in stacks]
         statistics = [Statistics(gram=gram[index]) for gram in grams]

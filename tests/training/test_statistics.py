@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -160,9 +161,22 @@ def test_a_task_that_is_finetuned_again_loses_the_old_statistics(run: VectorsRun
     run.trainer(DRM()).fit(ValidatedTask(lr=0.01), datamodule=run.data, retrain=True)
     assert not (run.folder / "tasks" / "a" / STATISTICS_FILE).exists()
     save_file(
-        old, run.folder / "tasks" / "a" / STATISTICS_FILE, {"format": "lightning_drm.statistics/1", "deltas": '"x"'}
+        old, run.folder / "tasks" / "a" / STATISTICS_FILE, {"format": "lightning_drm.statistics/2", "deltas": '"x"'}
     )
     assert load_task_vector(run.folder / "tasks" / "a").statistics is None, "they are of other deltas"
+
+
+def test_those_of_a_version_without_experts_are_collected_again(run: VectorsRun):
+    fit(run, RegMean())
+    file = run.folder / "tasks" / "a" / STATISTICS_FILE
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    save_file(load_file(file), file, {**said, "format": "lightning_drm.statistics/1"})
+    with pytest.raises(ValueError, match=r"RegMean needs statistics .* there are none of a"):
+        run.merge(RegMean())
+    fit(run, RegMean())
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["format"] == said["format"]
 
 
 @pytest.mark.parametrize("deed", ["cut", "bit"])
