@@ -305,12 +305,14 @@ def plain_arguments(method: Method) -> dict[str, object]:
         >>> plain_arguments(merging.SVC(TaskArithmetic(0.3)))
         {'method': {'class_path': 'lightning_drm.TaskArithmetic', 'init_args': {'scale': 0.3}}, 'alpha': None}
     """
-    return {
-        name: {"class_path": class_path(value), "init_args": plain_arguments(value)}
-        if isinstance(value, Method)
-        else value
-        for name, value in method.hyperparameters().items()
-    }
+    return {name: plain_value(value) for name, value in method.hyperparameters().items()}
+
+
+def plain_value(value: object) -> object:
+    """A value as configuration: a method as its class path and arguments, all else as it is."""
+    return (
+        {"class_path": class_path(value), "init_args": plain_arguments(value)} if isinstance(value, Method) else value
+    )
 
 
 def with_density(method: Method, density: float) -> Method:

@@ -16,7 +16,7 @@ in wider steps, LiNeS' theirs. The others are this package's own, around the def
 | ``SVC`` | | ``alpha``: 0.1, 0.25, 0.5, 1.0 |
 | ``LiNeS`` | | ``beta``: 0.1, 0.2, … 1.0 |
 
-A step around another method is searched by its own grid. A grid of the user's may name what is inside, too, as in
+A wrapper is searched by its own grid. A grid of the user's may name what is inside, too, as in
 ``method.density``.
 """
 
@@ -111,7 +111,7 @@ def chosen_grids(
     """By method, the values to try.
 
     Args:
-        configured: The method that is searched if nothing is said. What it goes around need not be named again.
+        configured: The method that is searched if nothing is said. What it wraps need not be named again.
         methods: Names of methods, or import paths, or ``["all"]``; those of the grid if left out.
         grid: Takes the place of the default grids of the methods that it names.
         problems: Where a sentence is added for whatever cannot be.
@@ -121,12 +121,13 @@ def chosen_grids(
     names = [*(grid or {}), *([] if every else methods or [])]
     named = {name: _nesting(name, known, problems) for name in names}
     own: dict[Nesting, Mapping[str, Sequence[Value]]] = {}
+    earlier: dict[Nesting, str] = {}
     for name, values in (grid or {}).items():
         if (found := named[name]) is None:
             continue
         if found in own:
-            problems.append(f"The grid has {found.name} twice.")
-        own[found] = values
+            problems.append(f"{earlier[found]!r} and {name!r} in the grid are the same method.")
+        own[found], earlier[found] = values, name
     if methods is None:
         if grid is None:
             return {known: default_grid(known.outermost)}
@@ -147,8 +148,9 @@ def chosen_grids(
 
 def _nesting(name: str, configured: Nesting, problems: list[str]) -> Nesting | None:
     """What a name means; the configured method where it names its class."""
-    classes = tuple(kind for word in name.split(" of ") if (kind := _kind(word, problems)) is not None)
-    if len(classes) != len(name.split(" of ")):
+    words = [word.strip() for word in name.split(" of ")]
+    classes = tuple(kind for word in words if (kind := _kind(word, problems)) is not None)
+    if len(classes) != len(words):
         return None
     if classes == configured.classes[:1]:
         return configured
@@ -168,6 +170,12 @@ def _kind(name: str, problems: list[str]) -> type[Method] | None:
         found = None
     if isinstance(found, type) and issubclass(found, Method) and not inspect.isabstract(found):
         return found
+    if name == "all":
+        problems.append("'all' are all methods: leave out the others.")
+        return None
     known = ", ".join(kind.__name__ for kind in METHODS)
-    problems.append(f"There is no method {name!r}; the methods are {known}, and one of your own by its import path.")
+    problems.append(
+        f"There is no method {name!r}; the methods are {known}, SVC and LiNeS around one, as in 'SVC of DRM', and one "
+        "of your own by its import path."
+    )
     return None

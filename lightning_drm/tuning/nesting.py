@@ -1,4 +1,4 @@
-"""Methods inside methods: a step such as SVC or LiNeS goes around another method, and both have hyper-parameters.
+"""Methods inside methods: a wrapper such as SVC or LiNeS goes around another method, and both have hyper-parameters.
 
 Those inside have names with a dot, ``method.density``, for their place in a configuration. The method goes by the name
 that its title has, "SVC of DRM".
@@ -14,7 +14,7 @@ from lightning_drm.fusion.recipe import class_path
 from lightning_drm.merging import Method
 
 INSIDE = "method"
-"""The argument by which a step takes the method that it goes around."""
+"""The argument by which a wrapper takes its method."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Nesting:
 
     @property
     def inside(self) -> Self | None:
-        """What the outermost class goes around."""
+        """What the outermost class wraps."""
         return type(self)(self.classes[1:]) if self.classes[1:] else None
 
     @property
@@ -74,9 +74,9 @@ class Nesting:
         outer, *inner = self.classes
         argument = inspect.signature(outer).parameters.get(INSIDE)
         if inner and argument is None:
-            return f"{outer.__name__} goes around no other method, so there is no {self.name!r}."
+            return f"{outer.__name__} does not wrap another method, so {self.name!r} does not exist."
         if not inner and argument is not None and argument.default is Parameter.empty:
-            return f"{outer.__name__} goes around another method: say which, as in '{outer.__name__} of DRM'."
+            return f"{outer.__name__} wraps another method: say which, as in '{outer.__name__} of DRM'."
         return self.inside.problem if self.inside is not None else None
 
     def made(self, arguments: Mapping[str, Any]) -> Method:

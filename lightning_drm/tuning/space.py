@@ -100,11 +100,11 @@ def search_space(
             from its own defaults.
         tasks: The tasks.
         vectors: Their vectors, which may lack statistics that a method needs.
-        methods: Names of methods, or import paths, or ``["all"]``; of steps around others, "SVC of DRM". If left out,
+        methods: Names of methods, or import paths, or ``["all"]``; of wrappers, "SVC of DRM". If left out,
             those of the grid, and without a grid the configured one, in its direction if it is DRM.
         grid: Takes the place of the default grids of the methods that it names.
         coefficients: ``"one"`` searches one λ for all tasks, the method's ``scale``; ``"each"`` one for each task,
-            among the same values.
+            among the same values, with ``scale``, or the innermost one of several methods, at 1.
 
     Raises:
         ValueError: Naming all methods, hyper-parameters and values that cannot be.
@@ -195,6 +195,8 @@ def _problems(nesting: Nesting, start: Mapping[str, Value], choices: Mapping[str
                 nesting.made({**first, parameter: value})
             except ValueError as error:
                 problems.append(f"{str(error).removesuffix('.')}.")
+            except TypeError:  # the default was no hint, as it is None
+                problems.append(f"{name}: {parameter} cannot be {value!r}.")
     return problems
 
 
@@ -231,8 +233,12 @@ def _families(
         else:
             numbers[name] = tuple(dict.fromkeys(int(value) for value in values))
     if coefficients == "each":
-        lambdas = numbers.pop("scale", tuple(float(value) for value in default_scales(type(method))))
-        current |= {"scale": 1.0} if "scale" in current else {}
+        scale = next((name for name in reversed(current) if name.rpartition(".")[2] == "scale"), None)
+        kind = Nesting.of(method).classes[scale.count(".") if scale is not None else 0]  # the one that has the λ
+        lambdas = tuple(float(value) for value in default_scales(kind))
+        if scale is not None:
+            lambdas = numbers.pop(scale, lambdas)
+            current[scale] = 1.0
         numbers |= {f"{_COEFFICIENT}{task}": lambdas for task in tasks}
     return [
         Family(

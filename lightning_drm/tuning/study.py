@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from lightning_drm.fusion.recipe import plain_value
 from lightning_drm.storage import writing
 from lightning_drm.tuning.judge import Judge
 from lightning_drm.tuning.nesting import arguments_of, full_name
@@ -70,7 +71,9 @@ class Study:
         self.family = family
         self._num_samples = num_samples
         method = family.recipe.method
-        unsearched = {name: value for name, value in arguments_of(method).items() if name not in family.numbers}
+        unsearched = {
+            name: plain_value(value) for name, value in arguments_of(method).items() if name not in family.numbers
+        }
         about = {**measured, **family.recipe.description([]), "class_path": full_name(method)}
         about |= {"init_args": unsearched, "searched": sorted(family.numbers)}
         about |= {"coefficients": dict(family.recipe.coefficients), "num_samples": num_samples}

@@ -137,15 +137,29 @@ def test_one_coefficient_for_each_task():
     assert setting_title(setting) == "TaskArithmetic, scale 1, coefficient of a 0.3"
     (family,) = search_space(Recipe(Average()), TASKS, coefficients="each")
     assert family.setting({"coefficients.a": 0.3}).method == Average()
+    for name, method in (("LiNeS of  TaskArithmetic", LiNeS(TaskArithmetic(1.0))), ("SVC of TIES", SVC(TIES()))):
+        (family,) = search_space(Recipe(), TASKS, methods=[name], coefficients="each")
+        lambdas = TENTHS if "Task" in name else [tenths / 10 for tenths in range(8, 16)]
+        assert family.numbers["coefficients.a"] == tuple(lambdas), "those of what is inside"
+        assert "method.scale" not in family.numbers
+        assert type(family.setting({"coefficients.a": 0.3}).method) is type(method)
+        assert family.setting({"coefficients.a": 0.3}).method.method == method.method
+    (family,) = search_space(
+        Recipe(), TASKS, grid={"SVC of TaskArithmetic": {"method.scale": [0.2]}}, coefficients="each"
+    )
+    assert family.numbers == {"coefficients.a": (0.2,), "coefficients.b": (0.2,)}
 
 
 @pytest.mark.parametrize(
     ("options", "sentences"),
     [
-        ({"methods": ["DMR"]}, ["There is no method 'DMR'; the methods are DRM, TIES, DARETIES, TaskArithmetic"]),
+        ({"methods": ["DMR"]}, ["There is no method 'DMR'; the methods are DRM, TIES, DARETIES", "'SVC of DRM'"]),
         ({"methods": []}, ["There are no methods to search."]),
-        ({"methods": ["all", "DRM"]}, ["There is no method 'all'"]),
-        ({"grid": {"TIES": {"scale": [1.0]}, "lightning_drm.TIES": {"scale": [2.0]}}}, ["The grid has TIES twice."]),
+        ({"methods": ["all", "DRM"]}, ["'all' are all methods: leave out the others."]),
+        (
+            {"grid": {"TIES": {"scale": [1.0]}, "lightning_drm.TIES": {"scale": [2.0]}}},
+            ["'TIES' and 'lightning_drm.TIES' in the grid are the same method."],
+        ),
         ({"grid": {}}, ["The grid names no method."]),
         ({"grid": {"DRM": {"density": []}}}, ["The grid of DRM gives no values for density."]),
         (
@@ -169,12 +183,13 @@ def test_one_coefficient_for_each_task():
                 "DARETIES: seed cannot be 0.5.",
             ],
         ),
+        ({"grid": {"SVC of DRM": {"alpha": ["auto"]}}}, ["SVC of DRM: alpha cannot be 'auto'."]),
         ({"grid": {"TIES": {"scale": [1.0]}}, "methods": ["DRM"]}, ["The grid has TIES, which is not among"]),
         (
             {"methods": ["LiNeS", "TIES of DRM", "SVC of DMR", "SVC of LiNeS"]},
             [
-                "LiNeS goes around another method: say which, as in 'LiNeS of DRM'.",
-                "TIES goes around no other method, so there is no 'TIES of DRM'.",
+                "LiNeS wraps another method: say which, as in 'LiNeS of DRM'.",
+                "TIES does not wrap another method, so 'TIES of DRM' does not exist.",
                 "There is no method 'DMR'",
             ],
         ),

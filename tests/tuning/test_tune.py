@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from helpers import reference
+from helpers.own_method import Mixture
 from helpers.studied import TASKS, StudiedRun, make_data
 from helpers.tiny import VectorTask
-from lightning_drm import DRM, LiNeS, MultiTaskDataModule
+from lightning_drm import DRM, TIES, Average, LiNeS, MultiTaskDataModule
 from lightning_drm.fusion import Override, Recipe
 from lightning_drm.training.candidates import RunCandidates
 from lightning_drm.tuning import Family, SearchSettings, Tuned, search_space, tune
@@ -254,6 +257,18 @@ def test_a_recipe_that_does_not_fit_is_refused_before_the_search(run: StudiedRun
     with pytest.raises(ValueError, match=r"IsoC cannot be searched: .* has no density.* TSVM cannot be searched"):
         search(run, tmp_path, families)
     assert not (tmp_path / "study.db").exists()
+
+
+def test_a_method_of_ones_own_may_hold_others(run: StudiedRun):
+    mixed = Mixture(TIES(), Average())
+    run.trainer(method=mixed).tune(
+        VectorTask(lr=0.3), run.data, grid={"helpers.own_method.Mixture": {"share": [0.1, 0.9]}}
+    )
+    found = pd.read_csv(run.folder / "tune" / "trials.csv")
+    assert set(found["share"]) == {0.1, 0.5, 0.9}, "the configured one, too"
+    recipe = yaml.safe_load((run.folder / "tune" / "best.yaml").read_text())["drm"]["method"]
+    assert recipe["class_path"] == "helpers.own_method.Mixture"
+    assert recipe["init_args"]["first"]["class_path"] == "lightning_drm.TIES"
 
 
 def test_another_file_in_the_place_of_the_study_is_refused(run: StudiedRun, tmp_path: Path):
