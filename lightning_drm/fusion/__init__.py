@@ -5,7 +5,7 @@
 """
 
 from lightning_drm.fusion.decompositions import Decompositions
-from lightning_drm.fusion.described import argument_title, facts_on_kinds, method_title
+from lightning_drm.fusion.described import facts_on_kinds, method_title
 from lightning_drm.fusion.device_memory import bytes_beside_training, free_bytes
 from lightning_drm.fusion.footprint import merging_bytes, too_large_as_a_whole
 from lightning_drm.fusion.fuse import Fusion, Merged, merge_side_by_side
@@ -20,7 +20,6 @@ __all__ = [
     "Override",
     "Recipe",
     "Treatment",
-    "argument_title",
     "bytes_beside_training",
     "facts_on_kinds",
     "free_bytes",

@@ -1,7 +1,7 @@
 """What methods and parameters are, in words, for titles, plans and model cards."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lightning_drm.deltas import Kind
 from lightning_drm.fusion.recipe import Treatment
@@ -30,13 +30,14 @@ def described(kind: Kind, shape: tuple[int, ...]) -> str:
     return f"{shape[0]} experts of {shape[1:]}" if kind == "experts" else _WORDS[kind]
 
 
-def method_title(method: Method) -> str:
+def method_title(method: Method, without: Collection[str] = ()) -> str:
     """A method with its whole setting, for titles and tables.
 
     Said are its direction and density, if it has them, and whatever else differs from its defaults.
 
     Args:
         method: The method.
+        without: Hyper-parameters that are left out; those of a method inside as in ``method.density``.
 
     Example:
         >>> from lightning_drm import DRM, SVC, TaskArithmetic
@@ -52,29 +53,17 @@ def method_title(method: Method) -> str:
     for name, value in method.hyperparameters().items():
         plain = name.replace("_", " ")
         if isinstance(value, Method):
-            words[0] += f" of {method_title(value)}"
+            inside = [one.removeprefix(f"{name}.") for one in without if one.startswith(f"{name}.")]
+            words[0] += f" of {method_title(value, inside)}"
+        elif name in without:
+            continue
         elif name == "direction":
             words.append(str(value))
         elif isinstance(value, bool) and value != defaults[name]:
             words.append(plain if value else f"no {plain}")
         elif name == "density" or value != defaults[name]:
-            words.append(argument_title(name, value))
+            words.append(f"{plain} {value:g}" if isinstance(value, float) else f"{plain} {value}")
     return ", ".join(words)
-
-
-def argument_title(name: str, value: object) -> str:
-    """A hyper-parameter and its value, as a method's title has them.
-
-    Args:
-        name: The hyper-parameter.
-        value: Its value.
-
-    Example:
-        >>> argument_title("rank_tol", 0.01)
-        'rank tol 0.01'
-    """
-    plain = name.replace("_", " ")
-    return f"{plain} {value:g}" if isinstance(value, float) else f"{plain} {value}"
 
 
 def facts_on_kinds(

@@ -4,14 +4,14 @@ A merged delta is linear in ``scale``, so λ is applied to what is merged alread
 that differ in numbers only: DRM-H and DRM-V are two. It has a study and a picture of its own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter
 from itertools import product
 from typing import Literal, TypeAlias
 
 from lightning_drm.deltas import TaskVector
-from lightning_drm.fusion import Recipe, argument_title, method_title, problem_of_statistics
+from lightning_drm.fusion import Recipe, method_title, problem_of_statistics
 from lightning_drm.merging import METHODS
 from lightning_drm.tuning.grids import Grid, Value, chosen_grids, default_scales
 from lightning_drm.tuning.nesting import Nesting, arguments_of, with_arguments
@@ -39,10 +39,7 @@ class Family:
     @property
     def title(self) -> str:
         """What all of its settings share, as in "DRM, vertical"."""
-        method = with_arguments(self.recipe.method, _defaults(Nesting.of(self.recipe.method), self.numbers))
-        values = {name: value for name, value in arguments_of(method).items() if name in self.numbers}
-        searched = {argument_title(name.rpartition(".")[2], value) for name, value in values.items()}
-        return ", ".join(word for word in method_title(method).split(", ") if word not in searched)
+        return method_title(self.recipe.method, self.numbers)
 
     @property
     def points(self) -> list[Params]:
@@ -259,8 +256,3 @@ def _misfits(family: Family) -> list[str]:
         except ValueError as error:
             problems.append(f"{str(error).removesuffix('.')}.")
     return problems
-
-
-def _defaults(nesting: Nesting, names: Iterable[str]) -> dict[str, object]:
-    known = nesting.parameters
-    return {n: known[n].default for n in names if n in known and known[n].default is not Parameter.empty}

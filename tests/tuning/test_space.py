@@ -5,7 +5,8 @@ import re
 import pytest
 
 from helpers.own_method import Largest
-from lightning_drm import DRM, SVC, TIES, TSVM, Average, IsoC, LiNeS, TaskArithmetic
+from lightning_drm import DRM, SVC, TIES, TSVM, Average, IsoC, LiNeS, RegMean, TaskArithmetic
+from lightning_drm.deltas import TaskVector
 from lightning_drm.fusion import Recipe
 from lightning_drm.tuning import SearchSettings, search_space, setting_title
 from lightning_drm.tuning.trial import Trial, table_of
@@ -87,7 +88,7 @@ def test_around_another_method():
         search_space(Recipe(LiNeS(TIES())), TASKS, grid={"LiNeS": {"alpha": [-0.5, 0.5]}})
 
 
-def test_methods_inside_others_are_named_and_searched():
+def test_methods_inside_others_are_named_and_searched(vectors: list[TaskVector]):
     grid = {
         "SVC of TSVM": {"alpha": [0.5, 1]},
         "LiNeS of SVC of DRM": {
@@ -115,6 +116,8 @@ def test_methods_inside_others_are_named_and_searched():
         "LiNeS of SVC of TIES, density 0.2",
         "LiNeS of SVC of TIES, density 0.2, alpha 0.5",
     )
+    (family,) = search_space(Recipe(SVC(RegMean(0.5), 0.95)), TASKS, vectors, grid={"SVC": {"method.alpha": [0.5]}})
+    assert family.title == "SVC of RegMean, alpha 0.95", "SVC's own, though RegMean has the same by default"
     (family,) = search_space(Recipe(TIES()), TASKS, methods=["SVC of TaskArithmetic"])
     assert [family.setting(point).method.alpha for point in family.points] == [0.1, 0.25, 0.5, 1.0]
     (family,) = search_space(Recipe(SVC(TIES(density=0.3))), TASKS, grid={"SVC": {"method.scale": [0.5]}})
