@@ -1,7 +1,6 @@
 """What tests of several folders share. Processes that a test starts find this package and the tests' helpers."""
 
 import functools
-import gc
 import os
 import re
 import sys
@@ -46,11 +45,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("processes") or item.get_closest_marker("attacks"):
             item.add_marker("slow")
-
-
-def pytest_collection_finish() -> None:
-    """What is imported stays, and the collector need not look through it at the beginning of each run."""
-    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -19,10 +19,9 @@ class Knot:
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     gc.disable()  # it would come in between
-    gc.unfreeze()  # what conftest.py has frozen
     yield
-    gc.freeze()
     gc.enable()
+    gc.unfreeze()
 
 
 def test_what_was_garbage_before_is_gone_when_it_starts():
