@@ -84,7 +84,7 @@ def _whole(treatment: Treatment, shape: tuple[int, ...], num_tasks: int, rank: i
 def _in_pieces(treatment: Treatment, shape: tuple[int, ...], num_tasks: int, device: torch.device) -> int:
     copies = 2 * num_tasks * prod(shape[1:]) if treatment.expert_by_expert else 0
     entries = largest_piece(shape, device)
-    piece = (entries // prod(shape[1:]), *shape[1:])
+    piece = (entries // max(1, prod(shape[1:])), *shape[1:])
     own = 4 * (entries * (num_tasks + 4) + copies) + _statistics(treatment, piece, num_tasks)
     return own * num_threads(device)
 
