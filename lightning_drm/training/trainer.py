@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from signal import SIGTERM
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -25,12 +24,11 @@ from typing_extensions import override
 from lightning_drm.analysis import Analysis, chosen_analyses
 from lightning_drm.data import MultiTaskDataModule, require_validation_sets
 from lightning_drm.deltas.compiled import uncompiled
-from lightning_drm.distributed.interfaces import follow_nccl
-from lightning_drm.distributed.watch import watched
 from lightning_drm.evaluation import Split, StoredFinding
 from lightning_drm.merging import Method
 from lightning_drm.modules import MultiTaskModule, unmeasurable
 from lightning_drm.storage import writing
+from lightning_drm.training.all_ranks import on_all_ranks
 from lightning_drm.training.analyses import run_analyses
 from lightning_drm.training.callback import DRMMergeCallback
 from lightning_drm.training.candidates import RunCandidates
@@ -41,12 +39,10 @@ from lightning_drm.training.failures import Failures
 from lightning_drm.training.finished import finished_tasks, require_done, require_merged_as_configured
 from lightning_drm.training.foreign import problem_of_class
 from lightning_drm.training.interruption import Interruptible
-from lightning_drm.training.letting_go import cheap_collections
 from lightning_drm.training.progress import TaskProgressBar
 from lightning_drm.training.run import Run, is_writer
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
-from lightning_drm.training.session import MergeSession
 from lightning_drm.training.settings import finetune_settings
 from lightning_drm.training.snapshot_merges import merge_snapshots, require_measurable
 from lightning_drm.training.snapshots import TakeSnapshots
@@ -57,8 +53,6 @@ from lightning_drm.training.tuned import search_of, tune_and_test
 from lightning_drm.tuning import SearchOptions
 
 T = TypeVar("T")
-
-_ADVICE = "What was finished is kept: the same command continues."
 
 
 class MergeTrainer(Trainer):
@@ -174,7 +168,7 @@ class MergeTrainer(Trainer):
             )
             if is_writer():
                 self.on_accepted()
-            self._on_all_ranks(session, lambda: finetune_and_merge(*self.strategy.broadcast(finished)))
+            on_all_ranks(self, session, lambda: finetune_and_merge(*self.strategy.broadcast(finished)))
         if only is None:
             return
         if missing := folder.missing(session.tasks):
@@ -214,7 +208,7 @@ class MergeTrainer(Trainer):
                 run.collect_statistics(task)
 
         with run.interruptible, _locked(run.folder, tasks):
-            self._on_all_ranks(run.session, collect_each)
+            on_all_ranks(self, run.session, collect_each)
         run.say(f"The statistics of {', '.join(tasks)} are in {run.folder.path}/tasks.")
 
     def merge(self, model: LightningModule, datamodule: MultiTaskDataModule) -> None:
@@ -235,7 +229,7 @@ class MergeTrainer(Trainer):
             run.merge_and_report()
 
         with run.interruptible, _locked(run.folder, run.session.tasks):
-            self._on_all_ranks(run.session, restore_and_merge)
+            on_all_ranks(self, run.session, restore_and_merge)
 
     @override
     def test(  # type: ignore[override]  # some of Lightning's arguments come as keywords
@@ -272,7 +266,7 @@ class MergeTrainer(Trainer):
             return [run.report(scores, run.scoring.stored_merged())]
 
         with run.interruptible, _locked(run.folder, run.session.tasks):
-            return self._on_all_ranks(run.session, measure_again)
+            return on_all_ranks(self, run.session, measure_again)
 
     def compare(
         self,
@@ -453,27 +447,7 @@ class MergeTrainer(Trainer):
                 return function(run, candidates)
 
         with run.interruptible, _locked(run.folder, run.session.tasks):
-            return self._on_all_ranks(run.session, studied)
-
-    def _on_all_ranks(self, session: MergeSession, function: Callable[[], T]) -> T:
-        """Calls a function on all processes of the strategy, which start here unless something else started them."""
-
-        def joined() -> T:
-            self.strategy.connect(LightningModule())  # a strategy that shards hands its mesh to a module
-            if self.world_size > 1:
-                follow_nccl()  # on CPUs, the training's process group is gloo, too
-            self.strategy.setup_environment()
-            with watched(session.join(self.world_size), _ADVICE), cheap_collections():
-                return function()
-
-        launcher = self.strategy.launcher
-        if launcher is None:
-            return joined()
-        try:
-            return cast(T, launcher.launch(joined, trainer=self))
-        except BaseException:
-            launcher.kill(SIGTERM)
-            raise
+            return on_all_ranks(self, run.session, studied)
 
     def _finetune(
         self, run: Run, task: str, settings: Mapping[str, object], checkpoint: Path | None
