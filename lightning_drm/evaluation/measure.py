@@ -74,14 +74,12 @@ def measure(
 
 def _affordable(samples: SampleStates, seconds_of_one: float) -> int:
     """How many sets may be drawn. What one takes more than the others, such as stacking, does not count for all."""
+    if seconds_of_one > _PATIENCE:
+        return 0
     start = time.perf_counter()
     resample(samples, _TIMED)
-    each = max(0.0, _seconds_since(start) - seconds_of_one) / (_TIMED - 1)
+    each = max(0.0, time.perf_counter() - start - seconds_of_one) / (_TIMED - 1)
     return next((number for number in (NUM_RESAMPLES, _FEW) if number * each < _PATIENCE), 0)
-
-
-def _seconds_since(start: float) -> float:
-    return time.perf_counter() - start
 
 
 def _score(module: MultiTaskModule, task: str, value: float) -> Score:
@@ -89,7 +87,8 @@ def _score(module: MultiTaskModule, task: str, value: float) -> Score:
     if samples is not None:
         start = time.perf_counter()
         again = samples.results([np.arange(len(samples))])[0]
+        seconds = time.perf_counter() - start
         # Of a metric whose samples do not make its result again, other sets of samples would say nothing either.
-        if isclose(again, value, rel_tol=1e-3) and _seconds_since(start) < _PATIENCE:
-            resampled = resample(samples, _affordable(samples, _seconds_since(start)))
+        if isclose(again, value, rel_tol=1e-3):
+            resampled = resample(samples, _affordable(samples, seconds))
     return Score(value, module.metric_of(task), percentile_interval(resampled) if resampled else None, resampled)

@@ -1,5 +1,9 @@
 """Measuring with a Trainer of its own: exact accuracies, and no other Trainer touched."""
 
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -138,3 +142,30 @@ def test_weights_and_gradients_stay(module: MultiTaskModule) -> None:
     x, y = torch.randn(8, 4), torch.randint(0, 3, (8,))
     trainer.fit(task, DataLoader(TensorDataset(x, y), batch_size=4))
     assert not torch.equal(task.head.weight, before["task_modules.0.head.weight"])
+
+
+class Timed:
+    """Samples whose results take time on a clock that stands still otherwise: at once, and for each set."""
+
+    def __init__(self, clock: list[float], at_once: float, each: float) -> None:
+        self._clock, self._at_once, self._each = clock, at_once, each
+
+    def __len__(self) -> int:
+        return 10
+
+    def results(self, choices: Sequence[object]) -> list[float]:
+        self._clock[0] += self._at_once + self._each * len(choices)
+        return [0.5] * len(choices)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "each", "affordable"),
+    [(0.0, 0.05, 1000), (0.4, 0.001, 1000), (5.0, 0.05, 1000), (0.0, 0.5, 100), (0.0, 1.0, 0), (61.0, 0.0, 0)],
+)
+def test_the_time_of_an_interval_is_judged_by_what_another_set_takes(
+    at_once: float, each: float, affordable: int, monkeypatch: pytest.MonkeyPatch
+):
+    clock = [0.0]
+    measuring = sys.modules["lightning_drm.evaluation.measure"]
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert measuring._affordable(Timed(clock, at_once, each), at_once + each) == affordable
