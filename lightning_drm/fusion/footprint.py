@@ -3,6 +3,7 @@
 Of a parameter that is merged as a whole, these are the deltas of all tasks and those of the next one, which are read
 ahead, and the method's own: a copy of the deltas and some matrices of the parameter's shape, or, where that is more,
 three square matrices of doubles. An eigensolver takes these: the matrix, which becomes the vectors, and its workspace.
+Statistics of the tasks' data come on top, for a method that needs them.
 """
 
 from collections.abc import Mapping, Set
@@ -78,18 +79,18 @@ def _whole(treatment: Treatment, shape: tuple[int, ...], num_tasks: int, rank: i
         stack = rank * prod(shape[:-2]) * sum(shape[-2:])
     square = method.square_side(treatment.matrix_shapes(shape)[0], num_tasks, rank) if method is not None else 0
     copies = 4 * (stack + _RESULTS * prod(shape))
-    return 4 * 2 * stack + max(copies, 3 * 8 * square**2) + _statistics(treatment, shape, num_tasks)
+    return 4 * 2 * stack + max(copies, 3 * 8 * square**2) + _bytes_of_statistics(treatment, shape, num_tasks)
 
 
 def _in_pieces(treatment: Treatment, shape: tuple[int, ...], num_tasks: int, device: torch.device) -> int:
     copies = 2 * num_tasks * prod(shape[1:]) if treatment.expert_by_expert else 0
     entries = largest_piece(shape, device)
     piece = (entries // max(1, prod(shape[1:])), *shape[1:])
-    own = 4 * (entries * (num_tasks + 4) + copies) + _statistics(treatment, piece, num_tasks)
+    own = 4 * (entries * (num_tasks + 4) + copies) + _bytes_of_statistics(treatment, piece, num_tasks)
     return own * num_threads(device)
 
 
-def _statistics(treatment: Treatment, shape: tuple[int, ...], num_tasks: int) -> int:
+def _bytes_of_statistics(treatment: Treatment, shape: tuple[int, ...], num_tasks: int) -> int:
     """Of a piece of so many rows, or of all of a parameter. Inputs are taken to be the larger side of an expert."""
     if treatment.method is None or treatment.method.needs is None:
         return 0

@@ -59,7 +59,7 @@ def merge_parameter(
             known = method.informed([one.of_expert(index) for one in statistics]).keyed(own)
             one = _merge_one(known, of_expert, treatment, own, transposed, merge)
         except ValueError as error:
-            raise ValueError(f"expert {index}: {error}") from error
+            raise ValueError(f"expert {first + index}: {error}") from error
         merged = merged.to(one.dtype)
         merged[index] = one
     return merged

@@ -310,9 +310,9 @@ def plain_arguments(method: Method) -> dict[str, object]:
 
 def plain_value(value: object) -> object:
     """A value as configuration: a method as its class path and arguments, all else as it is."""
-    return (
-        {"class_path": class_path(value), "init_args": plain_arguments(value)} if isinstance(value, Method) else value
-    )
+    if not isinstance(value, Method):
+        return value
+    return {"class_path": class_path(value), "init_args": plain_arguments(value)}
 
 
 def with_density(method: Method, density: float) -> Method:

@@ -194,10 +194,16 @@ def test_an_expert_that_no_task_trained_stays(dense: list[Tensor]) -> None:
     assert all(merged[index].any() for index in (0, 1, 2, 4))
 
 
-def test_errors_name_the_expert(dense: list[Tensor]) -> None:
+def test_errors_name_the_expert(dense: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     dense[1][2, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=rf"{NAME}: expert 2: DRM: delta of task 1 holds NaN .*1 is b"):
+    named = rf"{NAME}: expert 2: DRM: delta of task 1 holds NaN .*1 is b"
+    with pytest.raises(ValueError, match=named):
         dict(Fusion(Recipe(DRM()), vectors_of(dense)))
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces, "PIECE", 2 * 8 * 6)  # it is the first one of a piece
+        fusion = Fusion(Recipe(DRM()), vectors_of(dense), shapes={NAME: SHAPE}, in_pieces={NAME})
+        with pytest.raises(ValueError, match=named):
+            list(fusion.merge_in_pieces(NAME))
     dense[1] = -dense[0]
     dense[2] = torch.zeros_like(dense[0])
     for index in range(SHAPE[0]):
