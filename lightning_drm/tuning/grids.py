@@ -16,8 +16,7 @@ in wider steps, LiNeS' theirs. The others are this package's own, around the def
 | ``SVC`` | | ``alpha``: 0.1, 0.25, 0.5, 1.0 |
 | ``LiNeS`` | | ``beta``: 0.1, 0.2, … 1.0 |
 
-A wrapper is searched by its own grid. A grid of the user's may name what is inside, too, as in
-``method.density``.
+A wrapper is searched by its own grid. A grid of the user's may name what is inside, too, as in ``method.density``.
 """
 
 import inspect
@@ -118,16 +117,18 @@ def chosen_grids(
         vectors: What is merged. A method that needs statistics which these do not have is not among ``["all"]``.
     """
     known, every = Nesting.of(configured), list(methods or []) == ["all"]
+    if methods and "all" in methods and not every:
+        problems.append("'all' stands for every method: leave out the others.")
+        methods = [name for name in methods if name != "all"]
     names = [*(grid or {}), *([] if every else methods or [])]
     named = {name: _nesting(name, known, problems) for name in names}
     own: dict[Nesting, Mapping[str, Sequence[Value]]] = {}
-    earlier: dict[Nesting, str] = {}
     for name, values in (grid or {}).items():
         if (found := named[name]) is None:
             continue
         if found in own:
-            problems.append(f"{earlier[found]!r} and {name!r} in the grid are the same method.")
-        own[found], earlier[found] = values, name
+            problems.append(f"The grid has {found.name} twice, the second time as {name!r}.")
+        own[found] = values
     if methods is None:
         if grid is None:
             return {known: default_grid(known.outermost)}
@@ -170,9 +171,6 @@ def _kind(name: str, problems: list[str]) -> type[Method] | None:
         found = None
     if isinstance(found, type) and issubclass(found, Method) and not inspect.isabstract(found):
         return found
-    if name == "all":
-        problems.append("'all' are all methods: leave out the others.")
-        return None
     known = ", ".join(kind.__name__ for kind in METHODS)
     problems.append(
         f"There is no method {name!r}; the methods are {known}, SVC and LiNeS around one, as in 'SVC of DRM', and one "

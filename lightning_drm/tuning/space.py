@@ -97,8 +97,8 @@ def search_space(
             from its own defaults.
         tasks: The tasks.
         vectors: Their vectors, which may lack statistics that a method needs.
-        methods: Names of methods, or import paths, or ``["all"]``; of wrappers, "SVC of DRM". If left out,
-            those of the grid, and without a grid the configured one, in its direction if it is DRM.
+        methods: Names of methods, or import paths, or ``["all"]``; of wrappers, "SVC of DRM". If left out, those of the
+            grid, and without a grid the configured one, in its direction if it is DRM.
         grid: Takes the place of the default grids of the methods that it names.
         coefficients: ``"one"`` searches one λ for all tasks, the method's ``scale``; ``"each"`` one for each task,
             among the same values, with ``scale``, or the innermost one of several methods, at 1.

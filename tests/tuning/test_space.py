@@ -158,11 +158,12 @@ def test_one_coefficient_for_each_task():
     [
         ({"methods": ["DMR"]}, ["There is no method 'DMR'; the methods are DRM, TIES, DARETIES", "'SVC of DRM'"]),
         ({"methods": []}, ["There are no methods to search."]),
-        ({"methods": ["all", "DRM"]}, ["'all' are all methods: leave out the others."]),
+        ({"methods": ["all", "DRM"]}, ["'all' stands for every method: leave out the others."]),
         (
             {"grid": {"TIES": {"scale": [1.0]}, "lightning_drm.TIES": {"scale": [2.0]}}},
-            ["'TIES' and 'lightning_drm.TIES' in the grid are the same method."],
+            ["The grid has TIES twice, the second time as 'lightning_drm.TIES'."],
         ),
+        ({"grid": {"all": {}}}, ["There is no method 'all'"]),
         ({"grid": {}}, ["The grid names no method."]),
         ({"grid": {"DRM": {"density": []}}}, ["The grid of DRM gives no values for density."]),
         (
