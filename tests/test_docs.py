@@ -1,6 +1,7 @@
 """The site's code is the code that runs: Python is executed, and commands and configurations are parsed."""
 
 import importlib
+import inspect
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import lightning_drm
 from helpers.pages import ROOT, blocks, commands, named_files
 from helpers.parsers import parse
 from helpers.tiny import save_run_config
+from lightning_drm import DRMMergeCallback
 from lightning_drm.analysis import STANDARD
 from lightning_drm.cli.main import main
 from lightning_drm.merging import METHODS, Method
@@ -149,6 +151,12 @@ def test_every_method_has_its_section_and_its_facts():
         assert (needs not in ("–", "Gram matrices, with `input_weight`")) == (method.needs is not None)
         assert (adapter == "yes") == method.supports_low_rank
         assert (learnable == "yes") == method.linear
+
+
+def test_every_option_of_the_merge_has_its_row():
+    rows = [line.split("`")[1] for line in PAGES["concepts"].read_text().splitlines() if line.startswith("| `")]
+    options = list(inspect.signature(DRMMergeCallback).parameters)[1:]  # but the tasks
+    assert not set(options) - set(rows)
 
 
 def is_method(value: object) -> bool:
