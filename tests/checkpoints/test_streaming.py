@@ -6,9 +6,8 @@ import os
 import random
 import shutil
 import signal
-import time
 from functools import cache
-from threading import Lock
+from threading import Event, Lock, Timer
 
 import pytest
 import torch
@@ -42,11 +41,30 @@ def contents(output):
     return {file.name: file.read_bytes() for file in sorted(output.rglob("*")) if file.is_file()}
 
 
-def in_child(folder):
-    """Merges in a forked process, which needs no imports, so that a kill hits the merge."""
-    child = multiprocessing.get_context("fork").Process(target=merge, args=(folder, folder / "out"))
+def killed(folder, num_writes, delay):
+    """A merge in a forked process that is killed `delay` seconds after it began to write so many tensors.
+
+    No more tensors are written meanwhile, so that it is never done before, however busy the machine is.
+    """
+
+    def merge_until():
+        write, count = ShardWriter.write, iter(range(1, 1000))
+
+        def last(self, *arguments):
+            number = next(count)
+            if number == num_writes:
+                Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            if number > num_writes:
+                Event().wait()
+            write(self, *arguments)
+
+        ShardWriter.write = last
+        merge(folder, folder / "out")
+
+    child = multiprocessing.get_context("fork").Process(target=merge_until)
     child.start()
-    return child
+    child.join()
+    return child.exitcode == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +84,17 @@ def undisturbed(folder):
 def test_killed_at_random_moments(folder, undisturbed):
     expected = undisturbed(METHOD)
     assert sum(name.endswith(".safetensors") for name in expected) > 2
-    begin = time.perf_counter()
-    child = in_child(folder)
-    child.join()
-    duration = time.perf_counter() - begin
-    assert contents(folder / "out") == expected
+    num_tensors = sum(len(load_file(file)) for file in (folder / "base").glob("*.safetensors"))
     draws = random.Random(0)
     num_resumed = []
-    for _ in range(8):
-        shutil.rmtree(folder / "out")
-        child = in_child(folder)
-        time.sleep(duration * draws.uniform(0.1, 1.0))
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        if (folder / "out").exists():  # it was quicker this time
-            assert contents(folder / "out") == expected
-            continue
+    for num_writes in [1, num_tensors - 1, *draws.choices(range(1, num_tensors), k=6)]:
+        assert killed(folder, num_writes, delay=draws.uniform(0, 0.005))
+        assert not (folder / "out").exists()
         num_resumed.append(merge(folder, folder / "out").num_resumed)
+        assert num_resumed[-1] <= num_writes
         assert contents(folder / "out") == expected
         assert not (folder / ".out.partial").exists()
+        shutil.rmtree(folder / "out")
     assert any(num_resumed)
 
 
