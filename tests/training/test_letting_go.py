@@ -17,7 +17,8 @@ class Knot:
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
+def _nothing_frozen() -> Iterator[None]:
+    gc.unfreeze()  # what conftest.py has frozen
     gc.disable()  # it would come in between
     yield
     gc.enable()
