@@ -37,15 +37,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     running at all."""
     from xdist.scheduler import LoadFileScheduling  # it is not there where tests run in one process
 
+    config.option.loadscopereorder = False  # files come in the order below, not by their number of tests
     return LoadFileScheduling(config, log)
+
+
+# Fixtures that are a whole run after its fit, or more.
+FINISHED_RUNS = {"analyzed", "finished", "quickstart", "three_tasks"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts processes or attacks is slow, so that one word leaves out all that is."""
+    """What starts processes, attacks, or needs a finished run is slow, so that one word leaves out all that is."""
     for item in items:
-        if item.get_closest_marker("processes") or item.get_closest_marker("attacks"):
+        needs_run = not FINISHED_RUNS.isdisjoint(getattr(item, "fixturenames", ()))
+        if needs_run or item.get_closest_marker("processes") or item.get_closest_marker("attacks"):
             item.add_marker("slow")
+    if WORKERS > 1:  # what takes longest comes first, or one worker would wait for the other at the end
+        long = {item.path for item in items if item.get_closest_marker("processes")}
+        items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -118,6 +118,8 @@ def _run(words: Sequence[str], args: list[str] | None) -> None:
         print()
     with _collector_paused():
         from lightning_drm.cli import trainer
+    if args is None:  # a process of its own: runs need not look through what was imported
+        gc.freeze()
     trainer.run(args)
 
 

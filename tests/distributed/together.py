@@ -6,6 +6,7 @@ FOLDER has the pretrained model and a csv file. Each case leaves a run folder in
 ones on several processes also merge again what a single one left. The global batch is the same on any number of them.
 """
 
+import gc
 import itertools
 import os
 import shutil
@@ -171,6 +172,7 @@ def merge_again(folder: Path, out: Path, method: str, strategy: str, size: int) 
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # or each of the runs would look through all that was imported, several times
     torch.set_num_threads(1)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     out = folder / f"{os.environ['BACKEND']}{size}"

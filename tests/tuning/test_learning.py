@@ -139,9 +139,9 @@ def test_coefficients_reach_the_optimum_of_a_quadratic_loss():
     expected, *_ = np.linalg.lstsq(np.vstack(rows), np.concatenate(targets), rcond=None)
     lowest = float(np.mean((np.vstack(rows) @ expected - np.concatenate(targets)) ** 2))
 
-    fit = fit_of(model, parts, judged=16, learning_rate=0.02)
+    fit = fit_of(model, parts, judged=16, learning_rate=0.1)
     loaders = {task: DataLoader(TensorDataset(*pair), batch_size=16) for task, pair in data.items()}
-    run(fit, loaders, list(loaders.values()), max_steps=3000)
+    run(fit, loaders, list(loaders.values()), max_steps=600)
     check, coefficients = fit.best
     order = [fit.parts.names.index(name) for name in ("layer.weight", "layer.bias")]
     found = coefficients[order].numpy().reshape(-1)
