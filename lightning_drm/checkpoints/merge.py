@@ -46,6 +46,8 @@ from lightning_drm.fusion.share_out import share_out
 from lightning_drm.merging import DRM, Method
 from lightning_drm.storage import write_text, writing
 
+_SETTINGS = {".json", ".yaml", ".txt", ".model"}  # what models, adapters and tokenizers are described in
+
 Progress = Callable[[int, int], None]
 
 
@@ -184,7 +186,8 @@ def _merge(
         checked, rank_errors = write_adapter(folder.partial, plan, fusion, share, ranks)
         counts = len(plan.kinds), 0, 0
     else:
-        identity = fingerprint({**fingerprints, "recipe": f"{plan.recipe!r} {plan.mismatch!r} {max_shard_size}"})
+        recipe = f"{plan.recipe!r} {plan.mismatch!r} {max_shard_size}"
+        identity = fingerprint({**fingerprints, "recipe": recipe, "settings": _fingerprint_of_settings(plan)})
         writer = ShardWriter(folder.partial, plan.headers, max_shard_size, identity, ranks)
         num_resumed = len(writer.done)
         checked, rank_errors = write_model(plan, fusion, values, writer, progress, ranks), {}
@@ -226,6 +229,15 @@ def _fingerprints(plan: Plan) -> dict[str, str]:
     """By task, the fingerprint of its files; the base's under an empty name."""
     files = {task.name: task.input.files for task in plan.tasks}
     return {name: quick_fingerprint(paths) for name, paths in {**files, "": plan.base.tensors.files}.items()}
+
+
+def _fingerprint_of_settings(plan: Plan) -> str:
+    """A hash of the files that say what tensors mean, and of when tensors were written: by it, a merge is the same."""
+    files = [*plan.base.tensors.files, *(file for task in plan.tasks for file in task.input.files)]
+    folders = [plan.base.folder, *(task.input.folder for task in plan.tasks)]
+    beside = [file for folder in folders if folder is not None for file in sorted(folder.iterdir())]
+    settings = quick_fingerprint([file for file in beside if file.suffix in _SETTINGS and file.is_file()])
+    return f"{settings} {[file.stat().st_mtime_ns for file in files]}"
 
 
 def _require_unchanged(plan: Plan, fingerprints: Mapping[str, str]) -> None:

@@ -34,8 +34,6 @@ _LOUDEST = {
     "lightning.pytorch.utilities.rank_zero": logging.WARNING,
 }
 
-atexit.register(gc.freeze)  # or an interpreter that ends would look through a million objects once more
-
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning-drm``.
@@ -110,6 +108,7 @@ def _run(words: Sequence[str], args: list[str] | None) -> None:
     if is_file_merge(words):
         with _collector_paused():
             from lightning_drm.cli import checkpoints
+        _keep_imports(args)
         checkpoints.run(words[1:])
         return
     if words[0] == "merge" and not {"-h", "--help"}.isdisjoint(words):
@@ -118,9 +117,21 @@ def _run(words: Sequence[str], args: list[str] | None) -> None:
         print()
     with _collector_paused():
         from lightning_drm.cli import trainer
-    if args is None:  # a process of its own: runs need not look through what was imported
-        gc.freeze()
+    _keep_imports(args)
     trainer.run(args)
+
+
+def _keep_imports(args: list[str] | None) -> None:
+    """Spares a process of its own to look through all modules for garbage, in runs and as it ends."""
+    if args is None:
+        gc.freeze()
+        atexit.register(_let_go)
+
+
+def _let_go() -> None:
+    """Closes what only garbage holds, such as a logger's file, and keeps the interpreter from looking at all else."""
+    gc.collect()
+    gc.freeze()
 
 
 def _keep_others_quiet() -> None:

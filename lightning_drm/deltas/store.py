@@ -175,6 +175,9 @@ class StoredDeltas(Mapping[str, Delta]):
                 f"{self.path} is damaged: {name} has factors of shapes {tuple(up.shape)}, {tuple(down.shape)}."
             ) from error
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the delta
+        return name in self.headers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)
 

@@ -52,8 +52,10 @@ class TaskVector:
 
     def read(self, name: str, rows: slice | None = None) -> Delta | None:
         """A parameter's delta, or some rows of it; ``None`` if the task did not train it."""
-        if rows is None or name not in self.deltas:
-            return self.deltas.get(name)
+        if name not in self.deltas:
+            return None
+        if rows is None:
+            return self.deltas[name]
         if isinstance(self.deltas, ReadsRows):
             return self.deltas.read(name, rows)
         return rows_of(self.deltas[name], rows)

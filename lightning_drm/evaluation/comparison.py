@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 
 from lightning_drm.evaluation.measure import Split
 from lightning_drm.evaluation.score import Interval, Score, interval_of_mean
@@ -86,7 +87,8 @@ class Comparison:
     def normalized(self) -> Numbers:
         """Merged over individual score by task (individual over merged where lower is better), and their ``average``.
 
-        A ratio takes a divisor above 0. The average is that of the tasks in `compared`.
+        A ratio takes a divisor above 0; that of a merged model whose score is NaN is NaN, too. The average is that of
+        the tasks in `compared`.
         """
         ratios = {task: self._ratio(task) for task in self.tasks}
         return {**ratios, "average": _mean([ratio for ratio in ratios.values() if ratio is not None])}
@@ -95,6 +97,8 @@ class Comparison:
         merged, individual = self.merged.get(task), self.individual.get(task)
         if merged is None or individual is None:
             return None
+        if isnan(merged.value):
+            return nan
         ratio = (merged, individual) if self.metrics[task].higher_is_better else (individual, merged)
         return ratio[0].value / ratio[1].value if ratio[1].value > 0 else None
 

@@ -193,6 +193,9 @@ class Fusion:
             factors, error = merged.truncate(limit) if merged.rank > limit else (merged, 0.0)
             if self.lines is not None:
                 factors = self.lines.scaled(factors, self._depth(name))
+            if factors.rank == 0:  # no task changed it; peft has no adapters without directions
+                rows, columns = factors.shape
+                factors = LowRank(factors.up.new_zeros(rows, 1), factors.down.new_zeros(1, columns))
             yield name, factors, error
 
     def merge_deltas(self, name: str, deltas: Sequence[Delta], rows: slice | None = None) -> Merged:

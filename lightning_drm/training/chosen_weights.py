@@ -188,6 +188,8 @@ def _problem_of_best(trainer: Trainer) -> str | None:
         )
     if found[0].save_top_k == 0:
         return "its ModelCheckpoint has save_top_k=0, which saves no best checkpoint"
+    if found[0].best_model_path and cast(Any, trainer).ckpt_path is None:
+        return f"its ModelCheckpoint holds another fit's best, {found[0].best_model_path}: give each fit one of its own"
     if cast(Any, trainer).fast_dev_run:
         return "no checkpoint is saved in a fast_dev_run"
     strategy = trainer.strategy

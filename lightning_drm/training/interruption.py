@@ -2,7 +2,8 @@
 
 Lightning ends a fit gracefully on SIGTERM, after the batch, but with exit code 0, and on Ctrl-C with 1. A signal that
 comes between two of its loops, or in the last batch of one, is lost. Python itself loses one that comes while an object
-is being deleted: what is raised there is printed and dropped.
+is being deleted: what is raised there is printed and dropped. And since 2.6, Lightning broadcasts in its handler of
+SIGTERM: if another rank waits for this one's gradients at that moment, both wait until their process group times out.
 """
 
 import os
@@ -12,12 +13,24 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_drm.distributed.watch import is_interruption
 
 AGAIN = 0.05
 """After so many seconds a signal is sent again that was lost in a deletion, which has ended by then."""
+
+
+_LIGHTNINGS = _SignalConnector._sigterm_notifier_fn
+
+
+def _note_sigterm(connector: _SignalConnector, signum: int, frame: FrameType | None) -> None:
+    """Lightning's handler without its broadcast, as rank 0 tells all ranks before each batch, too."""
+    launcher = connector.trainer.strategy.launcher
+    if launcher is not None and not connector.received_sigterm:
+        launcher.kill(signal.Signals(signum))
+    connector.received_sigterm = True
 
 
 class Interrupted(SystemExit):
@@ -37,7 +50,7 @@ class Interrupted(SystemExit):
 
 
 class Interruptible:
-    """While it lasts, signals that end the run end it as `Interrupted`.
+    """While it lasts, signals that end the run end it as `Interrupted`, and no rank waits for another in a handler.
 
     Args:
         unfinished: What is not finished until it says otherwise, to complete "Stopped by SIGTERM: … not finished".
@@ -57,6 +70,7 @@ class Interruptible:
     def __enter__(self) -> Self:
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._on_unraisable
+        _SignalConnector._sigterm_notifier_fn = _note_sigterm  # type: ignore[method-assign,assignment]
         free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a handler of the user's own is left alone
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -67,6 +81,7 @@ class Interruptible:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         sys.unraisablehook = self._unraisable
+        _SignalConnector._sigterm_notifier_fn = _LIGHTNINGS  # type: ignore[method-assign]
         if self._installed:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if isinstance(error, SIGTERMException) and not self.requeued:

@@ -90,7 +90,7 @@ def learn_coefficients(
         )
     run.interruptible.unfinished = "learning coefficients was"
     samples = Halved.of(run, settings.num_samples, settings.seed)
-    stamps = {task: run.scoring.stamp(task, "validation") for task in candidates.tasks}
+    stamps = run.stamps(candidates.tasks, "validation")
     made = json.dumps([repr(settings), recipe.description(candidates.tasks), stamps], sort_keys=True)
     digest, file = xxhash.xxh3_128(made.encode()).hexdigest(), folder / LEARNED_FILE
     stored = read_object(file) if file.is_file() else {}

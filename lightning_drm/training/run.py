@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning_drm.evaluation import (
     Finding,
     Published,
     Score,
+    Split,
     StoredFinding,
     Study,
     add_section,
@@ -156,6 +157,23 @@ class Run:
         if is_writer():
             self.folder.write_metrics(task, scores)
         return scores
+
+    def stamps(self, tasks: Sequence[str], split: Split) -> dict[str, dict[str, Any]]:
+        """By task, what scores of merges depend on beside the recipe.
+
+        Args:
+            tasks: The tasks.
+            split: On whose samples they are measured.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for task in tasks:
+            statistics = self.session.task_vectors[task].statistics
+            found[task] = {
+                **self.scoring.stamp(task, split),
+                "batch_norm_batches": self.session.batch_norm_batches,
+                "statistics": {n: asdict(how) for n, how in statistics.collected.items()} if statistics else {},
+            }
+        return found
 
     def merge_and_report(self) -> None:
         """Merges by the session's recipe, and reports."""

@@ -89,7 +89,7 @@ def search_settings(
     tasks = candidates.tasks
     families = space(candidates.recipe, tasks, list(candidates.vectors.values()))
     run.interruptible.unfinished = "the search was"
-    measured = {"tasks": {task: run.scoring.stamp(task, "validation") for task in tasks}}
+    measured = {"tasks": run.stamps(tasks, "validation")}
     with tuning_bar(shown=show_progress) as on_trial:
         found = tune(candidates, families, folder, settings, measured=measured, on_trial=on_trial)
     return searched(found, tasks, folder)
@@ -127,7 +127,7 @@ def _tested(
     run: Run, candidates: Candidates, recipe: Recipe, individual: dict[str, Score], folder: Path
 ) -> dict[str, Score]:
     """The chosen setting's test scores: the stored ones, if they are of this setting, these deltas and samples."""
-    stamps = {task: run.scoring.stamp(task) for task in candidates.tasks}
+    stamps = run.stamps(candidates.tasks, "test")
     made = json.dumps([stamps, recipe.description(candidates.tasks)], sort_keys=True)
     digest, file = xxhash.xxh3_128(made.encode()).hexdigest(), folder / "tested.json"
     stored = read_object(file) if file.is_file() else {}

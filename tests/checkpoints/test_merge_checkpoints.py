@@ -3,19 +3,23 @@
 import copy
 import dataclasses
 import inspect
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, ResNetConfig, ResNetModel
 
 import lightning_drm
 from helpers import models
-from lightning_drm import TIES, LiNeS, RegMean, TaskArithmetic, merge_checkpoints
+from lightning_drm import DRM, TIES, LiNeS, RegMean, TaskArithmetic, merge_checkpoints
 from lightning_drm.checkpoints.planning import MismatchPolicy
 from lightning_drm.checkpoints.reading import TensorHeader, Tensors, readers
 from lightning_drm.checkpoints.reading.weights import WeightsInput
+from lightning_drm.checkpoints.writing.shards import ShardWriter
 from lightning_drm.deltas import Collected, TaskStatistics, TaskVector, hash_tensor, save_task_vector
 from lightning_drm.fusion import Override, Recipe
 
@@ -275,3 +279,90 @@ def test_statistics_of_run_folders_are_taken_and_missing_ones_refused(bench, tmp
         ValueError, match=r"RegMean needs statistics .* there are none of b: .* models that others made"
     ):
         merge_checkpoints(bench / "base", models_of_others, tmp_path / "refused", method=RegMean())
+
+
+@pytest.mark.parametrize("output", ["run", "base", "."])
+def test_a_folder_with_an_input_is_never_replaced(output, bench, tmp_path):
+    for name in ("base", "run"):
+        shutil.copytree(bench / name, tmp_path / name)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    base = tmp_path / "base" / "model.safetensors"
+    with pytest.raises(ValueError, match=r"holds an input, .*/(base/model.safetensors|run/tasks/a)"):
+        merge_checkpoints(base, {"a": tmp_path / "run"}, tmp_path / output, overwrite=True)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_an_adapter_that_no_task_changes_somewhere_loads(tmp_path):
+    base = models.base_model("bert")
+    base.save_pretrained(tmp_path / "base")
+    for seed, task in enumerate("ab", 1):
+        adapter = models.adapter("bert", base, seed)
+        untrained = [p for n, p in adapter.named_parameters() if "layer.0.attention.self.query.lora_B" in n]
+        assert untrained, "the case shows nothing"
+        torch.nn.init.zeros_(untrained[0])
+        adapter.save_pretrained(tmp_path / task)
+    merge_checkpoints(tmp_path / "base", {task: tmp_path / task for task in "ab"}, tmp_path / "out", DRM())
+    loaded = PeftModel.from_pretrained(models.base_model("bert"), tmp_path / "out")
+    (layer,) = [m for n, m in loaded.named_modules() if n.endswith("layer.0.attention.self.query")]
+    assert not layer.get_delta_weight("default").any()
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+def test_a_resumed_merge_begins_anew_where_an_adapters_settings_changed(bench, tmp_path, monkeypatch):
+    for name in ("base", "lora_a"):
+        shutil.copytree(bench / name, tmp_path / name)
+    settings = tmp_path / "lora_a" / "adapter_config.json"
+    arguments = (tmp_path / "base", {"a": tmp_path / "lora_a"}, tmp_path / "out", TaskArithmetic(1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "collect", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoints(*arguments, output_format="full")
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora_alpha": 64}))
+    assert merge_checkpoints(*arguments, output_format="full").num_resumed == 0
+
+
+def test_lora_on_a_head_is_refused_before_anything_is_merged(bench, tmp_path):
+    with pytest.raises(ValueError, match=r"a: its head has a change and no value at .*query"):
+        merge_checkpoints(bench / "base", {"a": bench / "lora_a"}, tmp_path / "out", heads=["*layer.0*query*"])
+
+
+def test_models_without_tokens_are_merged(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    for seed, name in enumerate(("base", "a")):
+        torch.manual_seed(seed)
+        ResNetModel(config).save_pretrained(tmp_path / name)
+    merge_checkpoints(tmp_path / "base", {"a": tmp_path / "a"}, tmp_path / "out", TaskArithmetic(1.0))
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "a"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_an_adapter_that_unties_the_head_is_refused(tmp_path):
+    base = models.save_llamas(tmp_path, tie_word_embeddings=True)
+    adapter = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]))
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "modules_to_save" in name:
+                parameter += torch.randn_like(parameter)
+    adapter.save_pretrained(tmp_path / "untied")
+    with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight differ, but the base ties"):
+        merge_checkpoints(tmp_path / "base", {"a": tmp_path / "untied"}, tmp_path / "out")
+
+
+def test_a_base_that_is_tied_by_its_configuration_alone_is_refused(tmp_path):
+    models.save_llamas(tmp_path)
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=r"The base's configuration ties lm_head.weight to model.embed_tokens.weight"):
+        merge_checkpoints(tmp_path / "base", {"a": tmp_path / "a"}, tmp_path / "out")
+
+
+def test_square_weights_of_a_base_of_unknown_class_are_refused_where_some_are_turned(tmp_path):
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"a: .*attn.c_proj.weight is square, and whether it is stored turned"):
+        merge_checkpoints(tmp_path / "base" / "model.safetensors", {"a": tmp_path / "a"}, tmp_path / "out")

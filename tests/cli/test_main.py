@@ -112,6 +112,27 @@ def test_help_waits_for_nothing(words: list[str]):
     assert not modules & {"torch", "lightning", "transformers", "jsonargparse", "yaml", "rich", "numpy"}
 
 
+KEEPS_OPEN = """
+import sys
+from lightning_drm.cli import main
+class Logger:
+    def __del__(self):
+        self.file.close()
+def run():
+    logger = Logger()
+    logger.itself, logger.file = logger, open(sys.argv[1], "w")
+    logger.file.write("last words")
+main._keep_imports(None)  # as a command does, before it runs
+run()
+"""
+
+
+@pytest.mark.processes
+def test_files_that_only_garbage_holds_are_closed_in_the_end(tmp_path: Path):
+    subprocess.run([sys.executable, "-c", KEEPS_OPEN, tmp_path / "log"], check=True)
+    assert (tmp_path / "log").read_text() == "last words"
+
+
 @pytest.mark.processes
 def test_a_dry_run_of_files_imports_only_what_it_needs(files: Path, tmp_path: Path):
     base, tuned = str(files / "base"), str(files / "sst2")

@@ -78,6 +78,15 @@ def test_where_lower_is_better_the_ratio_is_turned_round():
     assert worse_than_nothing.normalized == {"cor": None, "average": None}
 
 
+@pytest.mark.parametrize("metric", [PEARSON, PERPLEXITY], ids=lambda metric: metric.name)
+def test_a_diverged_task_leaves_no_average_that_looks_better(metric: MetricInfo):
+    diverged = Comparison(
+        ["a", "b"], {}, scores({"a": 2.0, "b": 2.0}, metric), scores({"a": math.nan, "b": 2.0}, metric), METHOD
+    )
+    assert math.isnan(diverged.normalized["a"])
+    assert math.isnan(diverged.normalized["average"])
+
+
 def test_intervals_of_tasks_make_that_of_the_average():
     """Test sets are drawn apart, so the variances of their scores add up."""
     intervals = mixed().intervals

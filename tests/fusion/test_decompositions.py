@@ -29,6 +29,9 @@ class Counted(Mapping[str, Delta]):
         self.deltas = deltas
         self.num_reads: Counter[str] = Counter()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.deltas
+
     def __getitem__(self, name: str) -> Delta:
         self.num_reads[name] += 1
         return self.deltas[name]

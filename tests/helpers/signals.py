@@ -52,6 +52,23 @@ class SignalAt(Callback):
             os.kill(os.getpid(), signum)
 
 
+class SignalAll(Callback):
+    """Rank 0 sends a signal to all processes of its session before a batch, when the others wait for its gradients.
+
+    Args:
+        name: The signal's name.
+        step: The batch's step.
+    """
+
+    def __init__(self, name: str, step: int) -> None:
+        self.signal, self.step = signal.Signals[name], step
+
+    def on_train_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+        if trainer.is_global_zero and trainer.global_step == self.step:
+            time.sleep(2)
+            os.killpg(0, self.signal)
+
+
 _WARM = multiprocessing.get_context("forkserver")
 _WARM.set_forkserver_preload(["lightning_drm.cli.trainer", "transformers.models.bert.modeling_bert", "datasets"])
 

@@ -197,6 +197,15 @@ def test_checkpoints_that_cannot_be_read_in_time_are_refused_before(tmp_path: Pa
         fit(DRMMergeCallback(["a"], weights="best"), [monitoring(dirpath=tmp_path)], **arguments)
 
 
+def test_a_checkpoint_callback_of_another_fit_is_refused(tmp_path: Path):
+    """Its best may be another task's, where this one's is never better."""
+    merge, checkpoint = DRMMergeCallback(["a", "b"], weights="best"), monitoring(dirpath=tmp_path)
+    fit(merge.for_task("a"), [checkpoint])
+    with pytest.raises(ValueError, match=r"its ModelCheckpoint holds another fit's best, .*\.ckpt: give each fit"):
+        fit(merge.for_task("b"), [checkpoint])
+    assert merge.missing == ["b"]
+
+
 AFTER: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "never updated": ("averaged", lambda _: Never(), {}, "Never has averaged nothing"),
     "never logged": ("best", lambda path: monitoring(dirpath=path, every_n_epochs=9), {}, "saved none by 'val_loss'"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.signals import SignalAt, let_interrupt, own_environment, run_cli
+from helpers.signals import SignalAll, SignalAt, let_interrupt, own_environment, run_cli
 from helpers.tiny import save_run_config
 from lightning_drm.cli.main import main
 
@@ -70,7 +70,7 @@ def test_a_signal_from_outside_ends_a_fit(config: Path, tmp_path: Path, name: st
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/tasks/color/begun.json").exists():
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(1)  # into the training, or not: both must end alike
@@ -78,6 +78,21 @@ def test_a_signal_from_outside_ends_a_fit(config: Path, tmp_path: Path, name: st
     assert process.wait(60) == code
     assert process.stderr is not None
     assert f"Stopped by {name}: task 'color' was not finished" in process.stderr.read()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_ranks_that_wait_for_gradients(config: Path, tmp_path: Path, name: str, code: int):
+    path = f"{SignalAll.__module__}.{SignalAll.__qualname__}"
+    sender = {"class_path": path, "init_args": {"name": name, "step": 4}}
+    trainer = {"callbacks": [sender], "logger": False, "devices": 2, "strategy": "ddp"}
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump({"trainer": trainer, "drm": {"dirpath": str(tmp_path)}}))
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_drm", "fit", "--config", str(config), "--config", tmp_path / "overlay.yaml"],
+        env=own_environment(), preexec_fn=let_interrupt, start_new_session=True, capture_output=True, text=True,
+        timeout=180, check=False,
+    )  # fmt: skip
+    assert f"Stopped by {name}: task 'color' was not finished" in done.stderr
+    assert done.returncode == code
 
 
 def test_a_requeued_job_is_left_to_lightning_and_goes_on(config: Path, tmp_path: Path):

@@ -96,7 +96,8 @@ class Architecture:
         """Reads the structure of a model, which may be on the meta device."""
         ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         vocabulary = set()
-        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+        inputs = _layer(model.get_input_embeddings)
+        embeddings = (inputs, _layer(model.get_output_embeddings))
         for layer in embeddings:
             owned = [name for name, child in model.named_modules(remove_duplicate=False) if child is layer and name]
             vocabulary |= {f"{name}.{part}" for name in owned for part in ("weight", "bias")}
@@ -106,7 +107,7 @@ class Architecture:
         kinds = {name: parameter.kind for name, parameter in parameters.items()}
         saved = ExpertFiles.of_model(model, [name for name, kind in kinds.items() if kind == "experts"])
         kinds |= dict.fromkeys(sorted(saved.whole), "experts")
-        has_tokens = model.get_input_embeddings() is not None
+        has_tokens = inputs is not None
         return cls(
             type(model).__name__,
             kinds,
@@ -205,3 +206,11 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
         return live if converted is None and live in state else name
 
     return live_name
+
+
+def _layer(getter: Callable[[], nn.Module | None]) -> nn.Module | None:
+    """A model's input or output embeddings; speech and vision models raise an error where they have none."""
+    try:
+        return getter()
+    except NotImplementedError:
+        return None

@@ -96,6 +96,19 @@ class Fitting:
             return False
         return self.fits(name, Entry((num_experts, num_rows, width), entries[0].dtype))
 
+    def refuse_ambiguous(self) -> None:
+        """Refuses square weights that may be stored turned, as a Conv1D's are: no shape says so."""
+        turned = self._planned.transposed or getattr(self._planned.input, "config", {}).get("fan_in_fan_out")
+        if self._architecture.known or not turned:
+            return
+        entries = [(name, self._planned.input.entries[raw]) for name, raw in self._planned.names.items()]
+        square = [n for n, e in entries if e.form == "low_rank_linear" and len(e.shape) == 2 and len({*e.shape}) == 1]
+        if square:
+            self._refuse(
+                f"{square[0]} is square, and whether it is stored turned, as in a Conv1D, follows from the model's "
+                "class; give a base with a config.json that transformers knows"
+            )
+
     def note_precision(self) -> None:
         """Notes weights that are stored in a coarser precision than the base's."""
         entries = self._planned.input.entries

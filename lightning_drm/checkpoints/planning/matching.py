@@ -42,6 +42,16 @@ class Matcher:
         self._parts = {stack: parts for stack, parts in by_stack.items() if parts.keys() <= self.names}
         self._stacked = {stack: parts for stack, parts in by_stack.items() if stack in self.names}
 
+    def problems(self) -> list[str]:
+        """Tied tensors that the base has with values of their own; transformers does not tie them then."""
+        tensors = self._base.tensors
+        return [
+            f"The base's configuration ties {tied} to {source}, but its files hold other values for it: set "
+            "tie_word_embeddings to false in its config.json."
+            for tied, source in self.ties.items()
+            if tied in tensors.headers and not torch.equal(tensors.read(tied), tensors.read(source))
+        ]
+
     def match(self, task: str, found: TaskInput) -> PlannedTask:
         """Holds one task against the base.
 
@@ -77,6 +87,7 @@ class Matcher:
         self._note_missing(planned, own, align, region)
         self._note_unknown(planned, unknown, align, region)
         check_same_base(planned, self._base)
+        fitting.refuse_ambiguous()
         fitting.note_precision()
         if found.ignored:
             planned.notes.append(f"{planned.name}: {note_on_ignored(found.ignored)}")
@@ -160,7 +171,8 @@ class Matcher:
             return True
         if name in self.names:
             return not self._is_shared(name or raw)
-        return not found.whole and found.entries[raw].form == "value"  # saved with an adapter; the base lacks it
+        # Saved with an adapter; the base lacks it. What the base ties is compared with what it is tied to instead.
+        return name not in self.ties and not found.whole and found.entries[raw].form == "value"
 
     def _match_tied(self, planned: PlannedTask, raw: str, name: str, entry: Entry, align: Alignment) -> None:
         source = self.ties[name]
@@ -170,10 +182,16 @@ class Matcher:
                 "merge into a base whose weights are not tied."
             )
             return
-        stored = next((other for other in planned.input.entries if self._base_name(align(other)) == source), None)
+        entries = planned.input.entries
+        stored = next((other for other in entries if self._base_name(align(other)) == source), None)
+        value = densify(planned.input.read(raw))
+        untrained = not planned.input.whole and torch.equal(value.float(), self._base.tensors.read(source).float())
         if stored is None:
-            planned.names[source] = raw
-        elif not torch.equal(densify(planned.input.read(stored)), densify(planned.input.read(raw))):
+            if not untrained:  # peft saves it beside an embedding in any case
+                planned.names[source] = raw
+        elif not (
+            torch.equal(densify(planned.input.read(stored)), value) if entries[stored].form == "value" else untrained
+        ):
             planned.problems.append(
                 f"{planned.name}: {raw} and {stored} differ, but the base ties them into one; merge into a base whose "
                 "weights are not tied."

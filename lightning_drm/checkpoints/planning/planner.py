@@ -47,8 +47,9 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, mismatch: Mi
         raise ValueError("\n".join([str(error), *problems])) from error
     matcher = Matcher(opened, architecture, mismatch)
     plan = Plan(opened, recipe, mismatch, [matcher.match(task, found) for task, found in inputs.items()])
-    plan.transposed = architecture.transposed
+    plan.transposed = architecture.transposed.union(*(task.transposed for task in plan.tasks))
     plan.problems = problems + [problem for task in plan.tasks for problem in task.problems]
+    plan.problems += matcher.problems() + _heads_without_values(plan)
     plan.notes = [note for task in plan.tasks for note in task.notes]
     if opened.tensors.ignored:
         plan.notes.append(f"The base: {note_on_ignored(opened.tensors.ignored)}")
@@ -137,6 +138,19 @@ def _intersect_rows(plan: Plan) -> None:
             if name in task.names:
                 own = task.rows.get(name, torch.arange(len(common)))
                 task.rows[name] = torch.where(common, own, -1)
+
+
+def _heads_without_values(plan: Plan) -> list[str]:
+    """One sentence for each task whose head would be written, but is stored as a difference."""
+    problems = []
+    for task in plan.tasks:
+        changes = [raw for raw in task.head if task.input.entries[raw].form != "value"]
+        if changes:
+            problems.append(
+                f"{task.name}: its head has a change and no value at {', '.join(changes[:3])}; heads are written as "
+                "they were trained, so save it as modules_to_save, or leave it out of heads."
+            )
+    return problems
 
 
 def _dense_where_factors_are_needed(plan: Plan) -> list[str]:

@@ -174,7 +174,7 @@ class LoraInput(TaskInput):
             return self._tensors.read(self._values[name])
         raw_a, raw_b = self._factors[name]
         a, b = self._tensors.read(raw_a).float(), self._tensors.read(raw_b).float()
-        scaling = self._scalings[name.removesuffix(".weight")]
+        scaling = self._scalings[name if name in self._num_experts else name.removesuffix(".weight")]
         if "_embedding_A" in raw_a:
             return LowRank(a.T.contiguous(), (b * scaling).T.contiguous())
         if name in self._num_experts:

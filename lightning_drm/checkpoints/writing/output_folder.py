@@ -10,6 +10,11 @@ from lightning_drm.checkpoints.writing.sidecars import companion_problems
 from lightning_drm.storage import only_one
 
 
+def _is_in(file: Path, folder: Path) -> bool:
+    """Whether a file would go with a folder, which it may be: by its own path, or by that of what links lead to."""
+    return file.absolute().is_relative_to(folder.absolute()) or file.resolve().is_relative_to(folder.resolve())
+
+
 class OutputFolder:
     """Where a merge writes.
 
@@ -37,9 +42,11 @@ class OutputFolder:
             problems.append(f"{path} exists; choose another output, or set overwrite.")
         if plan.output_format == "full" and plan.base.folder is not None:
             problems += companion_problems(plan.base.folder)
-        inputs = [plan.base.folder, *(task.input.path for task in plan.tasks)]
-        if path.exists() and any(given is not None and given.exists() and path.samefile(given) for given in inputs):
-            problems.append(f"{path} is one of the inputs.")
+        inputs = [plan.base.folder, *plan.base.tensors.files]
+        inputs += [file for task in plan.tasks for file in (task.input.path, *task.input.files)]
+        if lost := [given for given in inputs if given is not None and _is_in(given, path)]:
+            is_input = any(given.resolve() == path.resolve() for given in lost)
+            problems.append(f"{path} {'is one of the inputs' if is_input else f'holds an input, {lost[0]}'}.")
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         knows = plan.output_format == "full" or not plan.problems  # factors that do not fit have no size
         free, needed = shutil.disk_usage(parent).free + self._held(), disk_bytes(plan) if knows else 0

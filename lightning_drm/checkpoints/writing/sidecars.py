@@ -23,6 +23,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, LEGACY
 
 from lightning_drm.checkpoints.planning import Plan
 from lightning_drm.checkpoints.reading.card import metadata_of
+from lightning_drm.merging.low_rank import densify
 from lightning_drm.pretrained import public_name
 from lightning_drm.storage import write_json, write_tensors
 from lightning_drm.storage.json_files import read_object
@@ -127,16 +128,10 @@ def write_heads(plan: Plan, folder: Path) -> None:
     Args:
         plan: The plan.
         folder: The new folder.
-
-    Raises:
-        ValueError: If a head was trained as an adapter, which has no value of its own.
     """
     for task in plan.tasks:
         tensors: dict[str, Tensor] = dict(task.input.head)
         for raw in task.head:
-            value = task.input.read(raw)
-            if not isinstance(value, Tensor):
-                raise ValueError(f"{task.name}: its head has an adapter at {raw}; save it as modules_to_save.")
-            tensors[raw] = value.clone()
+            tensors[raw] = densify(task.input.read(raw)).clone()  # the plan has none that is an adapter
         if tensors:
             write_tensors(folder / "heads" / f"{task.name}.safetensors", tensors, {"task": task.name})
