@@ -152,7 +152,10 @@ class Run:
         if not again and stamp.items() <= stored.items():
             return stored
         if not again:
-            self.say(f"{task}: its scores are of other test data, or of another metric, so it is measured again")
+            self.say(
+                f"{task}: its scores are of other test data, of another metric, or of other settings of the module, so "
+                "it is measured again"
+            )
         scores = {**stored, "individual": self.scoring.finetuned(task), "base": self.scoring.stored_base(task), **stamp}
         if is_writer():
             self.folder.write_metrics(task, scores)

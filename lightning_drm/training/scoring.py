@@ -30,6 +30,7 @@ from lightning_drm.storage import write_tensors
 from lightning_drm.training.merged_folder import read_merged, read_statistics
 from lightning_drm.training.run_folder import BATCH_NORM, RunFolder
 from lightning_drm.training.session import MergeSession
+from lightning_drm.training.settings import flatten
 from lightning_drm.training.strategies import is_sharded_strategy
 from lightning_drm.training.task_modules import TaskModules
 from lightning_drm.training.test_sets import fingerprint_of_samples
@@ -138,7 +139,7 @@ class Scoring:
         return self.measure(base, data, f"{task} · base")[task]
 
     def stamp(self, task: str, split: Split = "test") -> dict[str, str | None]:
-        """What a finished task's scores were measured on, and by: fingerprints of test set, deltas and metrics.
+        """What a finished task's scores were measured on, and by: fingerprints of test set, deltas, metrics and module.
 
         One process asks, and tells the others.
 
@@ -150,7 +151,9 @@ class Scoring:
         asked = metrics_of(self._data.tasks[task])
         measured = asked.describe() if asked is not None else described(self._modules.template)
         metrics = xxhash.xxh3_128(repr(measured).encode()).hexdigest()
-        return {f"{split}_set": samples, "deltas": self._folder.fingerprint(task), "metrics": metrics}
+        module = xxhash.xxh3_128(repr(flatten(self._modules.template.hparams)).encode()).hexdigest()
+        deltas = self._folder.fingerprint(task)
+        return {f"{split}_set": samples, "deltas": deltas, "metrics": metrics, "module": module}
 
     def stored_base(self, task: str) -> Score | None:
         """Score of the untouched backbone with the head that `base` stored; ``None`` if it needs one and has none."""

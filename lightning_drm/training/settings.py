@@ -6,9 +6,12 @@ Only settings that can change the result count: not the folder, the logging, the
 import dataclasses
 import enum
 import inspect
+import os
 from collections.abc import Mapping, Set
 from typing import Any
 
+import numpy as np
+import torch
 import xxhash
 from lightning import LightningDataModule, LightningModule, Trainer
 
@@ -36,6 +39,10 @@ _ADDED = {  # what was so before it was a setting
     "data.pad_token": None,
     "weights": "last",
 }
+_UNTOLD = {  # of these values, older versions kept the type alone
+    "numpy.float32", "numpy.int64", "numpy.ndarray", "pathlib.PosixPath", "pathlib.WindowsPath", "torch.Tensor",
+    "torch.device", "torch.dtype",
+}  # fmt: skip
 
 
 def finetune_settings(
@@ -73,7 +80,7 @@ def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]
     return [
         f"{name}: {stored.get(name, absent)} → {current.get(name, absent)}"
         for name in names
-        if stored.get(name, absent) != current.get(name, absent)
+        if stored.get(name, absent) not in {current.get(name, absent), *_UNTOLD}
     ]
 
 
@@ -105,6 +112,13 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, enum.Enum):
         return str(value.value)
+    if isinstance(value, os.PathLike | torch.dtype | torch.device):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray | torch.Tensor):
+        array = np.asarray(value.detach().cpu()) if isinstance(value, torch.Tensor) else value
+        return f"{array.dtype} {array.shape} ({xxhash.xxh3_64(array.tobytes()).hexdigest()[:8]})"
     if isinstance(value, Mapping):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

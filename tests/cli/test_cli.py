@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from lightning import LightningDataModule, LightningModule
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
@@ -203,6 +205,39 @@ def test_what_does_not_fit_is_refused_by_name(
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert (finished.folder / "config.yaml").read_text() == before
+
+
+def test_values_of_all_kinds_are_told_apart():
+    class Data(LightningDataModule):
+        def __init__(self, value: object) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    def of(value: object) -> settings.Settings:
+        return settings.finetune_settings(LightningModule(), Data(value), {}, 0)
+
+    pairs = [
+        (Path("/data/a"), Path("/data/b")), (np.int64(3), np.int64(5)), (torch.float32, torch.bfloat16),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 9.0])), (np.zeros(2), np.ones(2)),
+    ]  # fmt: skip
+    for one, other in pairs:
+        assert settings.changed_settings(of(one), of(one)) == []
+        assert len(settings.changed_settings(of(one), of(other))) == 1
+    before = {**of(Path("/data/a")), "data.value": "pathlib.PosixPath"}  # what older versions kept
+    assert settings.changed_settings(before, of(Path("/data/a"))) == []
+
+
+def test_all_rows_are_of_one_module(copied: Run, capsys: pytest.CaptureFixture):
+    """A setting that changes what the module computes changes the finetunes' scores, too."""
+    before = report(copied.folder)["scores"]
+    for pooling, scores_are_equal in (("first", False), ("mean", True)):
+        main(["merge", *copied.words, "--model.pooling", pooling])
+        assert capsys.readouterr().out.count("so it is measured again") == 2
+        after = report(copied.folder)["scores"]
+        assert (after["individual"] == before["individual"]) is scores_are_equal
+        assert (after == before) is scores_are_equal
+    main(["merge", *copied.words])
+    assert "measured again" not in capsys.readouterr().out
 
 
 def test_retrain_makes_changed_settings_possible(unfinished: Run):

@@ -177,7 +177,7 @@ def test_another_score_is_measured_again(tmp_path: Path, capsys: pytest.CaptureF
     assert report["metrics"]["a"]["name"] == "accuracy"
     assert report["intervals"]["merged"]["a"] is None, "batches log a number, which tells nothing of samples"
     printed = capsys.readouterr().out
-    assert "a: its scores are of other test data, or of another metric" in " ".join(printed.split())
+    assert "a: its scores are of other test data, of another metric" in " ".join(printed.split())
 
 
 class Shifted(Vectors):
