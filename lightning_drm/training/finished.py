@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_drm.training.run_folder import BATCH_NORM, RunFolder
 from lightning_drm.training.session import MergeSession
@@ -55,7 +56,7 @@ def finished_tasks(
     settings: Mapping[str, Mapping[str, object]],
     retrain: bool,
     resume: bool,
-    last_checkpoint: Callable[[str], Path | None],
+    last_checkpoint: Callable[[str, Mapping[str, Any]], Path | None],
 ) -> tuple[list[str], list[str], dict[str, Path]]:
     """The tasks that are done, those that are only to be measured, and the checkpoints of those that go on.
 
@@ -64,7 +65,8 @@ def finished_tasks(
         settings: By task, the settings of its finetune as they are now.
         retrain: Whether what is done is to be done again.
         resume: Whether interrupted fits go on.
-        last_checkpoint: Gives a task's checkpoint from which a fit can go on, if there is one.
+        last_checkpoint: Gives a task's checkpoint from which a fit that began with some settings can go on, if there
+            is one.
 
     Raises:
         ValueError: If some of them were done with other settings, with all of these.
@@ -81,7 +83,7 @@ def finished_tasks(
         if folder.is_collected(task) and not (retrain and folder.is_done(task)):
             stored = folder.load_task_vector(task).settings
             (done if folder.is_done(task) else collected).append(task)
-        elif started is not None and continues and (checkpoint := last_checkpoint(task)):
+        elif started is not None and continues and (checkpoint := last_checkpoint(task, started)):
             stored = started
             checkpoints[task] = checkpoint
         else:

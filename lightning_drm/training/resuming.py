@@ -8,7 +8,7 @@ Lightning has it.
 """
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -19,6 +19,8 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities import CombinedLoader
 from typing_extensions import override
 
+from lightning_drm.training.settings import changed_settings
+
 REQUEUED = "hpc_ckpt_*.ckpt"  # Lightning's name for the checkpoint of a job that goes back into SLURM's queue
 
 _KEY = "lightning_drm"
@@ -26,9 +28,14 @@ _META_FILE = "meta.pt"  # of a sharded checkpoint, which is a folder; written la
 
 
 class ResumePoint(Callback):
-    """Adds to every checkpoint the states of the random generators, and whether an epoch has just ended."""
+    """Adds to every checkpoint the states of the random generators, and whether an epoch has just ended.
 
-    def __init__(self) -> None:
+    Args:
+        settings: The fit's settings, which are added, too: other runs may keep their checkpoints in the same folder.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = dict(settings)
         self._epoch_ended = False
         self._restored: list[Any] | None = None
         self._begins_epoch = False
@@ -48,7 +55,11 @@ class ResumePoint(Callback):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         states = [_collect_rng_states(), *(generator.get_state() for generator in _generators(trainer))]
-        checkpoint[_KEY] = {"epoch_ended": self._epoch_ended, "random_states": states}
+        checkpoint[_KEY] = {
+            "epoch_ended": self._epoch_ended,
+            "random_states": states,
+            "settings": self._settings,
+        }
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -84,32 +95,51 @@ class ResumePoint(Callback):
             iter(loop._data_fetcher)
 
 
-def last_checkpoint(folders: Iterable[Path]) -> Path | None:
+def last_checkpoint(folders: Iterable[Path], settings: Mapping[str, Any]) -> Path | None:
     """The checkpoint of most steps from which a fit can go on.
 
     Args:
         folders: Where a task's checkpoints are.
+        settings: The fit's settings. Checkpoints of other ones are another run's.
 
     Returns:
         The checkpoint; ``None`` if there is none, or none is whole. Of several, the one that was written last, as it
         knows what the others' callbacks called the best.
     """
-    steps = {path: _usable_step(path) for folder in folders for path in sorted(folder.glob("*.ckpt"))}
+    steps = {path: _usable_step(path, settings) for folder in folders for path in sorted(folder.glob("*.ckpt"))}
     usable = {path: (step, path.stat().st_mtime_ns) for path, step in steps.items() if step}
     return max(usable, key=usable.__getitem__, default=None)
 
 
-def _usable_step(path: Path) -> int | None:
-    """How many steps a checkpoint has, if a fit can go on from it."""
+def is_of_fit(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is certainly of a fit with these settings.
+
+    Args:
+        path: The checkpoint.
+        settings: The settings.
+    """
+    kept = (_content(path) or {}).get(_KEY, {}).get("settings")
+    return kept is not None and not changed_settings(kept, settings)
+
+
+def _usable_step(path: Path, settings: Mapping[str, Any]) -> int | None:
+    """How many steps a checkpoint has, if a fit can go on from it; older versions kept no settings in it."""
+    content = _content(path)
+    if content is None or _KEY not in content:
+        return None
+    kept = content[_KEY]
+    is_own = not changed_settings(kept.get("settings", settings), settings)
+    return int(content["global_step"]) if is_own and (kept["epoch_ended"] or path.match(REQUEUED)) else None
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds, with tensors that stay on disk; ``None`` if it is cut short, or no such file."""
+    file = path / _META_FILE if path.is_dir() else path
     try:
-        # Tensors stay on disk.
-        content = torch.load(
-            path / _META_FILE if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=False
-        )
-        usable = content[_KEY]["epoch_ended"] or path.match(REQUEUED)
-        return int(content["global_step"]) if usable else None
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, BadZipFile):
-        return None  # cut short, or another program's
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _generators(trainer: Trainer) -> Iterator[torch.Generator]:

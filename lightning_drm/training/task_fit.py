@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from lightning_drm.storage import written_whole
-from lightning_drm.training.resuming import REQUEUED, ResumePoint, last_checkpoint
+from lightning_drm.training.resuming import REQUEUED, ResumePoint, is_of_fit, last_checkpoint
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -41,10 +41,18 @@ class TaskFit:
             folder of the task's name.
         arguments: Arguments of the Trainer that the user gave, which hold for every task.
         callbacks: The user's callbacks; each task has copies of them.
+        settings: The fit's settings, by which its checkpoints are told from those of other runs.
     """
 
-    def __init__(self, task: str, folder: Path, arguments: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
-        self._task = task
+    def __init__(
+        self,
+        task: str,
+        folder: Path,
+        arguments: Mapping[str, Any],
+        callbacks: Sequence[Callback],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._task, self._folder, self._settings = task, folder, settings
         self._arguments = dict(arguments)
         given = self._arguments.get("default_root_dir")
         self.root = Path(given) / task if given is not None else folder
@@ -71,7 +79,7 @@ class TaskFit:
             **self._arguments,
             "default_root_dir": self.root,
             "strategy": copy.deepcopy(self._arguments["strategy"]),
-            "callbacks": [*self._callbacks, *callbacks, ResumePoint()],
+            "callbacks": [*self._callbacks, *callbacks, ResumePoint(self._settings)],
         }
         if arguments.get("logger"):
             arguments["logger"] = self._own_loggers(arguments["logger"])
@@ -80,17 +88,23 @@ class TaskFit:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
 
-    def last_checkpoint(self) -> Path | None:
-        """The checkpoint from which an interrupted fit goes on, if there is one."""
-        return last_checkpoint([self.root, *sorted(self._checkpoints)])
+    def last_checkpoint(self, settings: Mapping[str, Any]) -> Path | None:
+        """The checkpoint from which an interrupted fit goes on, if there is one.
+
+        Args:
+            settings: Those with which it began.
+        """
+        return last_checkpoint([self.root, *sorted(self._checkpoints)], settings)
 
     def requeued(self) -> set[Path]:
         """The checkpoints of jobs that Lightning put back into SLURM's queue."""
         return set(self.root.glob(REQUEUED))
 
     def remove_checkpoints(self) -> None:
-        """Removes what earlier fits of the task left, before one begins anew."""
+        """Removes what earlier fits of the task left, before one begins anew; what may be another run's stays."""
         for path in [*self.requeued(), *(path for folder in self._checkpoints for path in folder.glob("*.ckpt"))]:
+            if not path.is_relative_to(self._folder) and not is_of_fit(path, self._settings):
+                continue
             if path.is_dir():  # sharded
                 shutil.rmtree(path)
             else:

@@ -163,9 +163,11 @@ class MergeTrainer(Trainer):
                 run.merge_and_report()
 
         with run.interruptible, _locked(folder, tasks):
-            finished = finished_tasks(
-                folder, settings, retrain, resume, lambda task: self._fit_of(run, task).last_checkpoint()
-            )
+
+            def last_checkpoint(task: str, begun: Mapping[str, Any]) -> Path | None:
+                return self._fit_of(run, task, settings[task]).last_checkpoint(begun)
+
+            finished = finished_tasks(folder, settings, retrain, resume, last_checkpoint)
             if is_writer():
                 self.on_accepted()
             on_all_ranks(self, session, lambda: finetune_and_merge(*self.strategy.broadcast(finished)))
@@ -453,7 +455,7 @@ class MergeTrainer(Trainer):
         self, run: Run, task: str, settings: Mapping[str, object], checkpoint: Path | None
     ) -> LightningModule:
         """Finetunes a task, or finishes it; returns its trained module."""
-        fit = self._fit_of(run, task)
+        fit = self._fit_of(run, task, settings)
         if checkpoint is None and is_writer():
             fit.remove_checkpoints()
             run.folder.begin(task, settings)
@@ -476,8 +478,8 @@ class MergeTrainer(Trainer):
         run.interruptible.check()
         return module
 
-    def _fit_of(self, run: Run, task: str) -> TaskFit:
-        return TaskFit(task, run.folder.task(task), self._arguments, self._task_callbacks)
+    def _fit_of(self, run: Run, task: str, settings: Mapping[str, Any]) -> TaskFit:
+        return TaskFit(task, run.folder.task(task), self._arguments, self._task_callbacks, settings)
 
     def _settings(self, run: Run, task: str) -> dict[str, Any]:
         seed = run.modules.seed

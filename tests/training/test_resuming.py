@@ -6,13 +6,17 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from helpers.signals import SignalAt, exit_code
-from helpers.tiny import KINDS, save_run_config
+from helpers.tiny import KINDS, QUIET, Vectors, VectorTask, save_run_config
+from lightning_drm import Average, DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.cli.main import main
 
 pytestmark = pytest.mark.processes
@@ -176,3 +180,47 @@ def test_a_killed_retraining_goes_on_too(config: Path, tmp_path: Path, capsys: p
     main(variant(config, tmp_path / "calm", [], max_steps=19))
     main([*fit, "--trainer.max_steps", "19"])
     same_results(tmp_path / "killed" / "run", tmp_path / "calm" / "run")
+
+
+class Tunable(VectorTask):
+    def __init__(self, lr: float) -> None:
+        super().__init__(lr=lr)
+        self.save_hyperparameters()
+
+
+class StopOnce(Callback):
+    """Ctrl-C in the third epoch, where a file says so."""
+
+    def __init__(self, armed: Path) -> None:
+        self.armed = armed
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 2 and self.armed.exists():
+            self.armed.unlink()
+            raise KeyboardInterrupt
+
+
+def test_runs_that_share_a_folder_of_checkpoints_keep_to_their_own(tmp_path: Path):
+    """The second run neither removes the first one's, nor is continued by it."""
+
+    def run(folder: str, lr: float, place: str = "checkpoints") -> dict[str, torch.Tensor]:
+        L.seed_everything(0, verbose=False)  # the template's weights are drawn
+        merge = DRMMergeCallback(["a", "b"], Average(), dirpath=tmp_path / folder)
+        callbacks = [merge, ModelCheckpoint(tmp_path / place), StopOnce(tmp_path / "armed")]
+        trainer = MergeTrainer(max_epochs=4, callbacks=callbacks, **{**QUIET, "enable_checkpointing": True})
+        trainer.fit(Tunable(lr), datamodule=MultiTaskDataModule({"a": Vectors(1), "b": Vectors(2)}), base_batches=0)
+        return load_file(tmp_path / folder / "tasks/a/deltas.safetensors")
+
+    calm = run("calm", 0.01, "other")
+    (tmp_path / "armed").touch()
+    with pytest.raises(SystemExit):
+        run("first", 0.01)
+    (kept,) = (tmp_path / "checkpoints" / "a").glob("*.ckpt")
+    foreign = kept.with_name("foreign.ckpt")
+    foreign.write_text("of another program")
+    second = run("second", 0.5)
+    assert kept.exists()
+    assert foreign.exists()
+    first = run("first", 0.01)
+    assert all(torch.equal(first[name], calm[name]) for name in calm)
+    assert not any(torch.equal(first[name], second[name]) for name in calm)
