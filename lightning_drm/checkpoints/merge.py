@@ -232,7 +232,7 @@ def _fingerprints(plan: Plan) -> dict[str, str]:
 
 
 def _fingerprint_of_settings(plan: Plan) -> str:
-    """A hash of the files that say what tensors mean, and of when tensors were written: by it, a merge is the same."""
+    """A hash of the files that say what tensors mean, and when the tensors were written, which most hashes miss."""
     files = [*plan.base.tensors.files, *(file for task in plan.tasks for file in task.input.files)]
     folders = [plan.base.folder, *(task.input.folder for task in plan.tasks)]
     beside = [file for folder in folders if folder is not None for file in sorted(folder.iterdir())]

@@ -3,7 +3,7 @@
 from lightning_drm.deltas.collect import Base, is_quantized_base
 from lightning_drm.deltas.fingerprint import describe_difference, fingerprint, hash_tensor
 from lightning_drm.deltas.hashed_file import load_tensors
-from lightning_drm.deltas.kinds import Kind, guess_kind, transposed_names
+from lightning_drm.deltas.kinds import Kind, embedding_layer, guess_kind, transposed_names
 from lightning_drm.deltas.parameters import (
     Parameter,
     backbone_layers,
@@ -42,6 +42,7 @@ __all__ = [
     "backbone_layers",
     "backbone_parameters",
     "describe_difference",
+    "embedding_layer",
     "fingerprint",
     "guess_kind",
     "hash_tensor",

@@ -13,7 +13,7 @@ follows the same rule. What a row means is the same in all tasks, and DRM on 128
 eigenproblem of size 32,768. transformers says which layer it is. A classification head is none.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
@@ -91,6 +91,18 @@ def output_embeddings(module: nn.Module) -> set[int]:
     return {id(weight) for model in _models(module) for weight in _output_weights(model)}
 
 
+def embedding_layer(get: Callable[[], nn.Module | None]) -> nn.Module | None:
+    """What a model's ``get_input_embeddings`` or ``get_output_embeddings`` gives.
+
+    Args:
+        get: That method. In speech and vision models, it raises an error where there are none.
+    """
+    try:
+        return get()
+    except NotImplementedError:
+        return None
+
+
 def _holds_experts(module: nn.Module, length: int) -> bool:
     """Whether each entry of a 3-D weight is an expert: the layer counts them, or its class says so."""
     return getattr(module, "num_experts", None) == length or type(module).__name__.endswith("Experts")
@@ -101,10 +113,7 @@ def _models(module: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 def _output_weights(model: PreTrainedModel) -> Iterator[Tensor]:
-    try:
-        layer = model.get_output_embeddings()
-    except NotImplementedError:  # so say speech and vision models
-        return
+    layer = embedding_layer(model.get_output_embeddings)
     if isinstance(layer, nn.Module):
         weight = getattr(plain(layer), "weight", None)
         if isinstance(weight, Tensor) and weight.ndim == 2:

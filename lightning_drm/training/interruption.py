@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -22,7 +22,9 @@ AGAIN = 0.05
 """After so many seconds a signal is sent again that was lost in a deletion, which has ended by then."""
 
 
-_LIGHTNINGS = _SignalConnector._sigterm_notifier_fn
+# Its method is replaced while a run lasts, as fits, tests and learned coefficients have Trainers of their own, and
+# Lightning has no hook before the broadcast.
+_CONNECTOR: Any = _SignalConnector
 
 
 def _note_sigterm(connector: _SignalConnector, signum: int, frame: FrameType | None) -> None:
@@ -66,11 +68,13 @@ class Interruptible:
         self._received = False
         self._installed = False
         self._unraisable = sys.unraisablehook
+        self._notifier = _CONNECTOR._sigterm_notifier_fn
 
     def __enter__(self) -> Self:
         self._unraisable = sys.unraisablehook
         sys.unraisablehook = self._on_unraisable
-        _SignalConnector._sigterm_notifier_fn = _note_sigterm  # type: ignore[method-assign,assignment]
+        self._notifier = _CONNECTOR._sigterm_notifier_fn
+        _CONNECTOR._sigterm_notifier_fn = _note_sigterm
         free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a handler of the user's own is left alone
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -81,7 +85,7 @@ class Interruptible:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         sys.unraisablehook = self._unraisable
-        _SignalConnector._sigterm_notifier_fn = _LIGHTNINGS  # type: ignore[method-assign]
+        _CONNECTOR._sigterm_notifier_fn = self._notifier
         if self._installed:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if isinstance(error, SIGTERMException) and not self.requeued:

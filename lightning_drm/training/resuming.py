@@ -118,28 +118,26 @@ def is_of_fit(path: Path, settings: Mapping[str, Any]) -> bool:
         path: The checkpoint.
         settings: The settings.
     """
-    kept = (_content(path) or {}).get(_KEY, {}).get("settings")
+    kept = _content(path).get(_KEY, {}).get("settings")
     return kept is not None and not changed_settings(kept, settings)
 
 
 def _usable_step(path: Path, settings: Mapping[str, Any]) -> int | None:
     """How many steps a checkpoint has, if a fit can go on from it; older versions kept no settings in it."""
     content = _content(path)
-    if content is None or _KEY not in content:
+    if (kept := content.get(_KEY)) is None or changed_settings(kept.get("settings", settings), settings):
         return None
-    kept = content[_KEY]
-    is_own = not changed_settings(kept.get("settings", settings), settings)
-    return int(content["global_step"]) if is_own and (kept["epoch_ended"] or path.match(REQUEUED)) else None
+    return int(content["global_step"]) if kept["epoch_ended"] or path.match(REQUEUED) else None
 
 
-def _content(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint holds, with tensors that stay on disk; ``None`` if it is cut short, or no such file."""
+def _content(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds, with tensors that stay on disk; nothing if it is cut short, or another program's."""
     file = path / _META_FILE if path.is_dir() else path
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, BadZipFile):
-        return None
-    return content if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _generators(trainer: Trainer) -> Iterator[torch.Generator]:

@@ -15,6 +15,7 @@ import torch
 import xxhash
 from lightning import LightningDataModule, LightningModule, Trainer
 
+from lightning_drm.deltas import hash_tensor
 from lightning_drm.pretrained import public_name
 
 Settings = dict[str, str | int | float | bool | None]
@@ -80,7 +81,7 @@ def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]
     return [
         f"{name}: {stored.get(name, absent)} → {current.get(name, absent)}"
         for name in names
-        if stored.get(name, absent) not in {current.get(name, absent), *_UNTOLD}
+        if stored.get(name, absent) not in (current.get(name, absent), *_UNTOLD)
     ]
 
 
@@ -115,10 +116,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike | torch.dtype | torch.device):
         return str(value)
     if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray | torch.Tensor):
-        array = np.asarray(value.detach().cpu()) if isinstance(value, torch.Tensor) else value
-        return f"{array.dtype} {array.shape} ({xxhash.xxh3_64(array.tobytes()).hexdigest()[:8]})"
+        item = value.item()
+        return item if isinstance(item, str | bool | int | float) else str(value)
+    if isinstance(value, torch.Tensor):
+        return hash_tensor(value.detach().cpu())
+    if isinstance(value, np.ndarray):  # whose bytes, if it holds objects, are their places in memory
+        return xxhash.xxh3_128(f"{value.dtype} {_plain(value.tolist())}".encode()).hexdigest()
     if isinstance(value, Mapping):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -88,13 +88,9 @@ class TaskFit:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
         return trainer
 
-    def last_checkpoint(self, settings: Mapping[str, Any]) -> Path | None:
-        """The checkpoint from which an interrupted fit goes on, if there is one.
-
-        Args:
-            settings: Those with which it began.
-        """
-        return last_checkpoint([self.root, *sorted(self._checkpoints)], settings)
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint from which an interrupted fit goes on, if there is one."""
+        return last_checkpoint([self.root, *sorted(self._checkpoints)], self._settings)
 
     def requeued(self) -> set[Path]:
         """The checkpoints of jobs that Lightning put back into SLURM's queue."""

@@ -163,11 +163,9 @@ class MergeTrainer(Trainer):
                 run.merge_and_report()
 
         with run.interruptible, _locked(folder, tasks):
-
-            def last_checkpoint(task: str, begun: Mapping[str, Any]) -> Path | None:
-                return self._fit_of(run, task, settings[task]).last_checkpoint(begun)
-
-            finished = finished_tasks(folder, settings, retrain, resume, last_checkpoint)
+            finished = finished_tasks(
+                folder, settings, retrain, resume, lambda task, begun: self._fit_of(run, task, begun).last_checkpoint()
+            )
             if is_writer():
                 self.on_accepted()
             on_all_ranks(self, session, lambda: finetune_and_merge(*self.strategy.broadcast(finished)))

@@ -311,7 +311,8 @@ def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-def test_a_resumed_merge_begins_anew_where_an_adapters_settings_changed(bench, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed", ["nothing", "settings", "tensors"])
+def test_a_resumed_merge_begins_anew_where_an_adapter_changed(changed, bench, tmp_path, monkeypatch):
     for name in ("base", "lora_a"):
         shutil.copytree(bench / name, tmp_path / name)
     settings = tmp_path / "lora_a" / "adapter_config.json"
@@ -320,8 +321,11 @@ def test_a_resumed_merge_begins_anew_where_an_adapters_settings_changed(bench, t
         patch.setattr(ShardWriter, "collect", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merge_checkpoints(*arguments, output_format="full")
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora_alpha": 64}))
-    assert merge_checkpoints(*arguments, output_format="full").num_resumed == 0
+    if changed == "settings":
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "lora_alpha": 64}))
+    if changed == "tensors":  # somewhere in the middle, perhaps, which no quick hash sees
+        (tmp_path / "lora_a" / "adapter_model.safetensors").touch()
+    assert (merge_checkpoints(*arguments, output_format="full").num_resumed > 0) is (changed == "nothing")
 
 
 def test_lora_on_a_head_is_refused_before_anything_is_merged(bench, tmp_path):
@@ -359,10 +363,32 @@ def test_a_base_that_is_tied_by_its_configuration_alone_is_refused(tmp_path):
         merge_checkpoints(tmp_path / "base", {"a": tmp_path / "a"}, tmp_path / "out")
 
 
-def test_square_weights_of_a_base_of_unknown_class_are_refused_where_some_are_turned(tmp_path):
+def save_gpt2(folder, *targets):
     base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=32))
-    base.save_pretrained(tmp_path / "base")
-    lora = LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
-    get_peft_model(base, lora).save_pretrained(tmp_path / "a")
+    base.save_pretrained(folder / "base")
+    adapter = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=[*targets], fan_in_fan_out=True))
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    adapter.save_pretrained(folder / "a")
+    return base, adapter
+
+
+def test_turned_weights_of_a_base_of_unknown_class_make_an_adapter_that_loads(tmp_path):
+    base, adapter = save_gpt2(tmp_path, "c_attn")
+    file = tmp_path / "base" / "model.safetensors"
+    result = merge_checkpoints(file, {"a": tmp_path / "a"}, tmp_path / "out", TaskArithmetic(1.0))
+    assert result.output_format == "adapter"
+    loaded, name = PeftModel.from_pretrained(base, tmp_path / "out"), "transformer.h.0.attn.c_attn"
+    ours, theirs = (m.get_base_model().get_submodule(name).get_delta_weight("default") for m in (loaded, adapter))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("is_flagged", [True, False])
+def test_square_weights_of_a_base_of_unknown_class_are_refused_where_some_are_turned(is_flagged, tmp_path):
+    save_gpt2(tmp_path, "c_attn", "c_proj")
+    settings = tmp_path / "a" / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "fan_in_fan_out": is_flagged}))
     with pytest.raises(ValueError, match=r"a: .*attn.c_proj.weight is square, and whether it is stored turned"):
         merge_checkpoints(tmp_path / "base" / "model.safetensors", {"a": tmp_path / "a"}, tmp_path / "out")

@@ -1,5 +1,6 @@
 """The command line on one small pretrained model and local text files: fit, merge, test, and what it refuses."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -219,9 +220,11 @@ def test_values_of_all_kinds_are_told_apart():
     pairs = [
         (Path("/data/a"), Path("/data/b")), (np.int64(3), np.int64(5)), (torch.float32, torch.bfloat16),
         (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 9.0])), (np.zeros(2), np.ones(2)),
+        (torch.zeros(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)),
+        (np.array(["a", None], dtype=object), np.array(["b", None], dtype=object)),
     ]  # fmt: skip
     for one, other in pairs:
-        assert settings.changed_settings(of(one), of(one)) == []
+        assert settings.changed_settings(of(one), of(copy.deepcopy(one))) == []
         assert len(settings.changed_settings(of(one), of(other))) == 1
     before = {**of(Path("/data/a")), "data.value": "pathlib.PosixPath"}  # what older versions kept
     assert settings.changed_settings(before, of(Path("/data/a"))) == []

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from lightning_drm.checkpoints.architecture.alignment import Alignment
 from lightning_drm.checkpoints.architecture.experts import ExpertFiles, ExpertPart
-from lightning_drm.deltas import Kind, backbone_parameters, guess_kind, transposed_names
+from lightning_drm.deltas import Kind, backbone_parameters, embedding_layer, guess_kind, transposed_names
 from lightning_drm.storage.json_files import field as field_of
 from lightning_drm.storage.json_files import read_object, shown
 
@@ -96,8 +96,8 @@ class Architecture:
         """Reads the structure of a model, which may be on the meta device."""
         ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         vocabulary = set()
-        inputs = _layer(model.get_input_embeddings)
-        embeddings = (inputs, _layer(model.get_output_embeddings))
+        inputs = embedding_layer(model.get_input_embeddings)
+        embeddings = (inputs, embedding_layer(model.get_output_embeddings))
         for layer in embeddings:
             owned = [name for name, child in model.named_modules(remove_duplicate=False) if child is layer and name]
             vocabulary |= {f"{name}.{part}" for name in owned for part in ("weight", "bias")}
@@ -206,11 +206,3 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
         return live if converted is None and live in state else name
 
     return live_name
-
-
-def _layer(getter: Callable[[], nn.Module | None]) -> nn.Module | None:
-    """A model's input or output embeddings; speech and vision models raise an error where they have none."""
-    try:
-        return getter()
-    except NotImplementedError:
-        return None

@@ -6,6 +6,7 @@ from lightning_drm.checkpoints.architecture import Architecture, ExpertPart
 from lightning_drm.checkpoints.architecture.vocabulary import VocabularyPolicy, row_map, token_rows
 from lightning_drm.checkpoints.planning.planned_task import PlannedTask
 from lightning_drm.checkpoints.reading import BaseModel, Entry
+from lightning_drm.checkpoints.reading.adapter import LoraInput
 from lightning_drm.checkpoints.reading.task_input import Form
 
 
@@ -98,12 +99,13 @@ class Fitting:
 
     def refuse_ambiguous(self) -> None:
         """Refuses square weights that may be stored turned, as a Conv1D's are: no shape says so."""
-        turned = self._planned.transposed or getattr(self._planned.input, "config", {}).get("fan_in_fan_out")
-        if self._architecture.known or not turned:
+        found = self._planned.input
+        is_flagged = isinstance(found, LoraInput) and bool(found.config.get("fan_in_fan_out"))
+        if self._architecture.known or not (is_flagged or self._planned.transposed):
             return
-        entries = [(name, self._planned.input.entries[raw]) for name, raw in self._planned.names.items()]
-        square = [n for n, e in entries if e.form == "low_rank_linear" and len(e.shape) == 2 and len({*e.shape}) == 1]
-        if square:
+        entries = {name: found.entries[raw] for name, raw in self._planned.names.items()}
+        linear = {name: entry.shape for name, entry in entries.items() if entry.form == "low_rank_linear"}
+        if square := [name for name, shape in linear.items() if shape == _turned(shape)]:
             self._refuse(
                 f"{square[0]} is square, and whether it is stored turned, as in a Conv1D, follows from the model's "
                 "class; give a base with a config.json that transformers knows"

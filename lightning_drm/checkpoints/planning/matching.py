@@ -182,16 +182,19 @@ class Matcher:
                 "merge into a base whose weights are not tied."
             )
             return
-        entries = planned.input.entries
-        stored = next((other for other in entries if self._base_name(align(other)) == source), None)
-        value = densify(planned.input.read(raw))
-        untrained = not planned.input.whole and torch.equal(value.float(), self._base.tensors.read(source).float())
-        if stored is None:
-            if not untrained:  # peft saves it beside an embedding in any case
-                planned.names[source] = raw
-        elif not (
-            torch.equal(densify(planned.input.read(stored)), value) if entries[stored].form == "value" else untrained
-        ):
+        found = planned.input
+        stored = next((other for other in found.entries if self._base_name(align(other)) == source), None)
+        if stored is None and found.whole:
+            planned.names[source] = raw
+            return
+        value = densify(found.read(raw))
+        if stored is not None and found.entries[stored].form == "value":
+            agrees = torch.equal(densify(found.read(stored)), value)
+        else:  # peft saves it, as it was, beside an adapter of the embedding
+            agrees = torch.equal(value.float(), self._base.tensors.read(source).float())
+        if stored is None and not agrees:
+            planned.names[source] = raw
+        elif not agrees:
             planned.problems.append(
                 f"{planned.name}: {raw} and {stored} differ, but the base ties them into one; merge into a base whose "
                 "weights are not tied."
