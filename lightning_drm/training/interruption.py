@@ -22,17 +22,28 @@ AGAIN = 0.05
 """After so many seconds a signal is sent again that was lost in a deletion, which has ended by then."""
 
 
+ALONE = 5.0
+"""After so many seconds without rank 0's word, a rank that was stopped takes itself to be the only one."""
+
 # Its method is replaced while a run lasts, as fits, tests and learned coefficients have Trainers of their own, and
 # Lightning has no hook before the broadcast.
 _CONNECTOR: Any = _SignalConnector
 
 
 def _note_sigterm(connector: _SignalConnector, signum: int, frame: FrameType | None) -> None:
-    """Lightning's handler without its broadcast, as rank 0 tells all ranks before each batch, too."""
-    launcher = connector.trainer.strategy.launcher
-    if launcher is not None and not connector.received_sigterm:
-        launcher.kill(signal.Signals(signum))
-    connector.received_sigterm = True
+    """Lightning's handler without its broadcast, as rank 0 tells all ranks before each batch, too.
+
+    The others wait for that: one that left before would keep rank 0 waiting. One that was stopped alone leaves later.
+    """
+    trainer = connector.trainer
+    if trainer.strategy.launcher is not None and not connector.received_sigterm:
+        trainer.strategy.launcher.kill(signal.Signals(signum))
+    if trainer.is_global_zero:
+        connector.received_sigterm = True
+        return
+    later = threading.Timer(ALONE, setattr, (connector, "received_sigterm", True))
+    later.daemon = True
+    later.start()
 
 
 class Interrupted(SystemExit):
