@@ -77,6 +77,19 @@ def hub_name(name: str) -> str | None:
     return None if name.startswith(PACKAGE_NOTATION) or _is_path(name) else name.partition(REVISION)[0]
 
 
+def hub_revision(name: str) -> str | None:
+    """The revision of a pretrained model on the hub; ``None`` where none is named, or the model is not from there.
+
+    Args:
+        name: As `resolve_pretrained` takes it.
+
+    Example:
+        >>> hub_revision("org/model@v1"), hub_revision("org/model"), hub_revision("/home/me/models@v1/base")
+        ('v1', None, None)
+    """
+    return None if hub_name(name) is None else name.partition(REVISION)[2] or None
+
+
 def _is_path(name: str) -> bool:
     path = Path(name).expanduser()
     return path.is_absolute() or name.startswith((".", "~")) or path.exists() or name.count("/") > 1

@@ -16,7 +16,7 @@ from lightning_drm.deltas.hashed_file import load_tensors
 from lightning_drm.deltas.kinds import transposed_names
 from lightning_drm.deltas.parameters import Parameter, backbone_parameters, head_state
 from lightning_drm.merging import LowRank
-from lightning_drm.pretrained import public_name
+from lightning_drm.pretrained import hub_name, hub_revision, public_name
 from lightning_drm.storage import write_json, write_tensors
 from lightning_drm.storage.json_files import read_object
 
@@ -39,7 +39,7 @@ def adapter_config(
 
     Args:
         ranks: Rank by name of the layer.
-        base: What the base model is called.
+        base: The base model, as `resolve_pretrained` takes it.
         task_type: peft's name of the kind of task, where there is one for all of it.
         fan_in_fan_out: Whether layers store their weight (in, out).
     """
@@ -49,7 +49,8 @@ def adapter_config(
     others = {f"^{module.replace('.', chr(92) + '.')}": value for module, value in ranks.items() if value != rank}
     return LoraConfig(
         task_type=None if task_type is None else TaskType(task_type),
-        base_model_name_or_path=base,
+        base_model_name_or_path=None if base is None else hub_name(base) or public_name(base),
+        revision=None if base is None else hub_revision(base),
         inference_mode=True,
         r=rank,
         lora_alpha=rank,
@@ -152,7 +153,7 @@ def write_factors(folder: Path, module: nn.Module, head: Sequence[str], factors:
     base = getattr(root, "name_or_path", None)
     config = adapter_config(
         ranks,
-        base=public_name(base) if base else None,
+        base=base or None,
         fan_in_fan_out=_is_stored_in_out(module, head, factors.keys()),
     )
     write_adapter_files(folder, config, tensors)

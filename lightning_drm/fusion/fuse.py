@@ -107,7 +107,7 @@ class Fusion:
         self.treatments = treatments(recipe, self.kinds, self.tasks, vectors)
         if recipe.overrides:
             own_shapes = shapes if shapes is not None else {name: self.deltas.shape(name) for name in self.kinds}
-            if problems := recipe.problems(self.kinds, own_shapes):
+            if problems := recipe.problems(self.kinds, own_shapes, transposed):
                 raise ValueError("\n".join(problems))
         names = {**dict.fromkeys(shapes or ()), **dict.fromkeys(vectors[0].base_hashes), **dict.fromkeys(self.kinds)}
         if problems := problems_of_depth(recipe.method, names):

@@ -1,6 +1,6 @@
 """A recipe: the method, the parameters it applies to, one coefficient per task, and the exceptions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -227,12 +227,15 @@ class Recipe:
         if problems:
             raise ValueError("; ".join(problems) + ".")
 
-    def problems(self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    def problems(
+        self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]], transposed: Set[str] = frozenset()
+    ) -> list[str]:
         """Why the recipe does not fit a model's parameters, one sentence for each reason.
 
         Args:
             kinds: By name, the kind of every parameter that is merged.
             shapes: By name, its shape.
+            transposed: Names of the matrices that are stored (in, out), whose parts are columns.
         """
         names = list(kinds)
         unmatched = [
@@ -240,14 +243,17 @@ class Recipe:
             for o in self.overrides
             if not any(fnmatchcase(name, o.match) for name in names)
         ]
-        return unmatched + self.misfits(kinds, shapes)
+        return unmatched + self.misfits(kinds, shapes, transposed)
 
-    def misfits(self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    def misfits(
+        self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]], transposed: Set[str] = frozenset()
+    ) -> list[str]:
         """Why the recipe does not fit some of the parameters, one sentence for each.
 
         Args:
             kinds: By name, the kind of some parameters that are merged.
             shapes: By name, their shapes.
+            transposed: As for `problems`.
         """
         found = []
         for name, kind in kinds.items():
@@ -257,7 +263,9 @@ class Recipe:
                 method = type(self.inner_method).__name__
                 found.append(f"{name} has shape {shape}, but {method} merges matrices: give it rule average or elect.")
             matrix = shape[1:] if kind == "experts" else shape
-            if override.split is not None and (problem := _split_problem(override.split, matrix)):
+            if override.split is None:
+                continue
+            if problem := _split_problem(override.split, matrix, "columns" if name in transposed else "rows"):
                 found.append(f"{name} of shape {shape} cannot be split: {problem}.")
         return found
 
@@ -336,11 +344,14 @@ def split_sizes(split: Split, length: int) -> list[int]:
     return list(split) if isinstance(split, list) else [length // split] * split
 
 
-def _split_problem(split: Split, shape: tuple[int, ...]) -> str | None:
+def _split_problem(split: Split, shape: tuple[int, ...], of: Literal["rows", "columns"]) -> str | None:
     if len(shape) != 2:
         return "it is not a matrix"
+    length = shape[("rows", "columns").index(of)]
     if isinstance(split, int):
-        fits = split > 0 and any(length % split == 0 for length in shape)
-        return None if fits else f"neither side is a multiple of {split}"
-    total = sum(split)
-    return None if total in shape else f"the parts add up to {total}"
+        return (
+            None if split > 0 and length % split == 0 else f"its {length} {of} do not divide into {split} equal parts"
+        )
+    if min(split, default=0) < 1:
+        return f"every part takes at least 1 of its {of}, but the parts are {split}"
+    return None if sum(split) == length else f"it has {length} {of}, but the parts add up to {sum(split)}"

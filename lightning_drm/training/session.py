@@ -236,7 +236,8 @@ class MergeSession:
         trained = self._base.trained(module, head)
         shapes = {name: tuple(parameter.shape) for name, parameter in trained.items()}
         kinds = {name: parameter.kind for name, parameter in trained.items()}
-        if problems := self.recipe.misfits(kinds, shapes) + problems_of_depth(self.recipe.method, self._base.hashes):
+        problems = self.recipe.misfits(kinds, shapes, transposed_names(module, trained))
+        if problems := problems + problems_of_depth(self.recipe.method, self._base.hashes):
             raise ValueError("\n".join(problems))
         if is_quantized_base(backbone_parameters(module, head)):
             self._require_factors(self.recipe, kinds)

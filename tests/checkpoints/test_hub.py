@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load, load_file
 
 from helpers import hub, models
@@ -66,6 +67,7 @@ def online(server):
         "other": command(server, "none", "org/tuned", {"x": "me/merged"}, "--dry_run"),
         "gone": command(server, "none", "org/base", {"a": "org/gone", "b": "org/tuned"}),
         "revision": command(server, "earlier_out", "org/base@main", {"a": "org/tuned@v1"}, "--drm.method", "Average"),
+        "adapter": command(server, "adapter_out", "org/base@main", {"c": "org/lora"}, "--drm.method", "Average"),
         "no revision": command(server, "none", "org/base@v9", {"a": "org/tuned@v1"}),
     }
     return dict(zip(commands, run(server, list(commands.values())), strict=True))
@@ -131,6 +133,12 @@ def test_a_revision_of_a_model(server, online):
     card = (server.folder / "earlier_out" / "README.md").read_text()
     assert "base_model: org/base\n" in card
     assert "- base: org/base@main, fingerprint" in card
+
+
+def test_a_merged_adapter_names_the_base_as_peft_does(server, online):
+    assert online["adapter"]["code"] == 0, online["adapter"]["said"]
+    config = LoraConfig.from_pretrained(server.folder / "adapter_out")
+    assert (config.base_model_name_or_path, config.revision) == ("org/base", "main")
 
 
 def test_a_missing_revision_is_one_clear_sentence(server, online):

@@ -41,6 +41,7 @@ def edit_json(file, **changes):
 
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+BASE_QUERY = QUERY.removeprefix("bert.")
 WORDS = "bert.embeddings.word_embeddings.weight"
 WEIGHTS = {  # what is done to a finetune's tensors, the policy, and the message
     "missing": (
@@ -97,6 +98,17 @@ WEIGHTS = {  # what is done to a finetune's tensors, the policy, and the message
         lambda t: t[QUERY].mul_(1e7),
         MismatchPolicy(dtype="float16"),
         "query.weight does not fit into torch.float16",
+    ),
+    "words": (
+        lambda t: None,
+        MismatchPolicy(policy="lax", output_format="zip"),
+        r"policy must be one of strict, intersection, base_fill, got 'lax'\.\n  - "
+        r"output_format must be one of auto, full, adapter, got 'zip'\.",
+    ),
+    "heads": (
+        lambda t: None,
+        MismatchPolicy(heads=["classifier*", "clasifier*"]),
+        r"heads: the pattern 'clasifier\*' matches nothing in the base or in a task\.$",
     ),
 }
 
@@ -164,6 +176,44 @@ def test_adapters(case, bench, tmp_path):
     plan = make_plan(str(bench / "base"), {"x": str(tmp_path / "x")}, Recipe(), MismatchPolicy())
     with pytest.raises(ValueError, match=message):
         refuse(plan.problems)
+
+
+BASES = {  # how the base's weights are changed, what is trained of them, how to merge, and the message
+    "overflow of what is kept": (
+        lambda t: t[BASE_QUERY].mul_(1e7),
+        lambda t: t.pop(QUERY),
+        MismatchPolicy("base_fill", dtype="float16"),
+        r"query.weight does not fit into torch.float16: it has a value of \d\.\d+e\+0\d",
+    ),
+    "float8": (
+        lambda t: t.update({BASE_QUERY: t[BASE_QUERY].to(torch.float8_e4m3fn)}),
+        lambda t: None,
+        MismatchPolicy(),
+        rf"stores 1 of the merged weights in 8-bit floats, to which .* rounded \({BASE_QUERY}\): set dtype to",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_bases(case, bench, tmp_path):
+    change, of_task, mismatch, message = BASES[case]
+    for name, folder, own in (("base", "base", change), ("good", "x", of_task)):
+        shutil.copytree(bench / name, tmp_path / folder)
+        edit_weights(tmp_path / folder, own)
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoints(tmp_path / "base", {"x": tmp_path / "x"}, tmp_path / "out", Average(), **vars(mismatch))
+    assert not (tmp_path / "out").exists()
+
+
+def test_8_bit_floats_of_the_base_stay_where_nothing_is_merged(bench, tmp_path):
+    for name, folder in (("base", "base"), ("good", "x")):
+        shutil.copytree(bench / name, tmp_path / folder)
+    edit_weights(tmp_path / "base", lambda t: t.update({BASE_QUERY: t[BASE_QUERY].to(torch.float8_e4m3fn)}))
+    edit_weights(tmp_path / "x", lambda t: t.pop(QUERY))
+    merge_checkpoints(tmp_path / "base", {"x": tmp_path / "x"}, tmp_path / "out", Average(), policy="base_fill")
+    base, merged = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
+    assert merged[BASE_QUERY].dtype == torch.float8_e4m3fn
+    assert torch.equal(merged[BASE_QUERY].view(torch.uint8), base[BASE_QUERY].view(torch.uint8))
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
@@ -310,12 +360,12 @@ RECIPES = {  # recipe, policy, message
     "split": (
         Recipe(overrides=[Override("*query.weight", split=3)]),
         MismatchPolicy(),
-        "neither side is a multiple of 3",
+        "its 16 rows do not divide into 3 equal parts",
     ),
     "split_sum": (
         Recipe(overrides=[Override("*query.weight", split=[4, 4])]),
         MismatchPolicy(),
-        "the parts add up to 8",
+        "it has 16 rows, but the parts add up to 8",
     ),
 }
 

@@ -159,10 +159,23 @@ def test_each_expert_is_split(split: int | list[int], transposed: bool, dense: l
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_a_split_that_does_not_fit_an_expert_is_refused(dense: list[Tensor]) -> None:
-    recipe = Recipe(DRM(), overrides=[Override("*", split=5)])
-    with pytest.raises(ValueError, match=r"of shape \(5, 8, 6\) cannot be split: neither side is a multiple of 5"):
-        Fusion(recipe, vectors_of(dense))
+@pytest.mark.parametrize(
+    ("split", "transposed", "problem"),
+    [
+        (3, False, "its 8 rows do not divide into 3 equal parts"),  # its columns would
+        (4, True, "its 6 columns do not divide into 4 equal parts"),
+        ([2, 4], False, "it has 8 rows, but the parts add up to 6"),
+        ([2, 6], True, "it has 6 columns, but the parts add up to 8"),
+        ([9, -1], False, r"every part takes at least 1 of its rows, but the parts are \[9, -1\]"),
+        ([], False, r"every part takes at least 1 of its rows, but the parts are \[\]"),
+    ],
+)
+def test_a_split_that_does_not_fit_an_expert_is_refused(
+    split: int | list[int], transposed: bool, problem: str, dense: list[Tensor]
+) -> None:
+    recipe = Recipe(DRM(), overrides=[Override("*", split=split)])
+    with pytest.raises(ValueError, match=rf"of shape \(5, 8, 6\) cannot be split: {problem}"):
+        Fusion(recipe, vectors_of(dense), transposed={NAME} if transposed else frozenset())
 
 
 @pytest.mark.parametrize("rule", ["average", "elect", "base"])

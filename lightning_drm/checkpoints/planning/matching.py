@@ -41,6 +41,7 @@ class Matcher:
         # Where the base has single experts, but a task may have all in one; and where it is the other way around.
         self._parts = {stack: parts for stack, parts in by_stack.items() if parts.keys() <= self.names}
         self._stacked = {stack: parts for stack, parts in by_stack.items() if stack in self.names}
+        self._patterns_found: set[str] = set()
 
     def problems(self) -> list[str]:
         """Tied tensors that the base has with values of their own; transformers does not tie them then."""
@@ -50,6 +51,15 @@ class Matcher:
             "tie_word_embeddings to false in its config.json."
             for tied, source in self.ties.items()
             if tied in tensors.headers and not torch.equal(tensors.read(tied), tensors.read(source))
+        ]
+
+    def problems_of_heads(self) -> list[str]:
+        """One sentence for each pattern of heads that named nothing in the base or in a task that was matched."""
+        found = self._patterns_found.union(*map(self._patterns_of, self._base.tensors.headers))
+        return [
+            f"heads: the pattern {pattern!r} matches nothing in the base or in a task."
+            for pattern in self._mismatch.heads or []
+            if pattern not in found
         ]
 
     def match(self, task: str, found: TaskInput) -> PlannedTask:
@@ -160,13 +170,21 @@ class Matcher:
     def _is_shared(self, name: str) -> bool:
         """Whether a parameter of the base is outside the base's own head."""
         if self._mismatch.heads is not None:
-            return not any(fnmatch.fnmatchcase(name, pattern) for pattern in self._mismatch.heads)
+            return not self._is_named_head(name)
         return name.startswith(self._architecture.backbone)
+
+    def _is_named_head(self, *names: str) -> bool:
+        """Whether a pattern matches a parameter, which may have two names."""
+        found = set().union(*map(self._patterns_of, names))
+        self._patterns_found |= found
+        return bool(found)
+
+    def _patterns_of(self, name: str) -> set[str]:
+        return {pattern for pattern in self._mismatch.heads or [] if fnmatch.fnmatchcase(name, pattern)}
 
     def _is_head(self, raw: str, name: str | None, backbone: str, align: Alignment, found: TaskInput) -> bool:
         if self._mismatch.heads is not None:
-            patterns = self._mismatch.heads
-            return any(fnmatch.fnmatchcase(either, pattern) for pattern in patterns for either in (raw, name or raw))
+            return self._is_named_head(raw, name or raw)
         if not raw.startswith(backbone) or not align.covers(raw):
             return True
         if name in self.names:

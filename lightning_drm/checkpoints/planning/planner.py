@@ -36,7 +36,7 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, mismatch: Mi
     Raises:
         ValueError: If the base cannot be opened; all other problems are in the plan.
     """
-    problems = _name_problems(models)
+    problems = [*mismatch.problems(), *_name_problems(models)]
     inputs = _opened(models, mismatch.dequantize, problems)
     is_recipe_sound = _is_sound(recipe, list(models), problems)
     try:
@@ -50,6 +50,7 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, mismatch: Mi
     plan.transposed = architecture.transposed.union(*(task.transposed for task in plan.tasks))
     plan.problems = problems + [problem for task in plan.tasks for problem in task.problems]
     plan.problems += matcher.problems() + _heads_without_values(plan)
+    plan.problems += matcher.problems_of_heads() if not plan.problems else []
     plan.notes = [note for task in plan.tasks for note in task.notes]
     if opened.tensors.ignored:
         plan.notes.append(f"The base: {note_on_ignored(opened.tensors.ignored)}")
@@ -66,7 +67,8 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, mismatch: Mi
         )
     _choose_parameters(plan, architecture, matcher)
     if plan.tasks:
-        plan.problems += recipe.problems(plan.kinds, plan.shapes) + problems_of_depth(recipe.method, headers)
+        plan.problems += recipe.problems(plan.kinds, plan.shapes, plan.transposed) + _rounded_to_bytes(plan)
+        plan.problems += problems_of_depth(recipe.method, headers)
         plan.notes += notes_on_depth(recipe.method, headers, plan.kinds)
         if is_recipe_sound:
             vectors = [TaskVector(task.name, {}, {}, {}, {}, statistics=task.statistics) for task in plan.tasks]
@@ -121,7 +123,7 @@ def _choose_parameters(plan: Plan, architecture: Architecture, matcher: Matcher)
     if plan.mismatch.vocabulary == "intersection":
         _intersect_rows(plan)
     plan.kinds = {name: architecture.kind(name, header.shape) for name, header in headers.items() if name in merged}
-    dtype = None if plan.mismatch.dtype == "auto" else getattr(torch, plan.mismatch.dtype)
+    dtype = plan.mismatch.torch_dtype
     plan.headers = {
         name: TensorHeader(header.shape, dtype if dtype and header.dtype.is_floating_point else header.dtype)
         for name, header in headers.items()
@@ -151,6 +153,19 @@ def _heads_without_values(plan: Plan) -> list[str]:
                 "they were trained, so save it as modules_to_save, or leave it out of heads."
             )
     return problems
+
+
+def _rounded_to_bytes(plan: Plan) -> list[str]:
+    """A sentence if merged weights would be written in the base's 8-bit floats."""
+    dtypes = {name: plan.headers[name].dtype for name in plan.kinds if name in plan.headers}
+    bytes_each = [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize == 1]
+    if not bytes_each:
+        return []
+    listed = ", ".join(bytes_each[:3])
+    return [
+        f"The base stores {len(bytes_each)} of the merged weights in 8-bit floats, to which the result would be "
+        f"rounded ({listed}): set dtype to float32, bfloat16 or float16."
+    ]
 
 
 def _dense_where_factors_are_needed(plan: Plan) -> list[str]:

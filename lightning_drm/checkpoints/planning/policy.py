@@ -1,7 +1,9 @@
 """What a user decides about models that do not fit each other, and about the form of the result."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
 
 from lightning_drm.checkpoints.architecture.vocabulary import VocabularyPolicy
 
@@ -36,3 +38,22 @@ class MismatchPolicy:
     dtype: OutputDtype = "auto"
     rank: int | None = None
     dequantize: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The precision of the written weights; ``None`` for each one's own."""
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.dtype)
+
+    def problems(self) -> list[str]:
+        """One sentence for each word that is not one of those above."""
+        words = {
+            "policy": MissingPolicy,
+            "vocabulary": VocabularyPolicy,
+            "output_format": OutputFormat,
+            "dtype": OutputDtype,
+        }
+        return [
+            f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}."
+            for name, allowed in words.items()
+            if getattr(self, name) not in get_args(allowed)
+        ]

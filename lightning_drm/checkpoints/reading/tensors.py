@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_drm.checkpoints.reading.inert_pickle import inert_pickle, kinds_in
 
-_DTYPES = {
+DTYPES = {  # by what safetensors calls it
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -101,7 +101,7 @@ class SafetensorsFiles(Tensors):
                 with _open(path) as file:
                     for name in file.keys():  # noqa: SIM118 - not a mapping
                         part = file.get_slice(name)
-                        dtype = _DTYPES.get(part.get_dtype())
+                        dtype = DTYPES.get(part.get_dtype())
                         if dtype is None:
                             raise ValueError(f"{path}: {name} has the type {part.get_dtype()}, which is not supported.")
                         self._add(name, TensorHeader(tuple(part.get_shape()), dtype), path)

@@ -18,7 +18,6 @@ from lightning_drm.deltas.adapters import ADAPTER_FILE, adapter_config, factor_n
 from lightning_drm.distributed.ranks import Ranks
 from lightning_drm.fusion.fuse import Fusion
 from lightning_drm.merging import Delta, LowRank
-from lightning_drm.pretrained import public_name
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -134,7 +133,7 @@ def _config(plan: Plan, ranks: dict[str, int]) -> LoraConfig:
     kind = kinds.pop() if len(kinds) == 1 else None
     return adapter_config(
         ranks,
-        base=public_name(plan.base.name),
+        base=plan.base.name,
         task_type=None if kind in _WITH_OWN_HEAD else kind,
         fan_in_fan_out=any(name in plan.transposed for name in plan.kinds),
     )

@@ -181,9 +181,26 @@ def require_finite(name: str, written: Tensor, exact: Tensor | None = None) -> f
     largest = float(peak(written))
     if math.isfinite(largest):
         return largest
-    if exact is not None and math.isfinite(float(peak(exact))):
-        raise ValueError(f"{name} does not fit into {written.dtype}: it has a value of {exact.abs().max():.3g}.")
+    if exact is not None:
+        require_fits(name, written, exact)
     raise ValueError(f"{name} is not finite after merging: the base or a finetune holds NaN or infinite values there.")
+
+
+def require_fits(name: str, written: Tensor, exact: Tensor) -> None:
+    """Refuses values that became infinite by rounding.
+
+    Args:
+        name: The parameter.
+        written: Its value, as it is written.
+        exact: The same before rounding.
+
+    Raises:
+        ValueError: If a finite value became infinite; says how large it is.
+    """
+    is_finite = exact.isfinite()
+    if not torch.equal(written.isfinite(), is_finite):
+        largest = exact[is_finite].abs().max()
+        raise ValueError(f"{name} does not fit into {written.dtype}: it has a value of {largest:.3g}.")
 
 
 def require_plausible(name: str, largest: float, base: Tensor, tasks: Sequence[str], deltas: Sequence[Delta]) -> None:

@@ -9,12 +9,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_drm.checkpoints.deltas import BaseValues
 from lightning_drm.checkpoints.planning import Plan, plan_costs
 from lightning_drm.checkpoints.reading.tensors import SafetensorsFiles
-from lightning_drm.checkpoints.writing.check import Checked, Measured, require_finite, require_plausible, summary
+from lightning_drm.checkpoints.writing.check import (
+    Checked,
+    Measured,
+    require_finite,
+    require_fits,
+    require_plausible,
+    summary,
+)
 from lightning_drm.checkpoints.writing.shards import ShardWriter
 from lightning_drm.checkpoints.writing.sidecars import copy_companions
 from lightning_drm.distributed.ranks import Ranks
@@ -74,7 +82,7 @@ def _written(
         writer.write(name, _finished(name, pieces, plan, fusion, values, record), record)
 
     for name in [name for name in names if name not in plan.kinds]:
-        writer.write(name, [plan.base.tensors.read(name).to(plan.headers[name].dtype)])
+        writer.write(name, [_kept(name, plan)])
         yield
     merged_names = [name for name in names if name in plan.kinds]
     fusion.calibrate()
@@ -87,6 +95,14 @@ def _written(
         write(merged.name, [merged])
         del merged  # before the next parameter comes
         yield
+
+
+def _kept(name: str, plan: Plan) -> Tensor:
+    value, dtype = plan.base.tensors.read(name), plan.headers[name].dtype
+    written = value.to(dtype)
+    if dtype != value.dtype and torch.finfo(dtype).max < torch.finfo(value.dtype).max:
+        require_fits(name, written, value)
+    return written
 
 
 def _finished(

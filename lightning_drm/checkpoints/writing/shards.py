@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_drm.checkpoints.reading import TensorHeader
+from lightning_drm.checkpoints.reading.tensors import DTYPES
 from lightning_drm.distributed.ranks import ALONE, Ranks
 from lightning_drm.fusion.threads import num_threads, side_by_side
 from lightning_drm.storage import write_json, write_text, writing
@@ -32,10 +33,7 @@ from lightning_drm.storage import write_json, write_text, writing
 JOURNAL_FILE = ".journal.jsonl"
 INDEX_FILE = "model.safetensors.index.json"
 
-_CODES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
