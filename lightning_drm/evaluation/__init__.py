@@ -4,6 +4,7 @@ from lightning_drm.evaluation.candidates import Candidates, Deltas
 from lightning_drm.evaluation.comparison import Comparison
 from lightning_drm.evaluation.finding import Finding, StoredFinding, read_findings, write_finding
 from lightning_drm.evaluation.linear_probe import linear_probe
+from lightning_drm.evaluation.made_from import MadeFrom
 from lightning_drm.evaluation.measure import Split, measure
 from lightning_drm.evaluation.page import write_page
 from lightning_drm.evaluation.picture import report_figure
@@ -28,6 +29,7 @@ __all__ = [
     "Deltas",
     "Finding",
     "Interval",
+    "MadeFrom",
     "Predictions",
     "Published",
     "RecordPredictions",

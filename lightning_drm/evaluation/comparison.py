@@ -87,8 +87,8 @@ class Comparison:
     def normalized(self) -> Numbers:
         """Merged over individual score by task (individual over merged where lower is better), and their ``average``.
 
-        A ratio takes a divisor above 0; that of a merged model whose score is NaN is NaN, too. The average is that of
-        the tasks in `compared`.
+        A ratio takes a divisor above 0, but where both make no error at all, it is 1. That of a merged model whose
+        score is NaN is NaN, too. The average is that of the tasks in `compared`.
         """
         ratios = {task: self._ratio(task) for task in self.tasks}
         return {**ratios, "average": _mean([ratio for ratio in ratios.values() if ratio is not None])}
@@ -99,8 +99,11 @@ class Comparison:
             return None
         if isnan(merged.value):
             return nan
-        ratio = (merged, individual) if self.metrics[task].higher_is_better else (individual, merged)
-        return ratio[0].value / ratio[1].value if ratio[1].value > 0 else None
+        if self.metrics[task].higher_is_better:
+            return merged.value / individual.value if individual.value > 0 else None
+        if merged.value == individual.value == 0:
+            return 1.0
+        return individual.value / merged.value if merged.value > 0 else None
 
     def _row(self, scores: Scores) -> Numbers:
         known = {task: score.value if (score := scores.get(task)) is not None else None for task in self.tasks}

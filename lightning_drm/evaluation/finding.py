@@ -1,6 +1,5 @@
 """What a study found: a sentence, a table and a figure, as files that the report's page takes up."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lightning_drm.evaluation.figures import write_svg
+from lightning_drm.evaluation.made_from import MadeFrom
 from lightning_drm.storage import write_json, write_text
 from lightning_drm.storage.json_files import read_object
 
@@ -50,35 +50,36 @@ class StoredFinding:
     figure: Path
 
 
-def write_finding(finding: Finding, folder: Path, made_from: Mapping[str, str | None]) -> StoredFinding:
+def write_finding(finding: Finding, folder: Path, made_from: MadeFrom, *, with_scores: bool = True) -> StoredFinding:
     """Writes ``<name>.csv``, ``<name>.svg`` and, last, ``<name>.json``.
 
     Args:
         finding: What was found.
         folder: The folder; made if missing.
-        made_from: By task, the fingerprint of its deltas.
+        made_from: What it is about.
+        with_scores: Whether it depends on scores.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = _stored(folder, finding.name, finding.title, finding.sentence)
     write_text(stored.table, finding.table.to_csv(index=False))
     write_svg(finding.figure, stored.figure)
-    about = {"title": finding.title, "sentence": finding.sentence, "deltas": dict(made_from)}
+    about = {"title": finding.title, "sentence": finding.sentence, **made_from.note(with_scores=with_scores)}
     write_json(folder / f"{finding.name}.json", about)
     return stored
 
 
-def read_findings(folder: Path, made_from: Mapping[str, str | None]) -> list[StoredFinding]:
-    """The findings of a folder about task vectors as they are now, by name; those about older ones are left out.
+def read_findings(folder: Path, made_from: MadeFrom) -> list[StoredFinding]:
+    """The findings of a folder about what a run has now, by name; those about older deltas or scores are left out.
 
     Args:
         folder: The folder; it may be missing.
-        made_from: By task, the fingerprint of its deltas.
+        made_from: What the run has now.
     """
     found = []
     for file in sorted(folder.glob("*.json")):
         about = read_object(file)
         stored = _stored(folder, file.stem, str(about.get("title")), str(about.get("sentence")))
-        if about.get("deltas") == dict(made_from) and stored.table.is_file() and stored.figure.is_file():
+        if made_from.holds_for(about) and stored.table.is_file() and stored.figure.is_file():
             found.append(stored)
     return found
 

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_drm.evaluation.finding import StoredFinding, read_findings
+from lightning_drm.evaluation.made_from import MadeFrom
 from lightning_drm.evaluation.page_commands import commands
 from lightning_drm.evaluation.page_tables import PageTable, finding_table, main_table, methods_table, tuned_table
 from lightning_drm.evaluation.sections import Study
@@ -44,18 +45,18 @@ class _Shown:
         return len(self.figure or "")
 
 
-def write_page(folder: Path, made_from: Mapping[str, str | None]) -> None:
+def write_page(folder: Path, made_from: MadeFrom) -> None:
     """Writes ``report.html`` from what a run folder has.
 
     Args:
         folder: The run folder.
-        made_from: By task, the fingerprint of its deltas; findings about others are left out.
+        made_from: What the run has now; findings about anything else are left out.
 
     Raises:
         ValueError: If a file that the page shows is damaged.
     """
     file = folder / "report.json"
-    report: dict[str, Any] = read_object(file) if file.is_file() else {"tasks": list(made_from)}
+    report: dict[str, Any] = read_object(file) if file.is_file() else {"tasks": list(made_from.deltas)}
     studies = {study: [_shown(finding) for finding in read_findings(folder / study, made_from)] for study in STUDIES}
     page = _rendered(folder, report, studies)
     while len(page.encode()) > MAX_BYTES and (smaller := _without_the_largest(studies)):

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lightning_drm.evaluation.comparison import ROWS, Comparison
 from lightning_drm.evaluation.figures import write_png, write_svg
+from lightning_drm.evaluation.made_from import MadeFrom
 from lightning_drm.evaluation.measure import Split
 from lightning_drm.evaluation.page import write_page
 from lightning_drm.evaluation.picture import report_figure
@@ -23,18 +24,18 @@ _COLUMNS = (*ROWS, "normalized")
 _PERCENT = MetricInfo("average", is_fraction=True)
 
 
-def write_report(comparison: Comparison, folder: Path, made_from: Mapping[str, str | None]) -> None:
+def write_report(comparison: Comparison, folder: Path, made_from: MadeFrom) -> None:
     """Writes ``report.json``, with the sections of studies, ``report.md``, the figure and ``report.html``.
 
     Args:
         comparison: What was measured.
         folder: The run folder.
-        made_from: By task, the fingerprint of its deltas.
+        made_from: What it is about.
 
     Raises:
         ValueError: If a section's file is damaged.
     """
-    content = {**report_content(comparison), "deltas": dict(made_from), **read_sections(folder, made_from)}
+    content = {**report_content(comparison), **made_from.note(), **read_sections(folder, made_from)}
     write_json(folder / "report.json", content)
     write_text(folder / "report.md", markdown(comparison))
     figure = report_figure(comparison)
@@ -49,18 +50,18 @@ def add_section(
     folder: Path,
     *,
     metrics: Mapping[str, MetricInfo],
-    made_from: Mapping[str, str | None],
+    made_from: MadeFrom,
 ) -> None:
     """Keeps a study's section, and puts it into ``report.json`` and the page.
 
-    A report is begun if there is none, or one of other deltas.
+    A report is begun if there is none, or one about something else.
 
     Args:
         study: The study.
         content: What stands in its section.
         folder: The run folder.
         metrics: By task, how to read its scores.
-        made_from: By task, the fingerprint of its deltas.
+        made_from: What it is about.
 
     Raises:
         ValueError: If ``report.json``, or a section's file, is damaged.
@@ -68,11 +69,10 @@ def add_section(
     write_section(study, content, folder, made_from)
     file = folder / "report.json"
     report = read_object(file) if file.is_file() else {}
-    deltas = dict(made_from)
-    if report.get("tasks") != list(metrics) or report.get("deltas", deltas) != deltas:  # older reports do not say
-        report = _beginning(metrics)
+    if report.get("tasks") != list(metrics) or not made_from.holds_for({**made_from.note(), **report}):
+        report = _beginning(metrics)  # what older reports do not note is taken to be the same
     earlier = {name: value for name, value in report.items() if name not in SECTIONS.values()}
-    write_json(file, {**earlier, "deltas": deltas, **read_sections(folder, made_from)})
+    write_json(file, {**earlier, **made_from.note(), **read_sections(folder, made_from)})
     write_page(folder, made_from)
 
 

@@ -43,7 +43,7 @@ def run_analyses(run: Run, candidates: Candidates, analyses: Sequence[Analysis])
             bar.begin(analysis.name, number, len(analyses))
             try:
                 findings = analysis.run(candidates, bar.step)
-                found += run.keep("analysis", findings)
+                found += run.keep("analysis", findings, with_scores=analysis.needs_scores)
                 for finding in findings:
                     run.say(f"{finding.title}: {finding.sentence}")
             except ValueError as error:

@@ -15,6 +15,7 @@ from lightning_drm.deltas import TaskVector
 from lightning_drm.evaluation import (
     Comparison,
     Finding,
+    MadeFrom,
     Published,
     Score,
     Split,
@@ -77,9 +78,9 @@ class Run:
     console: Console
 
     @property
-    def made_from(self) -> dict[str, str | None]:
-        """By task, the fingerprint of its deltas."""
-        return {task: self.folder.fingerprint(task) for task in self.session.tasks}
+    def made_from(self) -> MadeFrom:
+        """What a report or a study is about, if it is made now."""
+        return self.folder.made_from(self.session.tasks)
 
     def measure(self, task: str, module: LightningModule | None, base_batches: int, start: float) -> None:
         """Measures a collected task, which is done then; `module` is the trained one, if it was trained here."""
@@ -222,7 +223,12 @@ class Run:
         return metrics
 
     def keep(
-        self, study: Study, findings: Sequence[Finding], section: Mapping[str, Any] | None = None
+        self,
+        study: Study,
+        findings: Sequence[Finding],
+        section: Mapping[str, Any] | None = None,
+        *,
+        with_scores: bool = True,
     ) -> list[StoredFinding]:
         """Writes what a study found, takes it up into the report, and logs its figures.
 
@@ -230,12 +236,13 @@ class Run:
             study: The study, whose folder in the run folder takes the findings.
             findings: What was found.
             section: What the study adds to ``report.json``, if it does.
+            with_scores: Whether the findings depend on scores.
 
         Returns:
             The findings' files.
         """
         folder, made_from = self.folder.path, self.made_from
-        stored = [write_finding(finding, folder / study, made_from) for finding in findings]
+        stored = [write_finding(finding, folder / study, made_from, with_scores=with_scores) for finding in findings]
         if section is None:
             write_page(folder, made_from)
         else:

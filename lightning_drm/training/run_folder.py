@@ -27,7 +27,7 @@ from lightning_drm.deltas import (
     save_statistics,
     save_task_vector,
 )
-from lightning_drm.evaluation import Score
+from lightning_drm.evaluation import MadeFrom, Score
 from lightning_drm.kinds import MetricInfo
 from lightning_drm.storage import only_one, write_json, writing
 from lightning_drm.storage.json_files import read_object, shown
@@ -103,6 +103,18 @@ class RunFolder:
     def fingerprint(self, task: str) -> str | None:
         """What tells a task's stored deltas from others; ``None`` for files of older versions, which hold no hashes."""
         return StoredDeltas(self.task(task) / DELTAS_FILE).fingerprint
+
+    def made_from(self, tasks: Sequence[str]) -> MadeFrom:
+        """What a report, or a study, of these tasks is about, if it is made now."""
+        return MadeFrom({t: self.fingerprint(t) for t in tasks}, {t: self._measured_on(t) for t in tasks})
+
+    def _measured_on(self, task: str) -> str | None:
+        """A fingerprint of what a task's scores depend on beside its deltas; ``None`` where there are none."""
+        if not self.is_done(task):
+            return None
+        stored = self.read_metrics(task)
+        noted = {name: stored[name] for name in ("test_set", "metrics", "module") if name in stored}
+        return xxhash.xxh3_128(repr(noted).encode()).hexdigest()
 
     def task(self, task: str) -> Path:
         """Folder of one task."""

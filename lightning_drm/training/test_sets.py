@@ -5,6 +5,7 @@ from typing import Any
 
 import xxhash
 from lightning import LightningDataModule
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -40,7 +41,8 @@ def _fingerprint(data: LightningDataModule, arguments: Mapping[str, Any], split:
         data.setup("test" if split == "test" else "validate")
         loaders = data.test_dataloader() if split == "test" else data.val_dataloader()
         for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-            digest.update(str(len(loader) if hasattr(loader, "__len__") else "").encode())
+            for counted in (loader, getattr(loader, "dataset", None)):
+                digest.update(f"{sized_len(counted)} ".encode())
             first = next(iter(loader), None)
             apply_to_collection(first, Tensor, lambda tensor: digest.update(hash_tensor(tensor).encode()))
     return digest.hexdigest()

@@ -156,10 +156,11 @@ def _write_trials(found: Outcome, tasks: Sequence[str], folder: Path) -> None:
 
 
 def _untuned(run: Run) -> dict[str, Any]:
-    """The report of the merge that the run has, if it is about these deltas."""
+    """The report of the merge that the run has, if it is about these deltas, and measured as the tuned one was."""
     file = run.folder.path / "report.json"
     report = read_object(file) if file.is_file() else {}
-    is_current = report.get("tasks") == run.session.tasks and report.get("deltas", run.made_from) == run.made_from
+    made_from = run.made_from
+    is_current = report.get("tasks") == run.session.tasks and made_from.holds_for({**made_from.note(), **report})
     return report if is_current and "scores" in report else {}
 
 

@@ -19,8 +19,7 @@ OWN = "helpers.own_analysis"
 def found(run: Run) -> set[str]:
     """The findings of a run folder."""
     folder = RunFolder(run.folder)
-    made_from = {task: folder.fingerprint(task) for task in ("color", "pet")}
-    return {stored.name for stored in read_findings(folder.analysis, made_from)}
+    return {stored.name for stored in read_findings(folder.analysis, folder.made_from(["color", "pet"]))}
 
 
 def analyze(run: Run, *words: str) -> None:

@@ -78,6 +78,15 @@ def test_where_lower_is_better_the_ratio_is_turned_round():
     assert worse_than_nothing.normalized == {"cor": None, "average": None}
 
 
+def test_where_nothing_is_wrong_before_and_after_all_is_kept():
+    error_rate = MetricInfo("word_error_rate", higher_is_better=False)
+    individual, merged = ({"a": 0.0, "b": 0.2, "c": 0.1}, {"a": 0.0, "b": 0.4, "c": 0.0})
+    rows = (scores(row, error_rate) for row in (individual, merged))
+    comparison = Comparison(["a", "b", "c"], {}, *rows, METHOD)
+    assert comparison.normalized == {"a": 1.0, "b": 0.5, "c": None, "average": 0.75}
+    assert comparison.compared == ["a", "b"]
+
+
 @pytest.mark.parametrize("metric", [PEARSON, PERPLEXITY], ids=lambda metric: metric.name)
 def test_a_diverged_task_leaves_no_average_that_looks_better(metric: MetricInfo):
     diverged = Comparison(

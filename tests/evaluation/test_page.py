@@ -3,6 +3,7 @@
 import base64
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,9 +15,11 @@ from helpers.scores import scores
 from lightning_drm.evaluation import (
     Comparison,
     Finding,
+    MadeFrom,
     Score,
     add_section,
     page,
+    read_findings,
     write_finding,
     write_page,
     write_report,
@@ -25,7 +28,7 @@ from lightning_drm.evaluation.figures import new_figure
 from lightning_drm.kinds import MetricInfo
 
 TASKS = ["topic", "<b>&rated"]
-DELTAS = dict.fromkeys(TASKS, "1a")
+ABOUT = MadeFrom(dict.fromkeys(TASKS, "1a"), dict.fromkeys(TASKS, "0b"))
 METRICS = {"topic": MetricInfo("accuracy", is_fraction=True), "<b>&rated": MetricInfo("spearman", is_fraction=True)}
 
 
@@ -99,10 +102,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "# lightning-drm fit --config config.yaml --base_batches 7\n"
         "drm: {dirpath: runs/a, method: {class_path: lightning_drm.TIES, init_args: {}}, convolutions: average}\n"
     )
-    write_report(comparison(), folder, DELTAS)
+    write_report(comparison(), folder, ABOUT)
     for study in ("compare", "tune", "analysis"):
-        write_finding(finding(f"{study}_1"), folder / study, DELTAS)
-    write_finding(finding("outdated"), folder / "analysis", {**DELTAS, "topic": "0"})
+        write_finding(finding(f"{study}_1"), folder / study, ABOUT)
+    write_finding(finding("outdated"), folder / "analysis", replace(ABOUT, deltas={**ABOUT.deltas, "topic": "0"}))
     entry = {
         **comparison().method,
         "split": "validation",
@@ -111,7 +114,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "normalized": {"topic": 0.9, "<b>&rated": 0.8, "average": 0.8512},
     }
     better = {**entry, "scores": {**entry["scores"], "topic": 0.6333}}
-    add_section("compare", {"First": entry, "Second": better}, folder, metrics=METRICS, made_from=DELTAS)
+    add_section("compare", {"First": entry, "Second": better}, folder, metrics=METRICS, made_from=ABOUT)
     return folder
 
 
@@ -196,7 +199,7 @@ def test_tuned_scores_stand_beside_the_untuned_ones(copied: Path):
         "intervals": {"topic": [0.80, 0.82], "<b>&rated": None, "average": None},
         "normalized": {"topic": 0.9748, "<b>&rated": 0.9753, "average": 0.9750},
     }
-    add_section("tune", tuned, copied, metrics=METRICS, made_from=DELTAS)
+    add_section("tune", tuned, copied, metrics=METRICS, made_from=ABOUT)
     shown = read(copied)
     start = shown.cells.index("untuned") - 2
     assert [shown.cells[start + 5 * line : start + 5 * line + 5] for line in range(4)] == [
@@ -216,7 +219,7 @@ def test_a_page_of_methods_alone(tmp_path: Path):
         "intervals": {"topic": None, "<b>&rated": None, "average": None},
         "normalized": {"topic": None, "<b>&rated": None, "average": None},
     }
-    add_section("compare", {"Only": entry}, tmp_path, metrics=METRICS, made_from=DELTAS)
+    add_section("compare", {"Only": entry}, tmp_path, metrics=METRICS, made_from=ABOUT)
     shown = read(tmp_path)
     assert "No merged model was tested yet" in shown.text
     assert "Only" in shown.cells
@@ -225,36 +228,45 @@ def test_a_page_of_methods_alone(tmp_path: Path):
 
 
 def test_a_page_of_an_empty_run_folder(tmp_path: Path):
-    write_page(tmp_path, DELTAS)
+    write_page(tmp_path, ABOUT)
     assert "2 tasks, merged in several ways" in read(tmp_path).text
 
 
 def test_too_large_a_page_leaves_out_the_largest_tables_first(copied: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(page, "MAX_BYTES", 150_000)
-    write_finding(finding("large", 2000), copied / "analysis", DELTAS)
-    write_page(copied, DELTAS)
+    write_finding(finding("large", 2000), copied / "analysis", ABOUT)
+    write_page(copied, ABOUT)
     shown = read(copied)
     assert shown.size <= 150_000
     assert "All numbers are in analysis/large.csv: they would make this page too large." in shown.text
     assert "analysis/analysis_1.csv" not in shown.text, "smaller ones stay"
     assert len(shown.all("img")) == 5
     monkeypatch.setattr(page, "MAX_BYTES", 60_000)
-    write_page(copied, DELTAS)
+    write_page(copied, ABOUT)
     shown = read(copied)
     assert shown.size <= 60_000
     assert "too large" in shown.text
     assert 0 < len(shown.all("img")) < 5
 
 
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_findings_without_scores_stay_when_others_are_measured(with_scores: bool, tmp_path: Path):
+    write_finding(finding("first"), tmp_path, ABOUT, with_scores=with_scores)
+    remeasured = replace(ABOUT, measured_on=dict.fromkeys(TASKS, "9z"))
+    assert [stored.name for stored in read_findings(tmp_path, ABOUT)] == ["first"]
+    assert [stored.name for stored in read_findings(tmp_path, remeasured)] == ([] if with_scores else ["first"])
+    assert not read_findings(tmp_path, replace(ABOUT, deltas=dict.fromkeys(TASKS, "9z")))
+
+
 def test_a_report_of_an_older_version(tmp_path: Path):
     """It has neither a title, nor what its scores are, nor the deltas that it is about."""
     row = scores({"topic": 0.5})
-    write_report(Comparison(["topic"], row, row, row, comparison().method), tmp_path, DELTAS)
+    write_report(Comparison(["topic"], row, row, row, comparison().method), tmp_path, ABOUT)
     text = (tmp_path / "report.json").read_text()
     for name in ("title", "fractions", "deltas"):
         text = text.replace(f'"{name}"', f'"{name}_"')
     (tmp_path / "report.json").write_text(text)
-    write_page(tmp_path, DELTAS)
+    write_page(tmp_path, ABOUT)
     shown = read(tmp_path)
     assert "1 tasks merged with DRM" in shown.text
     assert "50.0" in shown.cells

@@ -10,6 +10,7 @@ from rich.console import Console
 from helpers.scores import scores
 from lightning_drm.evaluation import (
     Comparison,
+    MadeFrom,
     Score,
     logged_metrics,
     markdown,
@@ -21,7 +22,7 @@ from lightning_drm.kinds import MetricInfo
 
 TASKS = ["topic", "valence"]
 FILES = ["report.html", "report.json", "report.md", "report.png", "report.svg"]
-DELTAS = {"topic": "1a", "valence": "2b"}
+ABOUT = MadeFrom({"topic": "1a", "valence": "2b"}, {"topic": "3c", "valence": "4d"})
 ACCURACY = {
     "base": {"topic": 0.5, "valence": None, "average": None},
     "individual": {"topic": 0.8, "valence": 0.96, "average": pytest.approx(0.88)},
@@ -41,7 +42,7 @@ def comparison() -> Comparison:
 
 
 def test_json_has_the_documented_schema(comparison: Comparison, tmp_path: Path) -> None:
-    write_report(comparison, tmp_path / "run", DELTAS)
+    write_report(comparison, tmp_path / "run", ABOUT)
     content = json.loads((tmp_path / "run" / "report.json").read_text())
     assert content == {
         "schema": 2,
@@ -52,7 +53,8 @@ def test_json_has_the_documented_schema(comparison: Comparison, tmp_path: Path) 
         "accuracy": ACCURACY,
         "intervals": {row: dict.fromkeys([*TASKS, "average"]) for row in ACCURACY},
         "averaged": TASKS,
-        "deltas": DELTAS,
+        "deltas": {"topic": "1a", "valence": "2b"},
+        "measured_on": {"topic": "3c", "valence": "4d"},
         "title": "DRM",
         "fractions": TASKS,
         "normalized": {
@@ -61,7 +63,7 @@ def test_json_has_the_documented_schema(comparison: Comparison, tmp_path: Path) 
             "average": pytest.approx(0.625),
         },
     }
-    assert {**report_content(comparison), "deltas": DELTAS} == content
+    assert {**report_content(comparison), **ABOUT.note()} == content
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES
 
 
@@ -100,7 +102,7 @@ def test_picture(tmp_path: Path, count: int) -> None:
     accuracy = scores({name: (index + 1) / (count + 1) for index, name in enumerate(names)})
     method = {"class_path": "lightning_drm.TIES", "init_args": {}}
     without_base: dict[str, None] = {}
-    write_report(Comparison(names, without_base, accuracy, accuracy, method), tmp_path, DELTAS)
+    write_report(Comparison(names, without_base, accuracy, accuracy, method), tmp_path, ABOUT)
     with Image.open(tmp_path / "report.png") as picture:
         assert picture.format == "PNG"
         picture.load()
@@ -118,7 +120,7 @@ def test_bars_are_as_high_as_the_accuracies(tmp_path: Path) -> None:
 
     def darkest(accuracy: float) -> int:
         row = scores({"a": accuracy})
-        write_report(Comparison(["a"], {}, {}, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path, DELTAS)
+        write_report(Comparison(["a"], {}, {}, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path, ABOUT)
         with Image.open(tmp_path / "report.png") as picture:
             counted = picture.convert("RGB").getcolors(maxcolors=10**7)
         colored = [(number, color) for number, color in counted or [] if max(color) - min(color) > 40]
@@ -143,9 +145,9 @@ def test_logged_metrics(comparison: Comparison) -> None:
 
 
 def test_report_is_replaced(comparison: Comparison, tmp_path: Path) -> None:
-    write_report(comparison, tmp_path, DELTAS)
+    write_report(comparison, tmp_path, ABOUT)
     other = Comparison(["only"], {}, {}, scores({"only": 1.0}), {"class_path": "x.TSVM", "init_args": {"scale": 1.0}})
-    write_report(other, tmp_path, DELTAS)
+    write_report(other, tmp_path, ABOUT)
     assert json.loads((tmp_path / "report.json").read_text())["tasks"] == ["only"]
     assert "TSVM" in (tmp_path / "report.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
@@ -181,7 +183,7 @@ def mixed() -> Comparison:
 
 
 def test_tasks_of_several_kinds(mixed: Comparison, tmp_path: Path) -> None:
-    write_report(mixed, tmp_path, DELTAS)
+    write_report(mixed, tmp_path, ABOUT)
     content = json.loads((tmp_path / "report.json").read_text())
     assert "accuracy" not in content
     assert content["metrics"]["lm"] == {"name": "perplexity", "higher_is_better": False}
@@ -209,7 +211,7 @@ def test_tasks_of_several_kinds(mixed: Comparison, tmp_path: Path) -> None:
 
 def test_a_run_without_fractions_has_a_picture_too(tmp_path: Path) -> None:
     row = scores({"a": 3.0, "b": 5.0}, MetricInfo("perplexity", higher_is_better=False))
-    write_report(Comparison(["a", "b"], {}, row, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path, DELTAS)
+    write_report(Comparison(["a", "b"], {}, row, row, {"class_path": "x.DRM", "init_args": {}}), tmp_path, ABOUT)
     assert "normalized*: individual / merged, as lower is better" in (tmp_path / "report.md").read_text()
     with Image.open(tmp_path / "report.png") as picture:
         picture.load()

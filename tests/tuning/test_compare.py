@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
+from torch.utils.data import Subset
 
 from helpers.own_method import Largest
 from helpers.vectors_run import TASKS, ValidatedTask, VectorsRun
@@ -102,7 +103,7 @@ def test_all_methods_by_default_the_configured_one_first(copied: VectorsRun, cap
     assert "Validation accuracy, 14 methods" in printed
     assert "14 of 14 · KnOTS, density 0.2: average" in printed
     folder = RunFolder(copied.folder)
-    (finding,) = read_findings(copied.folder / "compare", {task: folder.fingerprint(task) for task in TASKS})
+    (finding,) = read_findings(copied.folder / "compare", folder.made_from(TASKS))
     assert finding.title == "Validation accuracy of 3 tasks, 14 methods"
 
 
@@ -141,10 +142,20 @@ def test_the_report_keeps_them_until_a_task_is_finetuned_again(copied: VectorsRu
     assert copied.report()["methods"] == found
     (copied.folder / "report.json").unlink()
     assert copied.compare(Average()) != found
-    assert set(copied.report()) == {"schema", "tasks", "metrics", "fractions", "deltas", "methods"}
+    assert set(copied.report()) == {"schema", "tasks", "metrics", "fractions", "deltas", "measured_on", "methods"}
     copied.fit(lr=0.01, only="b", retrain=True)
     copied.merge(IsoC())
     assert "methods" not in copied.report(), "they are about other deltas"
+
+
+def test_the_report_keeps_them_until_other_samples_are_tested(copied: VectorsRun):
+    copied.compare(TIES())
+    data = copied.data
+    data.tasks["b"].test = Subset(data.tasks["b"].test, range(20))
+    copied.trainer(IsoC()).merge(ValidatedTask(), data)
+    assert "methods" not in copied.report()
+    copied.merge(IsoC())
+    assert "methods" in copied.report(), "the samples are those again"
 
 
 def test_figures_are_logged_to_tensorboard(copied: VectorsRun, tmp_path: Path):
