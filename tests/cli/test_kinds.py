@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import yaml
 
 from helpers.kinds import questions, save_rows, tagged_sentences, texts_with_a_color, texts_with_pets
 from helpers.tiny import save_tiny_bert
+from helpers.warm import python, torchrun
 
 pytestmark = pytest.mark.processes
 
@@ -87,15 +86,12 @@ def report(config: Path):
         folder = config.parent / f"run{size}"
         shares = [f"--data.tasks.{task}.init_args.batch_size={GLOBAL_BATCH // size}" for task in METRICS]
         arguments = ["fit", "--config", config, "--drm.dirpath", folder, "--base_batches=100", *shares]
-        launcher = []
+        command = ["-m", "lightning_drm", *arguments]
         if size > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
-            arguments += ["--trainer.strategy=ddp", f"--trainer.devices={size}"]
-        done = subprocess.run(
-            [sys.executable, *launcher, "-m", "lightning_drm", *map(str, arguments)],
-            capture_output=True, text=True, timeout=900, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(config.parent / "cache")},
-        )  # fmt: skip
+            command += ["--trainer.strategy=ddp", f"--trainer.devices={size}"]
+            command = torchrun(["--standalone", f"--nproc_per_node={size}"], command)
+        environment = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(config.parent / "cache")}
+        done = python(*command, environment={**os.environ, **environment}, timeout=900)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         return json.loads((folder / "report.json").read_text())
 

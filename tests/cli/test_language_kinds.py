@@ -7,8 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from helpers.tiny_language import COLORS, PETS, save_answers, save_counting, save_tiny_llama, save_tiny_t5
+from helpers.warm import python, torchrun
 from lightning_drm import load_merged
 from lightning_drm.cli.main import main
 from lightning_drm.data import LanguageTask, SequenceTask
@@ -214,12 +213,10 @@ def test_lora(name: str, tmp_path: Path):
 
 
 def on_processes(size: int, *arguments: str) -> None:
-    """Runs a command on several processes, which Lightning starts."""
-    command = [sys.executable, "-m", "lightning_drm", *arguments, "--trainer.strategy", "ddp"]
-    done = subprocess.run(
-        [*command, "--trainer.devices", str(size)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+    """Runs a command on several processes."""
+    command = ["-m", "lightning_drm", *arguments, "--trainer.strategy", "ddp", "--trainer.devices", size]
+    ranks = torchrun(["--standalone", f"--nproc_per_node={size}"], command)
+    done = python(*ranks, environment={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
 
 

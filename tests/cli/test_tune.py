@@ -1,12 +1,8 @@
 """`lightning-drm tune`: a kill loses no trial, and `merge` takes the best setting."""
 
 import json
-import os
 import shlex
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import BertModel
 
 from helpers.run import Run
-from helpers.signals import own_environment
+from helpers.signals import start_cli
 from lightning_drm.cli.main import main
 from lightning_drm.evaluation.page_commands import commands
 
@@ -50,17 +46,14 @@ def finished_trials(folder: Path) -> list[tuple[object, ...]]:
 
 @pytest.mark.processes
 def test_after_a_kill_finished_trials_stay_and_the_others_follow(copied: Run, words: list[str], tmp_path: Path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lightning_drm", "tune", *words],
-        env=own_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start_cli("tune", *words, folder=tmp_path)
     deadline = time.monotonic() + 180
     while len(finished_trials(copied.folder)) < 3:
-        assert process.poll() is None, "it ended before it was killed"
+        assert process.exitcode is None, "it ended before it was killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     before = finished_trials(copied.folder)
     assert 3 <= len(before) < 10
     assert not (copied.folder / "tune" / "trials.csv").exists()

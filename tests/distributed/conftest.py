@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from helpers.devices import require_gpus
 from helpers.tiny import COLORS, save_texts, save_tiny_bert
+from helpers.warm import python, torchrun
 
 HERE = Path(__file__).parent
 
@@ -44,17 +44,12 @@ def launch(environment: dict[str, str]) -> Launch:
         arguments: Sequence[object], num_processes: int = 1, timeout: float = 300, check: bool = True, **extra: str
     ) -> subprocess.CompletedProcess[str]:
         require_gpus(extra.get("BACKEND", ""), num_processes)
-        command = [sys.executable, *map(str, arguments)]
         if num_processes > 1:
-            runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-            command = [sys.executable, *runner, *map(str, arguments)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env={**environment, **extra}, check=False
-        )
+            arguments = torchrun(["--standalone", f"--nproc_per_node={num_processes}"], arguments)
+        done = python(*arguments, environment={**environment, **extra}, timeout=timeout)
         if check and done.returncode:
-            pytest.fail(
-                f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-            )
+            words = " ".join(done.args)
+            pytest.fail(f"{words} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
         return done
 
     return run

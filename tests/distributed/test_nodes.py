@@ -7,10 +7,12 @@ processes know of the network is ``NCCL_SOCKET_IFNAME``, and where torchrun meet
 import json
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -48,10 +50,20 @@ def settings(environment: dict[str, str]) -> dict[str, str]:
     return {**known, "NCCL_SOCKET_IFNAME": CABLE, "BACKEND": "gloo"}
 
 
-def require_success(started: list[subprocess.Popen[str]], prints: Path) -> str:
+def end_code(started: ForkServerProcess, patience: float = PATIENCE) -> int | None:
+    started.join(patience)
+    return started.exitcode
+
+
+def printed_by(prints: Path, *nodes: Node) -> str:
+    """What nodes printed."""
+    return "\n".join((prints / f"{node.name}.{stream}").read_text() for node in nodes for stream in ("out", "err"))
+
+
+def require_success(started: list[ForkServerProcess], prints: Path, nodes: Nodes) -> str:
     """Waits for all nodes; returns what they printed."""
-    codes = [each.wait(PATIENCE) for each in started]
-    printed = "\n".join(file.read_text() for file in sorted(prints.glob("*.txt")))
+    codes = [end_code(each) for each in started]
+    printed = printed_by(prints, *nodes)
     assert codes == [0, 0], printed[-6000:]
     return printed
 
@@ -63,7 +75,7 @@ def require_named(survivor: Node, victim: Node, prints: Path, advice: str) -> No
         rf"^lightning-drm: Rank [{ranks}] \(process \d+ on {victim.name}\) died without an error message, so the other "
         rf"ranks ended too\. {advice}$"
     )
-    printed = (prints / f"{survivor.name}.txt").read_text()
+    printed = printed_by(prints, survivor)
     assert re.search(sentence, printed, re.MULTILINE), printed[-6000:]
 
 
@@ -80,7 +92,7 @@ def folder(inputs: Path, launch: Launch, tmp_path_factory: pytest.TempPathFactor
 def test_fit_merge_and_test_give_what_one_process_gives(
     folder: Path, nodes: Nodes, settings: dict[str, str], tmp_path: Path
 ):
-    require_success(torchrun(nodes, "c10d", [HERE / "on_nodes.py", folder], settings, tmp_path), tmp_path)
+    require_success(torchrun(nodes, "c10d", [HERE / "on_nodes.py", folder], settings, tmp_path), tmp_path, nodes)
     for strategy in ("ddp", "fsdp2"):
         ours, theirs = folder / f"gloo4/{strategy}_full", folder / "gloo1/alone_full"
         for file in (*(f"tasks/{task}/{part}" for task in TASKS for part in ("deltas", "head")), "merged/model"):
@@ -115,7 +127,7 @@ def save_nodes_config(folder: Path) -> Path:
 def wait_for(file: Path, prints: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while not file.exists():
-        assert time.monotonic() < deadline, [each.read_text()[-3000:] for each in prints.glob("*.txt")]
+        assert time.monotonic() < deadline, [each.read_text()[-3000:] for each in prints.glob("*.err")]
         time.sleep(0.1)
 
 
@@ -128,11 +140,11 @@ def test_a_node_that_dies_in_training_ends_the_other_and_the_run_goes_on(
     wait_for(tmp_path / "reached", tmp_path)
     victim, survivor = nodes
     victim.kill()
-    assert started[1].wait(MINUTE) > 0
-    assert started[0].wait(MINUTE) == -9
+    assert (end_code(started[1], MINUTE) or 0) > 0
+    assert end_code(started[0], MINUTE) == -signal.SIGKILL
     require_named(survivor, victim, tmp_path, r"What was finished is kept: the same command continues\.")
     before = (tmp_path / "run/tasks/color/deltas.safetensors").stat()
-    printed = require_success(torchrun(nodes, "c10d", fit, settings, tmp_path), tmp_path)
+    printed = require_success(torchrun(nodes, "c10d", fit, settings, tmp_path), tmp_path, nodes)
     assert "color: finetuned before" in printed
     assert (tmp_path / "run/tasks/color/deltas.safetensors").stat() == before
     assert (tmp_path / "run/merged/model.safetensors").exists()
@@ -167,7 +179,7 @@ def test_a_merge_of_files_writes_what_one_process_writes(
     rendezvous: str, nodes: Nodes, settings: dict[str, str], files: Path, tmp_path: Path
 ):
     merge = merge_of(files, tmp_path / "out")
-    printed = require_success(torchrun(nodes, rendezvous, merge, settings, tmp_path), tmp_path)
+    printed = require_success(torchrun(nodes, rendezvous, merge, settings, tmp_path), tmp_path, nodes)
     assert printed.count("Wrote") == 1, "one process speaks"
     assert contents(tmp_path / "out") == contents(files / "alone")
 
@@ -178,12 +190,12 @@ def test_a_users_own_interface_is_taken_and_one_that_leads_nowhere_is_named(
     loopback = {**settings, "GLOO_SOCKET_IFNAME": "lo"}
     started = torchrun(nodes, "static", merge_of(files, tmp_path / "out"), loopback, tmp_path)
     deadline = time.monotonic() + PATIENCE
-    while all(each.poll() is None for each in started):
+    while all(each.exitcode is None for each in started):
         assert time.monotonic() < deadline, "the loopback leads nowhere"
         time.sleep(0.1)
     for node in nodes:  # the other one would wait for ten minutes to be called
         node.kill()
-    printed = "".join((tmp_path / f"{node.name}.txt").read_text() for node in nodes)
+    printed = printed_by(tmp_path, *nodes)
     sentence = (
         rf"^lightning-drm: Rank \d of 4 did not find all others at {nodes[0].address}:29500: Gloo .+127\.0\.0\.1.+\. "
         r"GLOO_SOCKET_IFNAME names the interface between the nodes\.$"
@@ -201,10 +213,10 @@ def test_a_node_without_network_ends_the_other_and_the_merge_goes_on(
     wait_for(tmp_path / ".out.partial/.journal.jsonl.0", tmp_path)
     survivor, victim = nodes
     victim.pull_cable()
-    assert started[0].wait(MINUTE) > 0
+    assert (end_code(started[0], MINUTE) or 0) > 0
     advice = r"What they wrote is kept: give the same command again, with any number of processes\."
     require_named(survivor, victim, tmp_path, advice)
-    assert started[1].wait(MINUTE) > 0, "the node itself misses the other one, too"
+    assert (end_code(started[1], MINUTE) or 0) > 0, "the node itself misses the other one, too"
     victim.do("ip", "link", "set", victim.interface, "up")
-    require_success(torchrun(nodes, "static", merge, settings, tmp_path), tmp_path)
+    require_success(torchrun(nodes, "static", merge, settings, tmp_path), tmp_path, nodes)
     assert contents(tmp_path / "out") == contents(files / "alone")

@@ -5,6 +5,7 @@ No name server knows the hostnames. It takes Linux, ``unshare``, ``nsenter``, ``
 which a user has as root or in a user namespace.
 """
 
+import ctypes
 import os
 import shlex
 import signal
@@ -13,7 +14,10 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+from helpers import warm
 
 CABLE = "cable"  # so the interface's name begins on both nodes; it goes on in another way on each
 PROCESSES = 2  # on each node
@@ -116,16 +120,16 @@ def _node(number: int, name: str, unshare: Sequence[str]) -> Iterator[Node]:
 
 
 def torchrun(
-    nodes: Sequence[Node], rendezvous: str, arguments: Sequence[object], environment: Mapping[str, str], prints: Path
-) -> list[subprocess.Popen[str]]:
+    nodes: Sequence[Node], rendezvous: str, command: Sequence[object], environment: Mapping[str, str], prints: Path
+) -> list[ForkServerProcess]:
     """Starts torchrun on each node, for two processes on each.
 
     Args:
         nodes: The nodes.
         rendezvous: ``static``, at the first node; or ``c10d``, at the second one, while rank 0 is on the first.
-        arguments: What follows ``python`` on the command line of each process.
+        command: What follows ``python`` on the command line of each process.
         environment: Environment variables.
-        prints: A folder for what each node prints, in a file of its name.
+        prints: A folder for what each node prints, in two files of its name.
     """
     started = []
     for node in nodes:
@@ -137,7 +141,16 @@ def torchrun(
             # By themselves they ask a name server which node hosts the store, and by which address others reach it.
             meeting += ["--rdzv_conf", f"is_host={int(node is host)}", "--local_addr", node.address]
         size = ["--nnodes", len(nodes), "--nproc_per_node", PROCESSES]
-        command = node.command(sys.executable, "-m", "torch.distributed.run", *size, *meeting, *arguments)
-        with (prints / f"{node.name}.txt").open("w") as file:
-            started.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT, text=True))
+        words = [str(word) for word in warm.torchrun([*size, *meeting], command)]
+        files = {"out": prints / f"{node.name}.out", "err": prints / f"{node.name}.err"}
+        started.append(warm.fork(_interpret_on, node.holder, words, environment=environment, **files))
     return started
+
+
+def _interpret_on(holder: int, words: Sequence[str]) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)  # Python itself has setns since 3.12
+    for kind in [*(["user"] if os.geteuid() else []), "net", "uts"]:
+        with Path(f"/proc/{holder}/ns/{kind}").open() as namespace:
+            if libc.setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"setns to {namespace.name}")
+    warm.interpret(words)

@@ -1,19 +1,17 @@
 """Real signals at chosen moments of a fit, and pauses in which to send them."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from lightning_drm.cli.main import main
+from helpers.warm import python, start
 
 
 class SignalAt(Callback):
@@ -69,40 +67,19 @@ class SignalAll(Callback):
             os.killpg(0, self.signal)
 
 
-_WARM = multiprocessing.get_context("forkserver")
-_WARM.set_forkserver_preload(["lightning_drm.cli.trainer", "transformers.models.bert.modeling_bert", "datasets"])
-
-
-def exit_code(*words: str) -> int:
-    """That of the command line in a process of its own, which is forked from one that has imported what it takes."""
-    process = _WARM.Process(target=_main, args=(words, torch.get_num_threads()))
-    process.start()
-    process.join()
-    assert process.exitcode is not None
-    return process.exitcode
-
-
-def _main(words: Sequence[str], num_threads: int) -> None:
-    torch.set_num_threads(num_threads)  # on which the last bit of a sum depends
-    main([*words])
-
-
 def run_cli(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in an interpreter of its own."""
-    command = [sys.executable, "-m", "lightning_drm", *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=own_environment(**environment), preexec_fn=let_interrupt
-    )
+    """The command line in a process of its own."""
+    return python("-m", "lightning_drm", *words, environment=own_environment(**environment))
+
+
+def start_cli(*words: str, folder: Path) -> ForkServerProcess:
+    """Starts the command line in a process of its own; it prints to files in a folder."""
+    return start(["-m", "lightning_drm", *words], own_environment(), folder / "out", folder / "err")
 
 
 def own_environment(**more: str) -> dict[str, str]:
     """As many threads as this process has, on which the last bit of a sum depends."""
     return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **more}
-
-
-def let_interrupt() -> None:
-    """A shell lets what it runs in the background ignore Ctrl-C, and so do all processes below."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class PauseOnce(Callback):

@@ -1,7 +1,6 @@
 """Several processes in one run folder: real fits of tiny models, side by side and killed."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.signals import start_cli
 from helpers.tiny import save_run_config
 from lightning_drm.cli.main import main
 
@@ -26,21 +26,21 @@ def test_a_fit_keeps_others_from_its_task_and_a_kill_leaves_it_undone(config: Pa
     run = config.parent / "run"
     fit = ["fit", "--config", str(config)]
     endless = [*fit, "--only", "pet", "--trainer.max_steps", "1000000000"]
-    other = subprocess.Popen([sys.executable, "-m", "lightning_drm", *endless], stdout=subprocess.DEVNULL)
+    other = start_cli(*endless, folder=config.parent)
     try:
         deadline = time.monotonic() + 60
         while not (run / "tasks" / ".pet.lock").exists():
-            assert other.poll() is None
+            assert other.exitcode is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert refusal([*fit, "--only", "pet"], capsys) == busy(run)
         assert refusal(fit, capsys) == busy(run), "one task is at work"
         main([*fit, "--only", "color"])
         assert "pet still to be finetuned" in capsys.readouterr().out
-        assert other.poll() is None, "the fit of another task does not disturb it"
+        assert other.exitcode is None, "the fit of another task does not disturb it"
     finally:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
+        other.kill()
+        other.join()
     assert "has no finetune of pet" in refusal(["merge", "--config", str(config)], capsys)
     main([*fit, "--only", "pet"])
     main(["merge", "--config", str(config)])

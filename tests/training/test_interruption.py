@@ -3,14 +3,13 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from helpers.signals import SignalAll, SignalAt, let_interrupt, own_environment, run_cli
+from helpers.signals import SignalAll, SignalAt, run_cli, start_cli
 from helpers.tiny import save_run_config
 from lightning_drm.cli.main import main
 
@@ -62,22 +61,18 @@ def test_a_signal_ends_a_fit_with_its_code(config: Path, tmp_path: Path, name: s
 )
 def test_a_signal_from_outside_ends_a_fit(config: Path, tmp_path: Path, name: str, code: int, strategy: list[str]):
     """It reaches all processes, as from a terminal or from SLURM."""
-    words = [*fit(config, tmp_path, ["SIGUSR2"], step=10**9), *strategy]
-    command = [sys.executable, "-m", "lightning_drm", *words, "--trainer.max_steps", "1000000000"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(
-        command, env=own_environment(), preexec_fn=let_interrupt, start_new_session=True, **pipes
-    )
+    words = [*fit(config, tmp_path, ["SIGUSR2"], step=10**9), *strategy, "--trainer.max_steps", "1000000000"]
+    process = start_cli(*words, folder=tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run/tasks/color/begun.json").exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.exitcode is None, (tmp_path / "err").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(1)  # into the training, or not: both must end alike
     os.killpg(process.pid, signal.Signals[name])
-    assert process.wait(60) == code
-    assert process.stderr is not None
-    assert f"Stopped by {name}: task 'color' was not finished" in process.stderr.read()
+    process.join(60)
+    assert process.exitcode == code
+    assert f"Stopped by {name}: task 'color' was not finished" in (tmp_path / "err").read_text()
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
@@ -86,11 +81,7 @@ def test_a_signal_ends_ranks_that_wait_for_gradients(config: Path, tmp_path: Pat
     sender = {"class_path": path, "init_args": {"name": name, "step": 4}}
     trainer = {"callbacks": [sender], "logger": False, "devices": 2, "strategy": "ddp"}
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump({"trainer": trainer, "drm": {"dirpath": str(tmp_path)}}))
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_drm", "fit", "--config", str(config), "--config", tmp_path / "overlay.yaml"],
-        env=own_environment(), preexec_fn=let_interrupt, start_new_session=True, capture_output=True, text=True,
-        timeout=180, check=False,
-    )  # fmt: skip
+    done = run_cli("fit", "--config", str(config), "--config", str(tmp_path / "overlay.yaml"))
     assert f"Stopped by {name}: task 'color' was not finished" in done.stderr
     assert done.returncode == code
 

@@ -14,7 +14,7 @@ from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
-from helpers.signals import SignalAt, exit_code
+from helpers.signals import SignalAt, run_cli
 from helpers.tiny import KINDS, QUIET, Vectors, VectorTask, save_run_config
 from lightning_drm import Average, DRMMergeCallback, MergeTrainer, MultiTaskDataModule
 from lightning_drm.cli.main import main
@@ -98,7 +98,7 @@ def test_a_killed_fit_ends_as_an_undisturbed_one(
     main(variant(config, tmp_path / "calm", callbacks, **trainer))
     kill = signals(tmp_path, ["SIGKILL"], step=16)
     disturbed = variant(config, tmp_path / "killed", [*callbacks, kill], **trainer)
-    assert exit_code(*disturbed) == -signal.SIGKILL
+    assert run_cli(*disturbed).returncode == -signal.SIGKILL
     capsys.readouterr()
     main(disturbed)
     said = capsys.readouterr().out
@@ -111,7 +111,7 @@ def test_checkpoints_inside_an_epoch_are_passed_over(config: Path, tmp_path: Pat
     callbacks = [checkpoint(every_n_train_steps=4, save_top_k=-1)]
     main(variant(config, tmp_path / "calm", callbacks))
     disturbed = variant(config, tmp_path / "killed", [*callbacks, signals(tmp_path, ["SIGKILL"], step=16)])
-    assert exit_code(*disturbed) == -signal.SIGKILL
+    assert run_cli(*disturbed).returncode == -signal.SIGKILL
     assert list((tmp_path / "killed/run/tasks/color/checkpoints").glob("*step=12*"))
     capsys.readouterr()
     main(disturbed)
@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over(config: Path, tmp_path: Path, capsy
     callbacks = [checkpoint(save_top_k=-1)]
     main(variant(config, tmp_path / "calm", callbacks))
     disturbed = variant(config, tmp_path / "killed", [*callbacks, signals(tmp_path, ["SIGKILL"], step=16)])
-    assert exit_code(*disturbed) == -signal.SIGKILL
+    assert run_cli(*disturbed).returncode == -signal.SIGKILL
     (last,) = (tmp_path / "killed/run/tasks/color/checkpoints").glob("*step=12.ckpt")
     last.write_bytes(last.read_bytes()[:-1000])
     capsys.readouterr()
@@ -139,7 +139,7 @@ def test_what_was_trained_is_not_trained_again(
     """Killed after the last checkpoint, before deltas are written; and after that, before they are measured."""
     main(variant(config, tmp_path / "calm", []))
     disturbed = variant(config, tmp_path / "killed", [signals(tmp_path, ["SIGKILL"], hook=hook)])
-    assert exit_code(*disturbed) == -signal.SIGKILL
+    assert run_cli(*disturbed).returncode == -signal.SIGKILL
     task = tmp_path / "killed" / "run" / "tasks" / "color"
     assert (task / "deltas.safetensors").exists() == (hook == "on_fit_end")
     assert not (task / "metrics.json").exists()
@@ -154,7 +154,7 @@ def test_what_was_trained_is_not_trained_again(
 def test_resuming_is_asked_for_and_refuses_other_settings(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     main(variant(config, tmp_path / "calm", []))
     disturbed = variant(config, tmp_path / "killed", [signals(tmp_path, ["SIGKILL"], step=16)])
-    assert exit_code(*disturbed) == -signal.SIGKILL
+    assert run_cli(*disturbed).returncode == -signal.SIGKILL
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main([*disturbed, "--trainer.max_steps", "19"])
@@ -172,7 +172,7 @@ def test_a_killed_retraining_goes_on_too(config: Path, tmp_path: Path, capsys: p
     main(fit)
     (tmp_path / "sent").unlink()
     again = [*fit, "--retrain", "true", "--trainer.max_steps", "19", "--only", "color"]
-    assert exit_code(*again) == -signal.SIGKILL
+    assert run_cli(*again).returncode == -signal.SIGKILL
     capsys.readouterr()
     main(again)
     assert re.search("color: going on from .*step=12.ckpt", capsys.readouterr().out)
