@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +10,7 @@ from lightning import Trainer
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from data import count_test_samples
+from helpers.warm import python, torchrun
 from lightning_drm.data.sharing import Share, exactness_problem, num_replicas
 
 
@@ -71,8 +70,10 @@ def test_one_process_has_one_share():
 def test_scores_under_ddp_are_those_of_one_process(tmp_path, reviews, num_processes):
     alone = count_test_samples.main(reviews, num_processes=1)
     out = tmp_path / "out.json"
-    command = [sys.executable, count_test_samples.__file__, reviews, out, tmp_path / "cache", str(num_processes)]
-    subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [count_test_samples.__file__, reviews, out, tmp_path / "cache", num_processes]
+    ranks = torchrun(["--standalone", f"--nproc_per_node={num_processes}"], command)
+    done = python(*ranks, environment={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stderr
     shared = json.loads(out.read_text())
     assert {task: alone[f"samples/{task}"] for task in "ab"} == {"a": 10, "b": 7}
     assert shared == pytest.approx(alone)

@@ -19,7 +19,7 @@ from lightning_drm.distributed.ranks import Ranks
 
 PATIENCE = 4.0  # seconds to assemble, instead of 10 minutes
 LATE = 6.0  # seconds that a rank comes late to a meeting
-AWAY = 20.0  # seconds for which a rank does nothing at all
+AWAY = 600.0  # seconds for which a rank does nothing at all, if it is not killed
 
 
 def be_impatient() -> None:

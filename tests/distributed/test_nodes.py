@@ -23,6 +23,7 @@ from distributed.compared import largest_difference, require_average_of_stored
 from helpers import models
 from helpers.nodes import CABLE, PROCESSES, Node, NoNodesError, torchrun, two_nodes
 from helpers.tiny import save_run_config
+from lightning_drm.distributed import watch
 
 pytestmark = pytest.mark.processes
 
@@ -208,8 +209,10 @@ def test_a_node_without_network_ends_the_other_and_the_merge_goes_on(
     nodes: Nodes, settings: dict[str, str], files: Path, tmp_path: Path
 ):
     """Unlike a kill, it closes no connection."""
+    probes = watch._PROBES
+    assert probes["TCP_KEEPIDLE"] + probes["TCP_KEEPINTVL"] * probes["TCP_KEEPCNT"] < MINUTE, "for users"
     merge = merge_of(files, tmp_path / "out")
-    started = torchrun(nodes, "static", merge, settings, tmp_path)
+    started = torchrun(nodes, "static", [HERE / "short_probes.py", *merge[2:]], settings, tmp_path)
     wait_for(tmp_path / ".out.partial/.journal.jsonl.0", tmp_path)
     survivor, victim = nodes
     victim.pull_cable()
