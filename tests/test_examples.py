@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from helpers.tiny import save_run_config
+from helpers.warm import python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -62,13 +63,14 @@ def test_slurm_stand_in_refuses_what_depends_on_a_failure(tmp_path: Path):
 
 
 def _study(folder: Path, *options: str) -> str:
-    command = [
-        sys.executable,
-        EXAMPLES / "study" / "run.py",
-        f"--folder={folder / 'runs'}",
-        f"--output={folder / 'out'}",
-    ]
-    return subprocess.run([*command, *options], check=True, capture_output=True, text=True, timeout=400).stdout
+    return _script("run.py", f"--folder={folder / 'runs'}", f"--output={folder / 'out'}", *options)
+
+
+def _script(name: str, *options: str) -> str:
+    """What a script of the study prints."""
+    done = python(EXAMPLES / "study" / name, *options, timeout=400)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.processes
@@ -119,8 +121,7 @@ def test_later_methods_of_the_study(tmp_path: Path):
     }
     options += [f"--grids={json.dumps(grids)}", "--num_samples=8", "--learned=[labels]"]
     finetuning = f"--finetuning={json.dumps({'full': [str(config)]})}"
-    command = [sys.executable, EXAMPLES / "study" / "later.py", *options, finetuning]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=400)
+    _script("later.py", *options, finetuning)
     both = pd.read_csv(tmp_path / "out" / "later_methods.csv").set_index("method")
     found = json.loads((tmp_path / "runs" / "full-0" / "report.json").read_text())["methods"]
     table, tuned = both[both["setting"] == "default"], both[both["setting"] == "tuned"]
