@@ -1,19 +1,29 @@
 """The settings of a finetune, flat and comparable, so that a run sees whether a stored task still fits.
 
-Only settings that can change the result count: not the folder, the logging, the progress bars or the hardware.
+Only settings that can change the result count: not the folder, the logging, the progress bars or the hardware. Of
+callbacks, those of Lightning count that change what is trained; what a user's own ones do is unknown.
 """
 
 import dataclasses
 import enum
 import inspect
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from lightning_drm.deltas import hash_tensor
 from lightning_drm.pretrained import public_name
@@ -26,6 +36,10 @@ _WITHOUT_INFLUENCE = {
     "limit_test_batches", "log_every_n_steps", "logger", "model_registry", "num_nodes", "num_sanity_val_steps",
     "plugins", "profiler", "strategy",
 }  # fmt: skip
+_OF_TRAINING = (
+    BaseFinetuning, BatchSizeFinder, EarlyStopping, GradientAccumulationScheduler, LearningRateFinder,
+    StochasticWeightAveraging,
+)  # fmt: skip
 _MEASURED_ONLY = {"metric", "score", "higher_is_better", "max_new_tokens", "num_beams"}
 _ADDED = {  # what was so before it was a setting
     "model.trust_remote_code": False,
@@ -72,11 +86,33 @@ def finetune_settings(
     return {name: _without_path(value) for name, value in flatten(content)}
 
 
+def callback_settings(callbacks: Sequence[Callback], *, averaged: bool) -> Settings:
+    """What the callbacks of a fit add to its settings.
+
+    Args:
+        callbacks: The callbacks, before they were used.
+        averaged: Whether the merged weights are those that a callback averages.
+    """
+    counted = (*_OF_TRAINING, WeightAveraging) if averaged else _OF_TRAINING
+    found = {type(callback).__name__: callback for callback in callbacks if isinstance(callback, counted)}
+    content: Settings = {"callbacks": ", ".join(found)}
+    for name, callback in found.items():
+        own = {key.lstrip("_"): value for key, value in vars(callback).items() if key != "_device"}
+        own |= own.pop("kwargs", {})
+        if inspect.isfunction(rule := own.get("avg_fn")):  # of an exponential average, whose decay is only known to it
+            own["avg_fn"] = {"name": _name(rule), **inspect.getclosurevars(inspect.unwrap(rule)).nonlocals}
+        content |= flatten(own, f"callbacks.{name}")
+    return content
+
+
 def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
     """What has changed, one line a setting: ``model.head_lr: 0.01 → 0.001``."""
     added = {name: value for name, value in _ADDED.items() if name in current}
     stored = added | {name: _without_path(value) for name, value in stored.items()}  # older versions kept paths
-    names = sorted(stored.keys() | current.keys())
+    if "callbacks" not in stored:  # nor did they keep what callbacks do
+        current = {name: value for name, value in current.items() if not name.startswith("callbacks")}
+    alone = {name for name in stored.keys() ^ current.keys() if name.startswith("callbacks.")}  # of one come or gone
+    names = sorted((stored.keys() | current.keys()) - alone)
     absent = "not set"
     return [
         f"{name}: {stored.get(name, absent)} → {current.get(name, absent)}"
@@ -90,7 +126,7 @@ def _without_path(value: Any) -> Any:
 
     Task folders are handed on. Where the base and the data lie is in the run's ``config.yaml`` alone.
     """
-    if not isinstance(value, str) or (name := public_name(value)) == value:
+    if not isinstance(value, str) or not value or (name := public_name(value)) == value:  # "" would be this folder
         return value
     return f"{name} ({xxhash.xxh3_64(value.encode()).hexdigest()[:8]})"
 

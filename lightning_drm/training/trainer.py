@@ -43,7 +43,7 @@ from lightning_drm.training.progress import TaskProgressBar
 from lightning_drm.training.run import Run, is_writer
 from lightning_drm.training.run_folder import RunFolder
 from lightning_drm.training.scoring import Scoring
-from lightning_drm.training.settings import finetune_settings
+from lightning_drm.training.settings import callback_settings, finetune_settings
 from lightning_drm.training.snapshot_merges import merge_snapshots, require_measurable
 from lightning_drm.training.snapshots import TakeSnapshots
 from lightning_drm.training.strategies import refuse_strategy
@@ -482,7 +482,8 @@ class MergeTrainer(Trainer):
     def _settings(self, run: Run, task: str) -> dict[str, Any]:
         seed = run.modules.seed
         settings = finetune_settings(run.modules.template, run.data.tasks[task], self._arguments, seed)
-        return {**settings, **settings_of(run.weights, self._task_callbacks)}
+        counted = callback_settings(self._task_callbacks, averaged=run.weights == "averaged")
+        return {**settings, **counted, **settings_of(run.weights, self._task_callbacks)}
 
     def _progress_bar(self, label: str) -> list[Callback]:
         shown = self._arguments.get("enable_progress_bar") is not False and is_writer()

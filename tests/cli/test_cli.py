@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning import LightningDataModule, LightningModule
+from lightning import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    StochasticWeightAveraging,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
@@ -226,8 +233,47 @@ def test_values_of_all_kinds_are_told_apart():
     for one, other in pairs:
         assert settings.changed_settings(of(one), of(copy.deepcopy(one))) == []
         assert len(settings.changed_settings(of(one), of(other))) == 1
+    assert of("")["data.value"] == "", "it is no name of the folder in which the command is given"
     before = {**of(Path("/data/a")), "data.value": "pathlib.PosixPath"}  # what older versions kept
     assert settings.changed_settings(before, of(Path("/data/a"))) == []
+
+
+def test_callbacks_count_that_change_what_is_trained():
+    def of(*callbacks: Callback, averaged: bool = False) -> settings.Settings:
+        return settings.callback_settings(callbacks, averaged=averaged)
+
+    monitors, none = LearningRateMonitor(), of()
+    assert of(monitors) == none
+    pairs = [
+        (EarlyStopping("a", patience=3), EarlyStopping("a", patience=5), "callbacks.EarlyStopping.patience: 3 → 5"),
+        (EarlyStopping("loss"), EarlyStopping("loss", check_on_train_epoch_end=True),
+         "callbacks.EarlyStopping.check_on_train_epoch_end: None → True"),
+        (GradientAccumulationScheduler({0: 2}), GradientAccumulationScheduler({0: 4}),
+         "callbacks.GradientAccumulationScheduler.scheduling.0: 2 → 4"),
+        (StochasticWeightAveraging(0.1), StochasticWeightAveraging(0.2),
+         "callbacks.StochasticWeightAveraging.swa_lrs: 0.1 → 0.2"),
+    ]  # fmt: skip
+    for one, other, line in pairs:
+        assert settings.changed_settings(of(one), of(monitors, copy.deepcopy(one))) == []
+        assert settings.changed_settings(of(one), of(other)) == [line]
+        assert settings.changed_settings(of(one), none) == [f"callbacks: {type(one).__name__} → "]
+        assert settings.changed_settings({}, of(one)) == [], "older versions did not keep them"
+    slow, fast = (EMAWeightAveraging(decay=decay) for decay in (0.99, 0.9))
+    assert of(slow) == none, "the last step's weights do not depend on it"
+    lines = settings.changed_settings(of(slow, averaged=True), of(fast, averaged=True))
+    assert lines == ["callbacks.EMAWeightAveraging.avg_fn.decay: 0.99 → 0.9"]
+
+
+def test_a_finished_task_is_kept_from_another_early_stopping(unfinished: Run, capsys: pytest.CaptureFixture):
+    def fit(patience: int) -> None:
+        stopping = ["--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "train_loss"]
+        words = [*stopping, "--trainer.callbacks.patience", str(patience), "--trainer.callbacks.strict", "false"]
+        main(["fit", *unfinished.words, "--only", "pet", "--trainer.max_steps", "1", *words])
+
+    fit(3)
+    with pytest.raises(SystemExit):
+        fit(4)
+    assert "pet: callbacks.EarlyStopping.patience: 3 → 4" in capsys.readouterr().err
 
 
 def test_all_rows_are_of_one_module(copied: Run, capsys: pytest.CaptureFixture):

@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Looks at every exception that a test expects, at what it was made from, and at what command lines say."""
     if config.getoption("--error-table") is None:
         return
-    leave, communicate, sentence = pytest.RaisesExc.__exit__, subprocess.Popen.communicate, mistakes.sentence
+    leave, complete, sentence = pytest.RaisesExc.__exit__, subprocess.CompletedProcess.__init__, mistakes.sentence
 
     def leave_noted(self: pytest.RaisesExc, kind: object, error: BaseException | None, trace: object) -> bool:
         seen = error
@@ -46,13 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
             seen = seen.__cause__ or seen.__context__
         return leave(self, kind, error, trace)
 
-    def communicate_noted(self: subprocess.Popen, *args: Any, **options: Any) -> tuple[Any, Any]:
-        streams = communicate(self, *args, **options)
-        for stream in streams:
+    def complete_noted(self: subprocess.CompletedProcess, *args: Any, **options: Any) -> None:
+        complete(self, *args, **options)
+        for stream in (self.stdout, self.stderr):
             text = stream.decode(errors="replace") if isinstance(stream, bytes) else stream or ""
             for said in re.findall(r"^lightning-drm: (.*(?:\n[ -].*)*)", text, re.MULTILINE):
                 _keep((COMMAND_LINE, 0), said)
-        return streams
 
     def sentence_noted(message: str) -> str:
         said = sentence(message)
@@ -60,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return said
 
     pytest.RaisesExc.__exit__ = leave_noted
-    subprocess.Popen.communicate = communicate_noted
+    subprocess.CompletedProcess.__init__ = complete_noted
     mistakes.sentence = sentence_noted
 
 
