@@ -94,8 +94,12 @@ def callback_settings(callbacks: Sequence[Callback], *, averaged: bool) -> Setti
         averaged: Whether the merged weights are those that a callback averages.
     """
     counted = (*_OF_TRAINING, WeightAveraging) if averaged else _OF_TRAINING
-    found = {type(callback).__name__: callback for callback in callbacks if isinstance(callback, counted)}
-    content: Settings = {"callbacks": ", ".join(found)}
+    found: dict[str, Callback] = {}
+    for callback in callbacks:
+        if isinstance(callback, counted):
+            name = type(callback).__name__
+            found[f"{name}_{len(found)}" if name in found else name] = callback
+    content: Settings = {"callbacks": ", ".join(found) or "none"}
     for name, callback in found.items():
         own = {key.lstrip("_"): value for key, value in vars(callback).items() if key != "_device"}
         own |= own.pop("kwargs", {})

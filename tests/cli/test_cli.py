@@ -256,8 +256,15 @@ def test_callbacks_count_that_change_what_is_trained():
     for one, other, line in pairs:
         assert settings.changed_settings(of(one), of(monitors, copy.deepcopy(one))) == []
         assert settings.changed_settings(of(one), of(other)) == [line]
-        assert settings.changed_settings(of(one), none) == [f"callbacks: {type(one).__name__} → "]
+        assert settings.changed_settings(of(one), none) == [f"callbacks: {type(one).__name__} → none"]
         assert settings.changed_settings({}, of(one)) == [], "older versions did not keep them"
+    two = [EarlyStopping("a"), EarlyStopping("b")]
+    assert settings.changed_settings(of(*two), of(EarlyStopping("c"), two[1])) == [
+        "callbacks.EarlyStopping.monitor: a → c"
+    ]
+    assert settings.changed_settings(of(*two), of(two[0], EarlyStopping("c"))) == [
+        "callbacks.EarlyStopping_1.monitor: b → c"
+    ]
     slow, fast = (EMAWeightAveraging(decay=decay) for decay in (0.99, 0.9))
     assert of(slow) == none, "the last step's weights do not depend on it"
     lines = settings.changed_settings(of(slow, averaged=True), of(fast, averaged=True))

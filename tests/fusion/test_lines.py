@@ -155,7 +155,7 @@ def test_what_keeps_the_base_is_in_no_norm():
 def test_density_split_and_rules_are_those_of_the_method_inside():
     overrides = [
         Override("*layer.1.fc.weight", density=0.8),
-        Override("*layer.0.fc.weight", split=2),
+        Override("encoder.layer.0.fc.weight", split=2),
         Override("*bias", rule="elect"),
     ]
     vectors = vectors_of(TASKS)

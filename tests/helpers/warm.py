@@ -17,6 +17,7 @@ from functools import cache
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -90,9 +91,13 @@ def fork(
 
 @cache
 def _import_everything() -> None:
-    """Starts the server, so that no test has to be patient with it."""
+    """Starts the server, so that no test has to be patient with it.
+
+    It sees no GPU: where a process has looked at GPUs, what is forked from it cannot use them.
+    """
     first = CONTEXT.Process(target=int)
-    first.start()
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}):
+        first.start()
     first.join()
 
 
