@@ -216,6 +216,16 @@ def test_8_bit_floats_of_the_base_stay_where_nothing_is_merged(bench, tmp_path):
     assert torch.equal(merged[BASE_QUERY].view(torch.uint8), base[BASE_QUERY].view(torch.uint8))
 
 
+def test_a_merged_adapter_does_not_care_for_8_bit_floats_of_the_base(bench, tmp_path):
+    shutil.copytree(bench / "base", tmp_path / "base")
+    edit_weights(tmp_path / "base", lambda t: t.update({BASE_QUERY: t[BASE_QUERY].to(torch.float8_e4m3fn)}))
+    for base, output in ((bench / "base", "of_floats"), (tmp_path / "base", "of_bytes")):
+        merge_checkpoints(base, {"x": bench / "lora"}, tmp_path / output, Average())
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("of_bytes", "of_floats"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("pattern", [*SLOW, *SLOW_IN_RE])
 def test_a_pattern_that_takes_forever(pattern, field, bench, tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, mismatch: Mi
         )
     _choose_parameters(plan, architecture, matcher)
     if plan.tasks:
-        plan.problems += recipe.problems(plan.kinds, plan.shapes, plan.transposed) + _rounded_to_bytes(plan)
+        plan.problems += recipe.problems(plan.kinds, plan.shapes, plan.transposed)
         plan.problems += problems_of_depth(recipe.method, headers)
         plan.notes += notes_on_depth(recipe.method, headers, plan.kinds)
         if is_recipe_sound:
@@ -80,6 +80,8 @@ def make_plan(base: str, models: Mapping[str, str], recipe: Recipe, mismatch: Mi
             plan.problems.append("No parameter is left to merge.")
     if not plan.problems:
         _choose_output(plan)
+    if not plan.problems and plan.output_format == "full":
+        plan.problems += _rounded_to_bytes(plan)
     return plan
 
 
@@ -156,7 +158,7 @@ def _heads_without_values(plan: Plan) -> list[str]:
 
 
 def _rounded_to_bytes(plan: Plan) -> list[str]:
-    """A sentence if merged weights would be written in the base's 8-bit floats."""
+    """A sentence if merged weights of a whole model would be written in the base's 8-bit floats."""
     dtypes = {name: plan.headers[name].dtype for name in plan.kinds if name in plan.headers}
     bytes_each = [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize == 1]
     if not bytes_each:
