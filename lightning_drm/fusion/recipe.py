@@ -228,7 +228,7 @@ class Recipe:
             raise ValueError("; ".join(problems) + ".")
 
     def problems(
-        self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]], transposed: Set[str] = frozenset()
+        self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]], transposed: Set[str]
     ) -> list[str]:
         """Why the recipe does not fit a model's parameters, one sentence for each reason.
 
@@ -246,7 +246,7 @@ class Recipe:
         return unmatched + self.misfits(kinds, shapes, transposed)
 
     def misfits(
-        self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]], transposed: Set[str] = frozenset()
+        self, kinds: Mapping[str, Kind], shapes: Mapping[str, tuple[int, ...]], transposed: Set[str]
     ) -> list[str]:
         """Why the recipe does not fit some of the parameters, one sentence for each.
 

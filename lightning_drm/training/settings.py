@@ -106,14 +106,15 @@ def callback_settings(callbacks: Sequence[Callback], *, averaged: bool) -> Setti
         if inspect.isfunction(rule := own.get("avg_fn")):  # of an exponential average, whose decay is only known to it
             own["avg_fn"] = {"name": _name(rule), **inspect.getclosurevars(inspect.unwrap(rule)).nonlocals}
         content |= flatten(own, f"callbacks.{name}")
-    return content
+    return {name: _without_path(value) for name, value in content.items()}
 
 
 def changed_settings(stored: Mapping[str, object], current: Mapping[str, object]) -> list[str]:
     """What has changed, one line a setting: ``model.head_lr: 0.01 → 0.001``."""
+    current = {name: _without_path(value) for name, value in current.items()}
     added = {name: value for name, value in _ADDED.items() if name in current}
     stored = added | {name: _without_path(value) for name, value in stored.items()}  # older versions kept paths
-    if "callbacks" not in stored:  # nor did they keep what callbacks do
+    if "callbacks" not in stored:  # but not what callbacks do
         current = {name: value for name, value in current.items() if not name.startswith("callbacks")}
     alone = {name for name in stored.keys() ^ current.keys() if name.startswith("callbacks.")}  # of one come or gone
     names = sorted((stored.keys() | current.keys()) - alone)

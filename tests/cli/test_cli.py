@@ -258,6 +258,10 @@ def test_callbacks_count_that_change_what_is_trained():
         assert settings.changed_settings(of(one), of(other)) == [line]
         assert settings.changed_settings(of(one), none) == [f"callbacks: {type(one).__name__} → none"]
         assert settings.changed_settings({}, of(one)) == [], "older versions did not keep them"
+    like_a_path = of(EarlyStopping("score/pet/f1"))
+    assert settings.changed_settings(like_a_path, like_a_path) == []
+    monitored = {"weights.monitor": "score/pet/f1 (max)"}
+    assert settings.changed_settings(monitored, monitored) == []
     two = [EarlyStopping("a"), EarlyStopping("b")]
     assert settings.changed_settings(of(*two), of(EarlyStopping("c"), two[1])) == [
         "callbacks.EarlyStopping.monitor: a → c"
