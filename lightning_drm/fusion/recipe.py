@@ -349,9 +349,8 @@ def _split_problem(split: Split, shape: tuple[int, ...], of: Literal["rows", "co
         return "it is not a matrix"
     length = shape[("rows", "columns").index(of)]
     if isinstance(split, int):
-        return (
-            None if split > 0 and length % split == 0 else f"its {length} {of} do not divide into {split} equal parts"
-        )
+        fits = split > 0 and length % split == 0
+        return None if fits else f"its {length} {of} do not divide into {split} equal parts"
     if min(split, default=0) < 1:
         return f"every part takes at least 1 of its {of}, but the parts are {split}"
     return None if sum(split) == length else f"it has {length} {of}, but the parts add up to {sum(split)}"
